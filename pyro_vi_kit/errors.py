@@ -1,0 +1,50 @@
+"""The errors a user can cause, each saying what is wrong and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ViError(Exception):
+    """Base of every error this package raises on purpose.
+
+    The message names the site, shape or option at fault and the remedy; the command line prints it
+    without a traceback.
+    """
+
+
+class ModelError(ViError, ValueError):
+    """The model, its data or its structure cannot be used as asked."""
+
+
+class OptionError(ViError, ValueError):
+    """An option's value or a combination of options cannot work."""
+
+
+class UnknownNameError(OptionError, KeyError):
+    """A name that no registry entry has.
+
+    Args:
+        kind: What was asked for, e.g. ``"guide"``.
+        name: The name that is not known.
+        choices: The names that are.
+    """
+
+    def __init__(self, kind: str, name: object, choices: Iterable[str]) -> None:
+        known = sorted(choices)
+        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        super().__init__(f"unknown {kind} {name!r}.{hint} Known {kind}s: {', '.join(known)}.")
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of the message.
+        return str(self.args[0])
+
+
+class FileError(ViError, OSError):
+    """A file cannot be read or written as asked."""
+
+
+class MissingDependencyError(ViError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
