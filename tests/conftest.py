@@ -1,0 +1,46 @@
+"""What every test shares: determinism, a clean Pyro, and the reference posteriors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+# Sums in another order give other last bits; one thread keeps them in one order.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def clean_param_store() -> Iterator[None]:
+    """Fail a test that leaves parameters in Pyro's global store, and clear them for the next one.
+
+    A test that runs stock Pyro does so in ``with pyro.get_param_store().scope():``.
+    """
+    store = pyro.get_param_store()
+    before = set(store.keys())
+    yield
+    left = sorted(set(store.keys()) ^ before)
+    store.clear()
+    assert not left, f"Pyro's param store was changed: {left}. Run in get_param_store().scope()."
+
+
+@pytest.fixture(scope="session")
+def posteriordb() -> Callable[[str], Path]:
+    """``posteriordb(name)``: the folder of a reference posterior; skips where it is not at hand."""
+    default = ROOT.parent / "shared" / "posteriordb"
+    root = Path(os.environ.get("PYRO_VI_KIT_POSTERIORDB", default))
+
+    def folder(name: str) -> Path:
+        if not root.is_dir():
+            pytest.skip(f"no reference posteriors at {root}; set PYRO_VI_KIT_POSTERIORDB")
+        if not (root / name).is_dir():
+            pytest.skip(f"no reference posterior {name!r} in {root}")
+        return root / name
+
+    return folder
