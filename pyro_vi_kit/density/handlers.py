@@ -1,0 +1,251 @@
+"""Run a Pyro model once, with every latent, parameter and minibatch index given from outside.
+
+The handler sits outside the model, so it sees each site after plates, conditioning, scaling and
+masking have had their say. Transforms are rebuilt from the site's own distribution at every run:
+a support may depend on other latents, and a cached transform would silently be wrong there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
+from torch import Tensor, nn
+from torch.distributions import biject_to, constraints, transform_to
+
+Kind = Literal["latent", "observed", "deterministic", "factor", "discrete"]
+
+# What a latent without a given value starts from: the image of the origin of unconstrained space.
+# Priors are not sampled for it, since improper ones cannot be.
+Fill = Callable[[torch.Size], Tensor]
+
+
+@dataclass
+class Visit:
+    """One site as one run met it."""
+
+    name: str
+    kind: Kind
+    fn: Any
+    value: Tensor
+    frames: tuple[CondIndepStackFrame, ...]
+    scale: float | Tensor
+    mask: bool | Tensor | None
+    unconstrained: Tensor | None = None
+    log_det: Tensor | None = None
+
+    def log_prob(self) -> Tensor:
+        """The site's log density as Pyro's traces have it, scale and mask applied: [*batch], nats."""
+        log_prob = self.fn.log_prob(self.value)
+        if self.mask is False:
+            return torch.zeros_like(log_prob)
+        if isinstance(self.mask, Tensor):
+            log_prob = torch.where(self.mask, log_prob, 0.0)
+        return log_prob * self.scale
+
+
+@dataclass
+class ParamVisit:
+    """One learned parameter as one run met it, with the module that holds it if one does."""
+
+    name: str
+    init: Any
+    constraint: constraints.Constraint
+    event_dim: int | None
+    owner: nn.Module | None
+    attribute: str
+
+
+@dataclass
+class Replay(Messenger):
+    """Sets what is given, and keeps what it saw.
+
+    Args:
+        unconstrained: Unconstrained value of each latent, `[*batch, *event]` by name.
+        constrained: Values for latents that are given on their own scale instead.
+        params: Unconstrained value of each learned parameter.
+        fill: Makes the unconstrained value of a latent that nothing was given for.
+        simulate: Draw observed sites anew instead of using the data.
+        sample_latents: Draw latents from their conditional prior where nothing was given.
+    """
+
+    unconstrained: Mapping[str, Tensor] = field(default_factory=dict)
+    constrained: Mapping[str, Tensor] = field(default_factory=dict)
+    params: Mapping[str, Tensor] = field(default_factory=dict)
+    fill: Fill = torch.zeros
+    simulate: bool = False
+    sample_latents: bool = False
+    visits: dict[str, Visit] = field(default_factory=dict)
+    param_visits: dict[str, ParamVisit] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            return
+        kind = kind_of(msg)
+        visit = Visit(
+            name=msg["name"],
+            kind=kind,
+            fn=msg["fn"],
+            value=msg["value"],
+            frames=tuple(f for f in msg["cond_indep_stack"] if f.vectorized and f.size > 0),
+            scale=msg["scale"],
+            mask=msg["mask"],
+        )
+        if kind == "latent":
+            self._set_latent(visit)
+        elif kind == "discrete" or (kind == "observed" and self.simulate):
+            visit.value = self._given_or_drawn(visit)
+        msg["value"] = visit.value
+        msg["done"] = True
+        self.visits[visit.name] = visit
+
+    def _set_latent(self, visit: Visit) -> None:
+        """Give the latent its value, by the first of: unconstrained, constrained, prior, fill."""
+        if self.sample_latents and visit.name not in self.unconstrained:
+            visit.value = self._given_or_drawn(visit)
+            return
+        transform = biject_to(visit.fn.support)
+        if visit.name in self.unconstrained:
+            visit.unconstrained = self.unconstrained[visit.name]
+        elif visit.name in self.constrained:
+            visit.unconstrained = transform.inv(self.constrained[visit.name])
+        else:
+            visit.unconstrained = self.fill(transform.inverse_shape(visit.fn.shape()))
+        visit.value = transform(visit.unconstrained)
+        log_det = transform.log_abs_det_jacobian(visit.unconstrained, visit.value)
+        surplus = log_det.dim() - len(visit.fn.batch_shape)
+        visit.log_det = log_det.flatten(-surplus).sum(-1) if surplus > 0 else log_det
+
+    def _given_or_drawn(self, visit: Visit) -> Tensor:
+        if visit.name in self.constrained:
+            return self.constrained[visit.name]
+        return visit.fn.sample()
+
+    def _pyro_param(self, msg: Any) -> None:
+        name = msg["name"]
+        owner, attribute = _owner_of_param()
+        self.param_visits[name] = ParamVisit(
+            name=name,
+            init=msg["args"][1] if len(msg["args"]) > 1 else None,
+            constraint=msg["kwargs"].get("constraint", constraints.real),
+            event_dim=msg["kwargs"].get("event_dim"),
+            owner=owner,
+            attribute=attribute,
+        )
+        if name in self.params:
+            msg["value"] = transform_to(self.param_visits[name].constraint)(self.params[name])
+            msg["done"] = True
+
+
+def kind_of(msg: Any) -> Kind:
+    """What a sample message stands for."""
+    if msg["infer"].get("_deterministic"):
+        return "deterministic"
+    if msg["is_observed"]:
+        # `pyro.factor` is an observed Unit whose value has no elements.
+        return "factor" if type(_base(msg["fn"])).__name__ == "Unit" else "observed"
+    if getattr(msg["fn"].support, "is_discrete", False):
+        return "discrete"
+    return "latent"
+
+
+def _base(fn: Any) -> Any:
+    """The distribution inside masks and expansions."""
+    while isinstance(fn, TorchDistributionMixin) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def _owner_of_param() -> tuple[nn.Module | None, str]:
+    """The submodule and attribute behind the param message under way, read off the call stack.
+
+    Pyro's param messages carry a name and a tensor, not the module whose attribute the tensor is. The
+    module's forward pass reads that attribute, so setting the message's value alone changes nothing.
+    """
+    frame = sys._getframe(1)
+    for _ in range(60):
+        if frame is None:
+            break
+        if frame.f_code is pyro.module.__code__:
+            module, path = frame.f_locals["nn_module"], frame.f_locals["param_name"]
+            return _resolve(module, path)
+        if frame.f_code is pyro.nn.PyroModule.__getattr__.__code__:
+            module, attribute = frame.f_locals["self"], frame.f_locals["name"]
+            if attribute in module.__dict__.get("_pyro_params", {}):
+                attribute += "_unconstrained"
+            if attribute in module._parameters:
+                return module, attribute
+        frame = frame.f_back
+    return None, ""
+
+
+def _resolve(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The submodule that holds the parameter ``path``, and the parameter's name in it."""
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        # Not getattr: a PyroModule answers attribute access with param statements.
+        module = module._modules[parent]  # type: ignore[assignment]
+    return module, attribute
+
+
+@contextlib.contextmanager
+def subsample_indices(
+    index: Mapping[str, Tensor], seen: dict[str, int] | None = None
+) -> Iterator[None]:
+    """Make every plate use these indices, all of its rows where none are given.
+
+    A plate that declares ``subsample_size`` refuses any other length, and only this function stands
+    between the declaration and the refusal. Call it under the lock of `runtime`.
+
+    Args:
+        index: Indices [B] by plate name.
+        seen: Filled with the full size of each plate that was met.
+    """
+    original = SubsampleMessenger._subsample
+
+    def subsample(
+        name: str,
+        size: int | None = None,
+        subsample_size: int | None = None,
+        subsample: Any = None,
+        use_cuda: bool | None = None,
+        device: str | None = None,
+    ) -> Any:
+        if size is None or subsample is not None:
+            return original(name, size, subsample_size, subsample, use_cuda, device)
+        if seen is not None:
+            seen[name] = int(size)
+        given = index.get(name)
+        chosen = torch.arange(size, device=device) if given is None else given
+        return original(name, size, None, chosen, use_cuda, device)
+
+    SubsampleMessenger._subsample = staticmethod(subsample)
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = staticmethod(original)
+
+
+@contextlib.contextmanager
+def swapped_parameters(swaps: Mapping[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+    """Put these tensors in the place of modules' parameters, and the user's own back on exit."""
+    outer = {(module, name): module._parameters[name] for module, name in swaps}
+    for (module, name), tensor in swaps.items():
+        module._parameters[name] = tensor  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for (module, name), tensor in outer.items():
+            module._parameters[name] = tensor

@@ -1,0 +1,86 @@
+"""The process-wide state of Pyro and torch, borrowed under one lock and given back as it was.
+
+Pyro's handler stack is one module-level list, and the default dtype, the validation switch, the
+parameter store and torch's random state are as global. Whatever runs a Pyro model does it inside
+`isolated`; whatever draws random numbers does it inside a `RandomStream`. Both hold `LOCK`, so two
+threads may fit at once without seeing each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+import pyro
+import torch
+
+LOCK = threading.RLock()
+
+
+def fresh_seed() -> int:
+    """A seed from the operating system, for calls that were given none."""
+    return secrets.randbits(31)
+
+
+class RandomStream:
+    """Random numbers of its own: inside ``with stream:`` torch's global generator is this stream.
+
+    The user's random state comes back on exit, and the next ``with`` goes on where this one stopped.
+
+    Args:
+        seed: The same seed gives the same numbers on the same machine.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._state = torch.Generator().manual_seed(seed).get_state()
+        self._outer: list[torch.Tensor] = []
+
+    def __enter__(self) -> RandomStream:
+        LOCK.acquire()
+        self._outer.append(torch.get_rng_state())
+        torch.set_rng_state(self._state)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._state = torch.get_rng_state()
+        torch.set_rng_state(self._outer.pop())
+        LOCK.release()
+
+
+@contextlib.contextmanager
+def isolated(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
+    """Run Pyro code alone: under the lock, with this default dtype and this validation switch.
+
+    Args:
+        dtype: Becomes the default dtype, so that literals in the model take it too.
+        validate: Whether Pyro and torch check arguments and supports. Their messages are good, so the
+            first run has them; the hot loop does not.
+    """
+    with LOCK:
+        outer = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with pyro.validation_enabled(validate):
+                yield
+        finally:
+            torch.set_default_dtype(outer)
+
+
+@contextlib.contextmanager
+def private_params(state: dict | None = None) -> Iterator[dict]:
+    """A parameter store of one's own; yields its state, which holds what was written on exit.
+
+    Args:
+        state: The state to start from, as `ParamStoreDict.get_state` gives it; empty when None.
+    """
+    store = pyro.get_param_store()
+    with LOCK, store.scope(state) as inner:
+        yield inner
