@@ -36,6 +36,11 @@ class UnknownNameError(OptionError, KeyError):
         nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         super().__init__(f"unknown {kind} {name!r}.{hint} Known {kind}s: {', '.join(known)}.")
+        self._init_args = (kind, str(name), tuple(known))
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...]]]:
+        # The default would call the class with the message alone, in whichever process unpickles it.
+        return type(self), self._init_args
 
     def __str__(self) -> str:
         # KeyError would print the repr of the message.

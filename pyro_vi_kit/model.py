@@ -11,7 +11,7 @@ from typing import Any
 from pyro_vi_kit.errors import ModelError
 
 
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, eq=False)
 class Model:
     """A Pyro model together with the data it is conditioned on.
 
@@ -107,6 +107,7 @@ def _names(
 
 def _callable_name(fn: Callable[..., Any]) -> str:
     """A readable name: of the function, of what a partial or handler wraps, or of the class."""
+    fn = inspect.unwrap(fn)
     while isinstance(fn, functools.partial):
-        fn = fn.func
+        fn = inspect.unwrap(fn.func)
     return getattr(fn, "__name__", None) or type(fn).__name__

@@ -258,6 +258,21 @@ class Density:
             self._run(replay, model=data)
         return {v.name: v.value for v in replay.visits.values() if v.kind == "observed"}
 
+    def transform(
+        self, z: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Constrained value and log determinant of each latent at one unconstrained point.
+
+        Runs the model on these arguments under whatever handlers are active, for a Pyro guide whose
+        supports depend on other latents.
+        """
+        replay = Replay(unconstrained=z)
+        self._run(replay, model=self.model.with_args(*args, **kwargs))
+        return {
+            site.name: (replay.visits[site.name].value, replay.visits[site.name].log_det)  # type: ignore[misc]
+            for site in self.latents
+        }
+
     def learned(self, params: Mapping[str, Tensor] | None = None) -> contextlib.AbstractContextManager[None]:
         """A context in which the user's modules hold these parameters instead of their own."""
         values = self.params if params is None else params

@@ -25,7 +25,7 @@ class Plate:
     size: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
     """One sample site.
 

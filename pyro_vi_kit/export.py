@@ -1,0 +1,349 @@
+"""Plain groups of named arrays as ArviZ data, and that data as netCDF files.
+
+What is built here is an ``arviz.InferenceData`` with ArviZ 0.x and an ``xarray.DataTree`` with
+ArviZ 1.x; both are made of the same datasets and written to the same files.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import numpy as np
+import xarray as xr
+
+from pyro_vi_kit import __version__
+from pyro_vi_kit.errors import FileError, ModelError
+
+Tree: TypeAlias = Any  # arviz.InferenceData (ArviZ 0.x) or xarray.DataTree (ArviZ 1.x)
+
+_SAMPLE_DIMS = ("chain", "draw")
+_ENGINE = "h5netcdf"
+_LABEL_TYPES = (str, int, float, np.integer, np.floating, np.bool_, np.datetime64)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One group of an ArviZ object, as plain arrays.
+
+    Attributes:
+        variables: Arrays by name: [chain, draw, *shape] where ``sampled``, else [*shape].
+        dims: Names of the dimensions of ``*shape``; one that has no name is called
+            ``"{variable}_dim_{position}"``.
+        sampled: Whether the arrays' leading dimensions are (chain, draw).
+        attrs: Facts about the group. Strings, numbers and lists of them are kept; anything else
+            is stored as JSON text.
+    """
+
+    variables: Mapping[str, Any]
+    dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sampled: bool = True
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def to_arviz(
+    groups: Mapping[str, Group],
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    attrs: Mapping[str, Any] | None = None,
+) -> Tree:
+    """Make an ArviZ object: ``InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
+
+    Names are changed only where ArviZ or netCDF cannot hold them. A dimension that a variable has
+    twice becomes ``"school"`` and ``"school_1"``; one called like a variable, ``"chain"`` or
+    ``"draw"`` gets the suffix ``"_dim"``, and a variable called ``"chain"`` or ``"draw"`` the
+    suffix ``"_site"``; a slash becomes a dot. Complex arrays are split into ``"{name}_real"`` and
+    ``"{name}_imag"``. Groups without variables are left out.
+
+    Args:
+        groups: Arrays by group, in the order in which they shall appear.
+        coords: What a dimension's positions are called; other dimensions are numbered from 0.
+            Labels that are no numbers, strings or ``datetime64`` become their text.
+        attrs: Facts about the whole. ``created_at`` (UTC), ``inference_library`` and
+            ``inference_library_version`` are added here and to every group unless they are given.
+
+    Returns:
+        The ArviZ object, in memory.
+
+    Raises:
+        ModelError: If an array's dimensions do not fit their names, their coords or each other, or
+            if it cannot be stored.
+    """
+    stamp = {
+        "created_at": datetime.now(UTC).isoformat(),
+        "inference_library": "pyro_vi_kit",
+        "inference_library_version": __version__,
+    }
+    taken = {_variable_name(site) for group in groups.values() for site in group.variables}
+    built = {}
+    for name, group in groups.items():
+        if not group.variables:
+            if group.attrs:
+                raise ModelError(
+                    f"group {name!r} has attrs but no variables and would be lost: "
+                    "move its attrs to the whole"
+                )
+            continue
+        built[name] = _dataset(name, group, coords or {}, taken)
+        built[name].attrs.update(_plain_attrs({**stamp, **group.attrs}))
+    return _assemble(built, _plain_attrs({**stamp, **(attrs or {})}))
+
+
+def datasets(tree: Tree) -> dict[str, xr.Dataset]:
+    """The groups of an ArviZ object, of either kind, by name."""
+    if isinstance(tree, xr.DataTree):
+        return {name: node.to_dataset() for name, node in tree.children.items()}
+    return {name: tree[name] for name in tree.groups()}
+
+
+def write(tree: Tree, path: str | os.PathLike[str]) -> Path:
+    """Write an ArviZ object to a netCDF-4 file, all of it or nothing.
+
+    A list of one element is read back as the element: netCDF does not tell them apart.
+
+    Args:
+        tree: What ``to_arviz`` or ArviZ made.
+        path: The file; one that exists is replaced once the new one is complete.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        FileError: If the file cannot be written.
+    """
+    target = check_writable(path)
+    groups = {f"/{name}": dataset.drop_encoding() for name, dataset in datasets(tree).items()}
+    whole = xr.DataTree.from_dict({"/": xr.Dataset(attrs=tree.attrs), **groups})
+    # In the same folder, so that replacing the file is one step of the file system.
+    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        whole.to_netcdf(partial, engine=_ENGINE)
+        partial.replace(target)
+    except OSError as error:
+        raise FileError(
+            f"cannot write {target}: {error}; check the space and the rights on {target.parent}"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def read(path: str | os.PathLike[str]) -> Tree:
+    """Read a netCDF-4 file of groups into memory, as the installed ArviZ's kind of object.
+
+    Args:
+        path: A file that ``write`` or ArviZ wrote.
+
+    Returns:
+        The ArviZ object. The file is closed again.
+
+    Raises:
+        FileError: If the file is missing, is not netCDF-4, or holds no groups.
+    """
+    source = Path(path)
+    if not source.is_file():
+        raise FileError(f"no file {source}: check the path, it must be a netCDF file (.nc)")
+    try:
+        with xr.open_datatree(source, engine=_ENGINE) as tree:
+            groups = {name: dataset.load() for name, dataset in datasets(tree).items()}
+            attrs = _native_attrs(tree.attrs)
+    except (OSError, ValueError) as error:
+        raise FileError(
+            f"cannot read {source} as netCDF-4: {error}; was it written by pyro_vi_kit or ArviZ?"
+        ) from error
+    if not groups:
+        raise FileError(f"{source} holds no groups: it is netCDF, but not of an ArviZ object")
+    for dataset in groups.values():
+        dataset.attrs = _native_attrs(dataset.attrs)
+    return _assemble(groups, attrs)
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Say whether a result file can be written, before any work is done for it.
+
+    Args:
+        path: The file to be written.
+
+    Returns:
+        Its absolute path, links resolved.
+
+    Raises:
+        FileError: If its folder is missing or read-only, or the path is a folder, a device or a
+            read-only file.
+    """
+    target = Path(path).expanduser().resolve()
+    folder = target.parent
+    if not folder.is_dir():
+        raise FileError(f"cannot write {target}: no folder {folder}; create it with mkdir -p")
+    if target.exists() and not target.is_file():
+        raise FileError(f"cannot write {target}: it is not a plain file; name a file in a folder")
+    for place in (folder, target) if target.exists() else (folder,):
+        if not os.access(place, os.W_OK):
+            raise FileError(
+                f"cannot write {target}: no right to write to {place}; choose another path"
+            )
+    return target
+
+
+def arviz_major() -> int:
+    """Major version of the installed ArviZ, without importing it."""
+    return int(importlib.metadata.version("arviz").split(".")[0])
+
+
+def import_arviz() -> ModuleType:
+    """The ``arviz`` module, without the announcement of 1.x that 0.23 makes once a day."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing", FutureWarning)
+        import arviz
+    return arviz
+
+
+def _assemble(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Tree:
+    """The installed ArviZ's kind of object. Nothing else here depends on ArviZ's version."""
+    if arviz_major() < 1:
+        make = import_arviz().InferenceData
+        return make(attrs=dict(attrs), warn_on_custom_groups=False, **groups)
+    root = {"/": xr.Dataset(attrs=dict(attrs))}
+    return xr.DataTree.from_dict({**root, **{f"/{name}": groups[name] for name in groups}})
+
+
+def _dataset(
+    name: str, group: Group, coords: Mapping[str, Sequence[Any]], taken: set[str]
+) -> xr.Dataset:
+    """One group's dataset: every variable with named dimensions, every dimension with a coord."""
+    variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
+    labels: dict[str, np.ndarray] = {}
+    owners: dict[str, str] = {}
+    for site, values in group.variables.items():
+        array = _storable(site, values)
+        names = _dim_names(site, array.shape, group, taken)
+        for (dim, source), length in zip(names, array.shape, strict=True):
+            new = _labels(site, source, length, coords)
+            owner = owners.setdefault(dim, site)
+            if len(labels.setdefault(dim, new)) != length:
+                raise ModelError(
+                    f"dimension {source!r} of group {name!r} has length {length} in site {site!r} "
+                    f"but {len(labels[dim])} in site {owner!r}: name them apart with dims="
+                )
+        for key, part in _real_parts(_variable_name(site), array).items():
+            if key in variables:
+                raise ModelError(f"two sites of group {name!r} become {key!r}: rename one of them")
+            variables[key] = (tuple(dim for dim, _ in names), part)
+    return xr.Dataset(variables, coords=labels)
+
+
+def _dim_names(
+    site: str, shape: Sequence[int], group: Group, taken: set[str]
+) -> list[tuple[str, str]]:
+    """For each dimension of an array its unique name, and the name it has in ``coords``."""
+    lead = _SAMPLE_DIMS if group.sampled else ()
+    if len(shape) < len(lead):
+        raise ModelError(f"site {site!r} must be [chain, draw, ...], got shape {tuple(shape)}")
+    inner = tuple(shape[len(lead) :])
+    given = [str(dim) for dim in group.dims.get(site, ())]
+    if len(given) > len(inner):
+        raise ModelError(
+            f"dims of site {site!r} name {len(given)} dimensions {given}, but its shape is {inner}"
+        )
+    given += [f"{site}_dim_{i}" for i in range(len(given), len(inner))]
+    names = [(dim, dim) for dim in lead]
+    for source in given:
+        names.append((_unique_dim(source, {dim for dim, _ in names}, taken), source))
+    return names
+
+
+def _unique_dim(source: str, used: set[str], taken: set[str]) -> str:
+    """A dimension's name that neither a variable nor another dimension of its variable has."""
+    dim = _safe(source)
+    while dim in taken or dim in _SAMPLE_DIMS:
+        dim += "_dim"
+    candidates = itertools.chain([dim], (f"{dim}_{i}" for i in itertools.count(1)))
+    return next(name for name in candidates if name not in used and name not in taken)
+
+
+def _labels(site: str, dim: str, length: int, coords: Mapping[str, Sequence[Any]]) -> np.ndarray:
+    """The coordinate values of a dimension: those given, else 0, 1, ..."""
+    if dim not in coords or dim in _SAMPLE_DIMS:
+        return np.arange(length)
+    values = list(coords[dim])
+    if len(values) != length:
+        raise ModelError(
+            f"dimension {dim!r} has length {length} in site {site!r}, but coords[{dim!r}] holds "
+            f"{len(values)} names: give one name for each position"
+        )
+    if not all(isinstance(value, _LABEL_TYPES) for value in values):
+        values = [str(value) for value in values]
+    return np.asarray(values) if values else np.arange(0)
+
+
+def _storable(site: str, values: Any) -> np.ndarray:
+    """An array of a type that netCDF has; float16 and long double become float64."""
+    array = np.asarray(values)
+    if array.dtype.kind in "OT" and all(isinstance(value, str) for value in array.flat):
+        return array.astype(str)
+    if array.dtype.kind not in "biufcUM":
+        raise ModelError(
+            f"site {site!r} holds {array.dtype} values, which a file cannot hold: "
+            "return numbers, booleans or strings"
+        )
+    if array.dtype.kind == "f" and array.dtype.itemsize not in (4, 8):
+        return array.astype(np.float64)
+    return array
+
+
+def _real_parts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+    """The array, or two for a complex one, which netCDF cannot hold."""
+    if array.dtype.kind != "c":
+        return {name: array}
+    return {f"{name}_real": np.real(array), f"{name}_imag": np.imag(array)}
+
+
+def _variable_name(site: str) -> str:
+    """The name of a site's variable."""
+    return f"{site}_site" if site in _SAMPLE_DIMS else _safe(site)
+
+
+def _safe(name: str) -> str:
+    """A name without slashes, which separate groups in netCDF."""
+    return str(name).replace("/", ".")
+
+
+def _plain_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes that netCDF can hold."""
+    return {str(key): _plain(value) for key, value in attrs.items()}
+
+
+def _native_attrs(attrs: Mapping[Any, Any]) -> dict[str, Any]:
+    """Attributes as they were before netCDF made arrays of them."""
+    return {str(key): _native(value) for key, value in attrs.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Text, numbers and flat lists of one of these as they are; anything else as JSON."""
+    value = _native(value)
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return value
+    if isinstance(value, list | tuple) and value:
+        items = [_native(item) for item in value]
+        kinds = {type(item) for item in items}
+        if kinds == {str} or kinds <= {int, float}:
+            return items
+    return json.dumps(value, default=lambda item: item.tolist() if _is_numpy(item) else str(item))
+
+
+def _native(value: Any) -> Any:
+    """NumPy scalars and arrays as Python numbers and lists."""
+    return value.tolist() if _is_numpy(value) else value
+
+
+def _is_numpy(value: Any) -> bool:
+    return isinstance(value, np.ndarray | np.generic)

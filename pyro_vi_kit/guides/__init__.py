@@ -1,0 +1,113 @@
+"""Guides by name. Each builds a Pyro guide that works in a stock `pyro.infer.SVI`."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.guides.adaptor import Draw, Guide
+from pyro_vi_kit.guides.affine_coupling import AffineCoupling
+from pyro_vi_kit.guides.amortized import Amortized
+from pyro_vi_kit.guides.delta import Delta
+from pyro_vi_kit.guides.full_rank import FullRank
+from pyro_vi_kit.guides.mean_field import MeanField
+from pyro_vi_kit.model import Model
+from pyro_vi_kit.registry import build, first_line
+from pyro_vi_kit.runtime import RandomStream
+
+
+@runtime_checkable
+class GuideSpec(Protocol):
+    """A guide family with its options, before it meets a model."""
+
+    name: ClassVar[str]
+
+    def build(self, density: Density) -> Guide:
+        """The guide for this model, untrained."""
+        ...
+
+
+REGISTRY: dict[str, type[GuideSpec]] = {
+    "delta": Delta,
+    "mean_field": MeanField,
+    "full_rank": FullRank,
+    "affine_coupling": AffineCoupling,
+    "amortized": Amortized,
+}
+
+__all__ = [
+    "REGISTRY",
+    "AffineCoupling",
+    "Amortized",
+    "Delta",
+    "Draw",
+    "FullRank",
+    "Guide",
+    "GuideSpec",
+    "MeanField",
+    "describe",
+    "make",
+    "names",
+    "specify",
+]
+
+
+def names() -> list[str]:
+    """What can be named as ``guide=``."""
+    return list(REGISTRY)
+
+
+def describe() -> dict[str, str]:
+    """One line for each guide."""
+    return {name: first_line(cls) for name, cls in REGISTRY.items()}
+
+
+def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:
+    """A configured guide from its name, or the instance itself.
+
+    Raises:
+        UnknownNameError: If the name is not known.
+        OptionError: If an option is wrong, or options come with an instance.
+    """
+    if isinstance(guide, str):
+        return build("guide", REGISTRY, guide, options)
+    if isinstance(guide, GuideSpec) and not isinstance(guide, type):
+        if options:
+            raise OptionError("options go into the guide itself: vi.guides.AffineCoupling(layers=4)")
+        return guide
+    raise OptionError(
+        f"guide= takes a name ({', '.join(REGISTRY)}), an instance such as "
+        f"vi.guides.AffineCoupling(layers=4), or a Pyro guide, got {guide!r}"
+    )
+
+
+def make(
+    guide: str | GuideSpec,
+    model: Model | Density,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Guide:
+    """A Pyro guide for a stock SVI loop: ``SVI(model, vi.guides.make("full_rank", model), ...)``.
+
+    Args:
+        guide: A name or a configured instance.
+        model: The model, with data of the shapes that the loop will use.
+        seed: For initial weights and permutations; the user's random state is not touched.
+        dtype: Precision of the guide's parameters; torch's default dtype when None.
+        **options: Options of the named guide.
+
+    Raises:
+        UnknownNameError: If the name is not known.
+        OptionError: If an option is wrong or the guide does not fit the model.
+        ModelError: If the model cannot be used.
+    """
+    spec = specify(guide, **options)
+    if isinstance(model, Model):
+        model = Density(model, dtype=dtype or torch.get_default_dtype())
+    with RandomStream(seed):
+        return spec.build(model)

@@ -1,0 +1,76 @@
+"""RealNVP: affine coupling layers over a Gaussian (Dinh, Sohl-Dickstein & Bengio 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.guides.adaptor import Guide
+from pyro_vi_kit.guides.families import CouplingFlow
+from pyro_vi_kit.guides.mean_field import require_positive
+
+Permutations = Literal["random", "reverse", "none"]
+
+
+@dataclass(frozen=True)
+class AffineCoupling:
+    """RealNVP flow over a Gaussian: bends what the Gaussian cannot (funnels, bananas).
+
+    Args:
+        layers: Number of coupling layers.
+        hidden: Widths of the tanh network in each layer.
+        permutations: How coordinates change places between layers: ``random`` (drawn once, from the
+            fit's seed), ``reverse``, or ``none``.
+        init_scale: Initial standard deviation of the Gaussian, in unconstrained units.
+
+    Raises:
+        OptionError: If an option is out of its range.
+    """
+
+    name: ClassVar[str] = "affine_coupling"
+
+    layers: int = 6
+    hidden: tuple[int, ...] = (32,)
+    permutations: Permutations = "random"
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_positive(self.name, "init_scale", self.init_scale)
+        require_positive(self.name, "layers", self.layers)
+        object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
+        if self.permutations not in get_args(Permutations):
+            known = ", ".join(get_args(Permutations))
+            raise OptionError(
+                f"{self.name}: permutations must be one of {known}, got {self.permutations!r}"
+            )
+
+    def build(self, density: Density) -> Guide:
+        """The guide for this model; weights and permutations from torch's random state."""
+        family = CouplingFlow(
+            density.dim, self.layers, self.hidden, self._orders(density.dim), self.init_scale
+        )
+        return Guide(self.name, density, {density.block: family})
+
+    def _orders(self, dim: int) -> Tensor:
+        """The coordinates' order behind each layer, `[layers, D]`."""
+        if self.permutations == "random":
+            return torch.stack([torch.randperm(dim) for _ in range(self.layers)])
+        order = torch.arange(dim)
+        return (order.flip(0) if self.permutations == "reverse" else order).repeat(self.layers, 1)
+
+
+def require_widths(name: str, hidden: object) -> tuple[int, ...]:
+    """Layer widths as a tuple; one number stands for one layer.
+
+    Raises:
+        OptionError: If a width is no positive integer.
+    """
+    widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)  # type: ignore[arg-type]
+    if not widths or any(not isinstance(w, int) or w < 1 for w in widths):
+        raise OptionError(f"{name}: hidden must be positive layer widths, got {hidden!r}")
+    return widths

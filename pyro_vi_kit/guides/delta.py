@@ -1,0 +1,24 @@
+"""Point estimate: the mode of the constrained density (MAP)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.guides.adaptor import Guide
+from pyro_vi_kit.guides.families import PointMass
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Point estimate: the mode of the constrained density, as Pyro's AutoDelta (no Jacobian).
+
+    It has no spread, and so no ELBO, k-hat, verdict or evidence.
+    """
+
+    name: ClassVar[str] = "delta"
+
+    def build(self, density: Density) -> Guide:
+        """The guide for this model, at the origin of unconstrained space."""
+        return Guide(self.name, density, {density.block: PointMass(density.dim)}, point=True)

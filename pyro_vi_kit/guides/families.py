@@ -1,0 +1,190 @@
+"""Variational families: modules whose `forward(context=None)` returns a distribution.
+
+A family knows a vector of numbers and nothing of sites. `forward` without a context is the same
+distribution for all; with a context `[B, F]` it is one distribution per row (amortized).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.nn import DenseNN
+from torch import Tensor, nn
+
+
+class Family(nn.Module, ABC):
+    """A variational family over `[D]`, or `[B, d]` with a context."""
+
+    @abstractmethod
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution, event shape `[D]`."""
+
+
+class GaussianFamily(Family):
+    """A family that can be started from a Gaussian: what a closed-form or L-BFGS fit hands over."""
+
+    @abstractmethod
+    def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Become the member nearest to N(loc, scale_tril scale_tril^T); `[D]`, `[D, D]`."""
+
+
+class PointMass(Family):
+    """All mass at one point."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        return dist.Delta(self.loc, event_dim=1)
+
+
+class DiagonalNormal(GaussianFamily):
+    """Independent normals."""
+
+    def __init__(self, dim: int, scale: float) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.full((dim,), scale).log())
+
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+
+    @torch.no_grad()
+    def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
+        # The reverse-KL optimal diagonal for a Gaussian has the precision's diagonal, not the
+        # covariance's: sd_i = 1 / sqrt(precision_ii).
+        precision = torch.cholesky_inverse(scale_tril)
+        self.loc.copy_(loc)
+        self.log_scale.copy_(-0.5 * precision.diagonal().log())
+
+
+class DenseNormal(GaussianFamily):
+    """One multivariate normal, by the Cholesky factor of its covariance."""
+
+    def __init__(self, dim: int, scale: float) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(dim))
+        self.log_diagonal = nn.Parameter(torch.full((dim,), scale).log())
+        self.lower = nn.Parameter(torch.zeros(dim, dim))
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """The Cholesky factor `[D, D]`."""
+        return self.lower.tril(-1) + self.log_diagonal.exp().diag()
+
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        return dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
+
+    @torch.no_grad()
+    def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
+        self.loc.copy_(loc)
+        self.log_diagonal.copy_(scale_tril.diagonal().log())
+        self.lower.copy_(scale_tril.tril(-1))
+
+
+class CouplingFlow(GaussianFamily):
+    """RealNVP coupling layers under an affine map (Dinh, Sohl-Dickstein & Bengio 2017).
+
+    The layers start as the identity, so at first this is the Gaussian of the affine map, and the
+    flow learns what that Gaussian lacks. With one dimension nothing can be coupled: the map is all.
+
+    Args:
+        dim: D.
+        layers: Number of coupling layers.
+        hidden: Widths of each layer's network.
+        permutations: Order of the coordinates behind each layer, `[layers, D]`.
+        scale: Initial standard deviation.
+    """
+
+    def __init__(
+        self, dim: int, layers: int, hidden: Sequence[int], permutations: Tensor, scale: float
+    ) -> None:
+        super().__init__()
+        self.affine = DenseNormal(dim, scale)
+        self.register_buffer("permutations", permutations)
+        split = dim // 2
+        self.networks = nn.ModuleList(
+            _identity_start(DenseNN(split, list(hidden), [dim - split, dim - split], nn.Tanh()))
+            for _ in range(layers if dim > 1 else 0)
+        )
+        self._dim, self._split = dim, split
+
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        base = dist.Normal(self.affine.loc.new_zeros(self._dim), 1.0).to_event(1)
+        parts: list = []
+        for network, permutation in zip(self.networks, self.permutations, strict=False):
+            parts.append(dist.transforms.AffineCoupling(self._split, network))
+            parts.append(dist.transforms.Permute(permutation))
+        parts.append(dist.transforms.LowerCholeskyAffine(self.affine.loc, self.affine.scale_tril))
+        return dist.TransformedDistribution(base, parts)
+
+    def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
+        self.affine.start_from(loc, scale_tril)
+        for network in self.networks:
+            _identity_start(network)
+
+
+def _identity_start(network: nn.Module) -> nn.Module:
+    """Zero the last layer: shift 0 and log scale 0, whatever goes in."""
+    with torch.no_grad():
+        for parameter in network.layers[-1].parameters():  # type: ignore[union-attr,index]
+            parameter.zero_()
+    return network
+
+
+class EncodedNormal(Family):
+    """Independent normals whose moments an encoder reads off each datum.
+
+    Args:
+        encoder: From `[B, F]` to a tensor `[B, 2 d]` (means, then log standard deviations) or to a
+            pair of tensors `[B, d]` (means, standard deviations).
+        dim: d.
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._dim = dim
+
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        output = self.encoder(context)
+        if isinstance(output, tuple):
+            loc, scale = output
+        else:
+            loc, log_scale = output.split(self._dim, -1)
+            scale = log_scale.exp()
+        return dist.Normal(loc, scale).to_event(1)
+
+
+class Standardised(nn.Module):
+    """An MLP on inputs brought to mean 0 and sd 1; both constants are saved with it.
+
+    Args:
+        inputs: The data the constants are taken from, `[N, F]`.
+        hidden: Widths of the hidden layers.
+        outputs: Width of the last layer.
+    """
+
+    def __init__(self, inputs: Tensor, hidden: Sequence[int], outputs: int) -> None:
+        super().__init__()
+        sd, mean = torch.std_mean(inputs, 0, correction=0)
+        self.register_buffer("mean", mean)
+        # A constant column says nothing; dividing by its sd would blow up rounding noise.
+        self.register_buffer("sd", torch.where(sd > 1e-8, sd, torch.ones_like(sd)))
+        widths = [inputs.shape[-1], *hidden]
+        layers: list[nn.Module] = []
+        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(fan_in, fan_out), nn.SiLU()]
+        last = nn.Linear(widths[-1], outputs)
+        with torch.no_grad():
+            last.weight.mul_(0.1)
+            last.bias.zero_()
+        self.layers = nn.Sequential(*layers, last)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers((inputs - self.mean) / self.sd)

@@ -1,0 +1,41 @@
+"""Independent normals in unconstrained space (Kucukelbir et al. 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.guides.adaptor import Guide
+from pyro_vi_kit.guides.families import DiagonalNormal
+
+
+@dataclass(frozen=True)
+class MeanField:
+    """Independent normals in unconstrained space: cheap, blind to correlation, sds too small.
+
+    Args:
+        init_scale: Initial standard deviation, in unconstrained units.
+
+    Raises:
+        OptionError: If `init_scale` is not positive.
+    """
+
+    name: ClassVar[str] = "mean_field"
+
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_positive(self.name, "init_scale", self.init_scale)
+
+    def build(self, density: Density) -> Guide:
+        """The guide for this model, centred on the origin of unconstrained space."""
+        family = DiagonalNormal(density.dim, self.init_scale)
+        return Guide(self.name, density, {density.block: family})
+
+
+def require_positive(name: str, option: str, value: object) -> None:
+    """Refuse an option that is no positive number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise OptionError(f"{name}: {option} must be a positive number, got {value!r}")

@@ -1,0 +1,42 @@
+"""The importance-weighted bound (Burda, Grosse & Salakhutdinov 2016)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyro.infer import ELBO, RenyiELBO
+from torch import Tensor
+
+from pyro_vi_kit.objectives.bounds import log_mean_exp
+from pyro_vi_kit.objectives.elbo import require_particles
+
+
+@dataclass(frozen=True)
+class Iwae:
+    """E[log 1/K sum_k p(x, z_k) / q(z_k)], z_k drawn from q. Rises with K, never above the evidence.
+
+    Args:
+        particles: K.
+
+    Raises:
+        OptionError: If `particles` is not positive.
+    """
+
+    name: ClassVar[str] = "iwae"
+    multi_sample: ClassVar[bool] = True
+
+    particles: int = 10
+
+    def __post_init__(self) -> None:
+        require_particles(self.name, self.particles)
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        """Log mean weight, `[K, ...] -> [...]`, nats."""
+        return log_mean_exp(log_w)
+
+    def stock_loss(self, *, vectorize: bool = False) -> ELBO:
+        """`RenyiELBO` of order 0."""
+        return RenyiELBO(
+            alpha=0.0, num_particles=self.particles, vectorize_particles=vectorize
+        )

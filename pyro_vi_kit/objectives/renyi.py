@@ -1,0 +1,60 @@
+"""The variational Rényi bound (Li & Turner 2016, eq. 8)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import ClassVar
+
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
+from torch import Tensor
+
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.objectives.bounds import log_mean_exp
+from pyro_vi_kit.objectives.elbo import require_particles
+
+
+@dataclass(frozen=True)
+class Renyi:
+    """1 / (1 - alpha) E[log 1/K sum_k (p(x, z_k) / q(z_k))^(1 - alpha)].
+
+    Order 1 is the ELBO, order 0 the importance-weighted bound; in between the guide covers more
+    mass the smaller alpha is. A negative order gives an upper bound as K grows.
+
+    Args:
+        alpha: The order.
+        particles: K.
+
+    Raises:
+        OptionError: If alpha is not finite or `particles` not positive.
+    """
+
+    name: ClassVar[str] = "renyi"
+
+    alpha: float = 0.5
+    particles: int = 10
+
+    def __post_init__(self) -> None:
+        require_particles(self.name, self.particles)
+        if not isinstance(self.alpha, int | float) or not isfinite(self.alpha):
+            raise OptionError(f"renyi: alpha must be a finite number, got {self.alpha!r}")
+
+    @property
+    def multi_sample(self) -> bool:
+        """Whether particles meet inside a logsumexp: for every order but 1."""
+        return self.alpha != 1.0
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        """The Rényi bound over the first dimension, `[K, ...] -> [...]`, nats."""
+        if not self.multi_sample:
+            return log_w.mean(0)
+        order = 1.0 - self.alpha
+        return log_mean_exp(order * log_w) / order
+
+    def stock_loss(self, *, vectorize: bool = False) -> ELBO:
+        """`RenyiELBO` of this order; `Trace_ELBO` for order 1, which `RenyiELBO` does not take."""
+        if not self.multi_sample:
+            return Trace_ELBO(num_particles=self.particles, vectorize_particles=vectorize)
+        return RenyiELBO(
+            alpha=self.alpha, num_particles=self.particles, vectorize_particles=vectorize
+        )

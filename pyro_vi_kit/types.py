@@ -1,0 +1,76 @@
+"""The contracts between the parts: what a guide, an objective and a fit hand to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+class LogWeights(NamedTuple):
+    """log p(x, z) - log q(z) of K particles, in nats, by part.
+
+    Attributes:
+        shared: What belongs to no data plate that has a local block of the guide, `[K]`.
+        local: For each plate with a local block, one number per row, `[K, B]`, unscaled.
+        scale: N / B of each of those plates.
+    """
+
+    shared: Tensor
+    local: dict[str, Tensor]
+    scale: dict[str, float]
+
+    def joint(self) -> Tensor:
+        """The log weight of each particle as a whole, `[K]`."""
+        total = self.shared
+        for plate, rows in self.local.items():
+            total = total + self.scale[plate] * rows.sum(-1)
+        return total
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A lower bound on the log evidence, as a pure function of log weights.
+
+    Attributes:
+        name: What the registry calls it.
+        particles: K, draws of the guide per step.
+        multi_sample: Whether the bound depends on K, so that particles may not be averaged over.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def particles(self) -> int: ...
+
+    @property
+    def multi_sample(self) -> bool: ...
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        """Reduce log weights over their first dimension: `[K, ...] -> [...]`, nats."""
+        ...
+
+    def stock_loss(self, *, vectorize: bool = False) -> Any:
+        """The `pyro.infer` loss that is minus this bound."""
+        ...
+
+
+Reason = Literal["converged", "budget", "interrupted", "diverged", "not converged"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a fit ended.
+
+    Attributes:
+        converged: Whether the stopping rule was met.
+        reason: ``converged``; ``budget``, time or steps ran out; ``interrupted`` by the user;
+            ``diverged``, the bound became NaN or infinite; ``not converged``, the optimiser could
+            not go on.
+        advice: What happened and what to try, one or two sentences.
+    """
+
+    converged: bool
+    reason: Reason
+    advice: str
