@@ -32,7 +32,7 @@ _ENGINE = "h5netcdf"
 _LABEL_TYPES = (str, int, float, np.integer, np.floating, np.bool_, np.datetime64)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """One group of an ArviZ object, as plain arrays.
 

@@ -26,7 +26,7 @@ _PRIOR_DRAWS, _PRIOR_K = 10, 0.5
 _FLAT = math.sqrt(np.finfo(float).eps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Psis:
     """Smoothed weights and what they say about the approximation they come from.
 
