@@ -36,7 +36,7 @@ load = runpy.run_path(str(Path(__file__).with_name("_data.py")))["load"]
 def log_populations(theta, z_init, n_years):
     """Log hares and log lynxes at years 1 to n_years, [..., n_years, 2].
 
-    In logs the populations stay positive; addcmul and add halve the number of operations.
+    In logs the populations stay positive; addcmul and add save a third of the operations.
     """
     growth = torch.stack([theta[..., 0], -theta[..., 2]], -1)
     interaction = torch.stack([-theta[..., 1], theta[..., 3]], -1)
