@@ -84,3 +84,16 @@ def private_params(state: dict | None = None) -> Iterator[dict]:
     store = pyro.get_param_store()
     with LOCK, store.scope(state) as inner:
         yield inner
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: on tensors of a few thousand numbers more threads only wait."""
+    outer = torch.get_num_threads()
+    if outer > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if outer > 1:
+            torch.set_num_threads(outer)

@@ -44,47 +44,65 @@ class PointMass(Family):
 
 
 class DiagonalNormal(GaussianFamily):
-    """Independent normals."""
+    """Independent normals, in units of a fixed frame.
+
+    The frame (`centre`, `unit`) is what the family was started from. Parameters are measured in it, so
+    one optimiser step means the same whether a latent lives on the scale of 0.001 or 1,000.
+    """
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__()
+        self.register_buffer("centre", torch.zeros(dim))
+        self.register_buffer("unit", torch.full((dim,), scale))
         self.loc = nn.Parameter(torch.zeros(dim))
-        self.log_scale = nn.Parameter(torch.full((dim,), scale).log())
+        self.log_scale = nn.Parameter(torch.zeros(dim))
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        return dist.Normal(self.loc, self.log_scale.exp()).to_event(1)
+        loc = self.centre + self.unit * self.loc
+        return dist.Normal(loc, self.unit * self.log_scale.exp()).to_event(1)
 
     @torch.no_grad()
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
         # The reverse-KL optimal diagonal for a Gaussian has the precision's diagonal, not the
         # covariance's: sd_i = 1 / sqrt(precision_ii).
         precision = torch.cholesky_inverse(scale_tril)
-        self.loc.copy_(loc)
-        self.log_scale.copy_(-0.5 * precision.diagonal().log())
+        self.centre.copy_(loc)
+        self.unit.copy_(precision.diagonal().rsqrt())
+        self.loc.zero_()
+        self.log_scale.zero_()
 
 
 class DenseNormal(GaussianFamily):
-    """One multivariate normal, by the Cholesky factor of its covariance."""
+    """One multivariate normal, by the Cholesky factor of its covariance in units of a fixed frame.
+
+    The frame (`centre`, `unit`, a lower triangle) is what the family was started from: in its units a
+    strongly correlated, badly scaled posterior is round.
+    """
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__()
+        self.register_buffer("centre", torch.zeros(dim))
+        self.register_buffer("unit", scale * torch.eye(dim))
         self.loc = nn.Parameter(torch.zeros(dim))
-        self.log_diagonal = nn.Parameter(torch.full((dim,), scale).log())
+        self.log_diagonal = nn.Parameter(torch.zeros(dim))
         self.lower = nn.Parameter(torch.zeros(dim, dim))
 
-    @property
-    def scale_tril(self) -> Tensor:
-        """The Cholesky factor `[D, D]`."""
-        return self.lower.tril(-1) + self.log_diagonal.exp().diag()
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean `[D]` and Cholesky factor of the covariance `[D, D]`."""
+        tril = self.lower.tril(-1) + self.log_diagonal.exp().diag()
+        return self.centre + self.unit @ self.loc, self.unit @ tril
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        return dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril)
+        loc, scale_tril = self.moments()
+        return dist.MultivariateNormal(loc, scale_tril=scale_tril)
 
     @torch.no_grad()
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
-        self.loc.copy_(loc)
-        self.log_diagonal.copy_(scale_tril.diagonal().log())
-        self.lower.copy_(scale_tril.tril(-1))
+        self.centre.copy_(loc)
+        self.unit.copy_(scale_tril)
+        self.loc.zero_()
+        self.log_diagonal.zero_()
+        self.lower.zero_()
 
 
 class CouplingFlow(GaussianFamily):
@@ -120,7 +138,7 @@ class CouplingFlow(GaussianFamily):
         for network, permutation in zip(self.networks, self.permutations, strict=False):
             parts.append(dist.transforms.AffineCoupling(self._split, network))
             parts.append(dist.transforms.Permute(permutation))
-        parts.append(dist.transforms.LowerCholeskyAffine(self.affine.loc, self.affine.scale_tril))
+        parts.append(dist.transforms.LowerCholeskyAffine(*self.affine.moments()))
         return dist.TransformedDistribution(base, parts)
 
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:

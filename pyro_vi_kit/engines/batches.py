@@ -1,0 +1,41 @@
+"""Which rows of a data plate a step sees."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.density import Plate
+from pyro_vi_kit.errors import OptionError
+
+
+class Batches:
+    """Minibatches without replacement: each epoch is a fresh permutation.
+
+    Draws from torch's global random state; enter a `runtime.RandomStream` around `next`.
+
+    Args:
+        plate: The data plate.
+        size: B, rows of a minibatch.
+
+    Raises:
+        OptionError: If `size` is no number of rows.
+    """
+
+    def __init__(self, plate: Plate, size: int) -> None:
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= plate.size:
+            raise OptionError(
+                f"batch_size must be between 1 and the {plate.size} rows of plate {plate.name!r}, "
+                f"got {size!r}"
+            )
+        self.plate = plate
+        self.size = size
+        self._order = torch.empty(0, dtype=torch.long)
+
+    def next(self) -> dict[str, Tensor]:
+        """Indices `[B]` by plate. Rows that do not fill a minibatch wait for no one: they are dropped
+        for the epoch, and another permutation drops others."""
+        if len(self._order) < self.size:
+            self._order = torch.randperm(self.plate.size)
+        chosen, self._order = self._order[: self.size], self._order[self.size :]
+        return {self.plate.name: chosen}

@@ -1,0 +1,225 @@
+"""Steps of a literal `pyro.infer.SVI` with `Trace_ELBO` or `RenyiELBO` on the user's own model.
+
+Runs whatever Pyro runs, and is the oracle that the other engines are tested against.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim import Adam
+
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.engines.base import all_finite
+from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.guides import Guide
+from pyro_vi_kit.model import Model
+from pyro_vi_kit.runtime import RandomStream, isolated, private_params
+from pyro_vi_kit.types import Objective
+
+
+class _GuardedOptim(PyroOptim):
+    """A Pyro optimiser that leaves everything as it is when a gradient is not finite."""
+
+    def __init__(self, constructor: Callable[..., Any], options: dict[str, Any]) -> None:
+        super().__init__(constructor, options)
+        self.skipped = 0
+        self.rate: float | None = None
+
+    def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        params = list(params)
+        if not all_finite(params):
+            self.skipped += 1
+            return
+        if self.rate is not None:
+            self.pt_optim_args = {"lr": self.rate}
+            for optimizer in self.optim_objs.values():
+                for group in optimizer.param_groups:
+                    group["lr"] = self.rate
+        super().__call__(params, *args, **kwargs)
+
+
+class PyroEngine:
+    """Stock SVI in a parameter store of its own.
+
+    Args:
+        model: The user's model.
+        guide: A guide of this package, or any Pyro guide callable. A guide object with parameters of
+            its own is trained in place, as in stock Pyro.
+        objective: The bound; its stock loss is used.
+        seed: Of the noise.
+        density: The model's Density where there is one: gives precision, and copies of the model's
+            learned parameters, so that the user's modules are not trained in place.
+        batches: Minibatches of the data plate; the full data when None.
+        optimizer: Makes a torch optimiser from parameters; Adam when None.
+
+    Raises:
+        OptionError: If `RenyiELBO` would give a wrong bound or gradient for this combination.
+    """
+
+    name: ClassVar[str] = "pyro"
+
+    def __init__(
+        self,
+        model: Model,
+        guide: Callable[..., Any],
+        objective: Objective,
+        *,
+        seed: int,
+        density: Density | None = None,
+        batches: Batches | None = None,
+        optimizer: Callable[..., Any] | None = None,
+    ) -> None:
+        self.model = model
+        self.guide = guide
+        self.objective = objective
+        self._density = density
+        self._dtype = density.dtype if density is not None else torch.get_default_dtype()
+        self._stream = RandomStream(seed)
+        self._evaluation_seed = seed + 1
+        self._state: dict[str, Any] = {"params": {}, "constraints": {}}
+        self._own_rate = optimizer is not None
+        self._optim = _GuardedOptim(optimizer or Adam, {})
+        self._svi = SVI(model.fn, guide, self._optim, objective.stock_loss())
+        self._module_params = {} if density is None else {
+            name: torch.nn.Parameter(value.detach().clone(), value.requires_grad)
+            for name, value in density.params.items()
+        }
+        self._batches = batches
+        if isinstance(guide, Guide):
+            guide.batch_size = batches.size if batches is not None else None
+        if objective.multi_sample:
+            with self._running(RandomStream(seed)):
+                _require_valid_multi_sample(self._traces(), objective, batches)
+
+    @property
+    def particles(self) -> int:
+        """K."""
+        return self.objective.particles
+
+    @property
+    def skipped(self) -> int:  # type: ignore[override]
+        """Steps whose gradient was not finite."""
+        return self._optim.skipped
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The private parameter store, as `ParamStoreDict.get_state` gives it."""
+        return self._state
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Unconstrained learned parameters of the model."""
+        stored = self._state["params"]
+        return {
+            name: stored.get(name, value).detach() for name, value in self._module_params.items()
+        }
+
+    def parameters(self) -> dict[str, Tensor]:
+        """What the private store holds, unconstrained, by Pyro's names."""
+        return dict(self._state["params"])
+
+    def step(self, rate: float) -> float:
+        """One `SVI.step`; minus its loss, nats."""
+        self._optim.rate = None if self._own_rate else rate
+        args, kwargs = self._arguments()
+        before = self.skipped
+        with self._running(self._stream):
+            loss = self._svi.step(*args, **kwargs)
+        return float("nan") if self.skipped > before else -float(loss)
+
+    def evaluate(self, replicates: int) -> Tensor:
+        """Minus `SVI.evaluate_loss`, `[replicates]`, nats, on the same noise at every call."""
+        args, kwargs = self._arguments()
+        with self._running(RandomStream(self._evaluation_seed)):
+            losses = [float(self._svi.evaluate_loss(*args, **kwargs)) for _ in range(replicates)]
+        return -torch.tensor(losses, dtype=torch.float64)
+
+    def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        if self._density is not None:
+            return self._density.arguments()
+        return self.model.args, self.model.kwargs
+
+    @contextlib.contextmanager
+    def _running(self, stream: RandomStream) -> Iterator[None]:
+        """Pyro's global state set up for this fit alone."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(stream)
+            stack.enter_context(isolated(self._dtype))
+            stack.enter_context(private_params(self._state))
+            if self._density is not None:
+                stack.enter_context(self._density.learned(self._module_params))
+            yield
+
+    def _traces(self) -> tuple[poutine.Trace, poutine.Trace]:
+        args, kwargs = self._arguments()
+        guide = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        model = poutine.trace(poutine.replay(self.model.fn, trace=guide)).get_trace(*args, **kwargs)
+        return model, guide
+
+
+def _require_valid_multi_sample(
+    traces: tuple[poutine.Trace, poutine.Trace], objective: Objective, batches: Batches | None
+) -> None:
+    """Refuse what `RenyiELBO` gets wrong.
+
+    It multiplies N / B into the log weights before the logsumexp, so a subsampled bound can exceed the
+    evidence; its score-function gradient is biased at every K and zero at order 0; and it is a bound
+    per datum only if one plate encloses every sample site of the model and of the guide.
+    """
+    model, guide = ([n for n in t.nodes.values() if n["type"] == "sample"] for t in traces)
+    frames = [f for node in model for f in node["cond_indep_stack"]]
+    subsampled = {f.name for f in frames if f.full_size is not None and f.size != f.full_size}
+    if batches is not None or subsampled:
+        name = batches.plate.name if batches is not None else sorted(subsampled)[0]
+        raise OptionError(
+            f"objective {objective.name!r} on minibatches of plate {name!r}: RenyiELBO scales inside "
+            "the logsumexp and its bound exceeds the evidence. Use engine='eager', which scales "
+            "afterwards, or objective='elbo', or the full data."
+        )
+    for node in guide:
+        if node["is_observed"] or type(node["fn"]).__name__ == "_Subsample":
+            continue
+        if not getattr(node["fn"], "has_rsample", False):
+            raise OptionError(
+                f"objective {objective.name!r} with the guide's site {node['name']!r}, which cannot "
+                "be reparameterised: RenyiELBO's gradient is wrong there. Use objective='elbo', whose "
+                "score-function gradient is unbiased, or a reparameterisable distribution."
+            )
+    enclosing = [_plates(node) for node in model if _counts(node)]
+    everywhere = set.intersection(*enclosing) if enclosing else set()
+    in_guide = [_plates(node) for node in guide if _counts(node)]
+    if any(everywhere - plates for plates in in_guide):
+        raise OptionError(
+            f"objective {objective.name!r}: plate {sorted(everywhere)[0]!r} encloses every site of the "
+            "model, so RenyiELBO takes a bound per row, but the guide holds all rows in one site. Use "
+            "engine='eager', or guide='amortized'."
+        )
+    shared_latents = [n["name"] for n in model if _counts(n) and not _plates(n)]
+    if shared_latents and any(_plates(n) and _auxiliary(n) for n in guide):
+        raise OptionError(
+            f"objective {objective.name!r}: the guide is local to a plate but site "
+            f"{shared_latents[0]!r} is outside it, so RenyiELBO would take the bound of all rows "
+            "jointly. Use engine='eager', which takes it per datum."
+        )
+
+
+def _counts(node: Mapping[str, Any]) -> bool:
+    """Whether a site contributes to the log weights."""
+    return type(node["fn"]).__name__ != "_Subsample" and not node["infer"].get("_deterministic")
+
+
+def _auxiliary(node: Mapping[str, Any]) -> bool:
+    return bool(node["infer"].get("is_auxiliary"))
+
+
+def _plates(node: Mapping[str, Any]) -> set[str]:
+    return {frame.name for frame in node["cond_indep_stack"] if frame.vectorized}

@@ -1,0 +1,28 @@
+"""Standard normal draws to hold fixed: antithetic, with exact mean 0 and covariance I."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def matched_normals(draws: int, dim: int, seed: int) -> Tensor:
+    """Moment-matched normals `[draws, dim]`, float64.
+
+    Each draw stands beside its mirror image, so odd moments vanish; the covariance is whitened to the
+    identity where the draws outnumber twice the dimension, and to unit variances else. A Gaussian
+    target's ELBO over these draws is exact, which is what keeps few of them from overfitting.
+
+    Args:
+        draws: An even number.
+        dim: D.
+        seed: The same seed gives the same draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randn(draws // 2, dim, generator=generator, dtype=torch.float64)
+    if draws // 2 > dim:
+        factor = torch.linalg.cholesky(half.T @ half / len(half))
+        half = torch.linalg.solve_triangular(factor, half.T, upper=False).T
+    else:
+        half = half / half.square().mean(0).sqrt()
+    return torch.cat([half, -half])

@@ -1,0 +1,49 @@
+"""Progress of long work, on stderr: rate, bound and time left."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+
+class Progress:
+    """A progress bar that knows the bound.
+
+    Args:
+        label: What is being done.
+        total: Steps at the most; the time left is an upper bound where work may stop early.
+        enabled: Show it; None shows it on a terminal only.
+    """
+
+    def __init__(self, label: str, total: int | None = None, enabled: bool | None = None) -> None:
+        self._bar: Any = None
+        if sys.stderr.isatty() if enabled is None else enabled:
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=label, total=total, leave=False, file=sys.stderr, delay=0.5)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def step(self, bound: float | None = None) -> None:
+        """One more step is done; ``bound`` in nats."""
+        if self._bar is None:
+            return
+        if bound is not None:
+            self._bar.set_postfix_str(f"bound {bound:.2f} nats", refresh=False)
+        self._bar.update()
+
+    def note(self, text: str) -> None:
+        """Show a short text beside the bar."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
