@@ -86,14 +86,31 @@ def private_params(state: dict | None = None) -> Iterator[dict]:
         yield inner
 
 
+class _OneThread:
+    """How many fits want torch on one thread, and what it had before the first of them."""
+
+    users = 0
+    outer = 1
+
+
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: on tensors of a few thousand numbers more threads only wait."""
-    outer = torch.get_num_threads()
-    if outer > 1:
-        torch.set_num_threads(1)
+def one_thread(wanted: bool = True) -> Iterator[None]:
+    """Run torch on one thread: on tensors of a few thousand numbers more threads only wait.
+
+    Counted, since the setting is the process's: the last fit to leave restores it.
+    """
+    if not wanted:
+        yield
+        return
+    with LOCK:
+        if _OneThread.users == 0:
+            _OneThread.outer = torch.get_num_threads()
+            torch.set_num_threads(1)
+        _OneThread.users += 1
     try:
         yield
     finally:
-        if outer > 1:
-            torch.set_num_threads(outer)
+        with LOCK:
+            _OneThread.users -= 1
+            if _OneThread.users == 0:
+                torch.set_num_threads(_OneThread.outer)

@@ -155,15 +155,23 @@ def _require_same(first: dict[str, Visit], second: dict[str, Visit]) -> None:
 
 def _site(visit: Visit) -> Site:
     latent = visit.kind == "latent"
+    plates = tuple(
+        Plate(frame.name, int(frame.dim or 0), int(frame.full_size or frame.size))
+        for frame in visit.frames
+    )
+    batch_shape, event_shape = visit.fn.batch_shape, visit.fn.event_shape
+    if visit.kind == "deterministic" and visit.value.shape != batch_shape + event_shape:
+        # Without event_dim, Pyro counts every dim of a deterministic value as an event dim, plates
+        # included; the value's own shape says where the plates are.
+        shape = visit.value.shape
+        plates = tuple(p for p in plates if len(shape) >= -p.dim and shape[p.dim] == p.size)
+        batch_shape, event_shape = (shape, shape[:0]) if plates else (shape[:0], shape)
     return Site(
         name=visit.name,
         kind=visit.kind,
-        batch_shape=visit.fn.batch_shape,
-        event_shape=visit.fn.event_shape,
-        plates=tuple(
-            Plate(frame.name, int(frame.dim), int(frame.full_size or frame.size))  # type: ignore[arg-type]
-            for frame in visit.frames
-        ),
+        batch_shape=batch_shape,
+        event_shape=event_shape,
+        plates=plates,
         unconstrained_shape=visit.unconstrained.shape  # type: ignore[union-attr]
         if latent
         else torch.Size(),

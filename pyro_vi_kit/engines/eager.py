@@ -50,7 +50,7 @@ class EagerEngine:
             for name, value in guide.density.params.items()
         }
         self.skipped = 0
-        self._batches = batches
+        self.batches = batches
         self._stream = RandomStream(seed)
         self._evaluation_seed = seed + 1
         self._trained = [p for p in self.parameters().values() if p.requires_grad]
@@ -73,7 +73,7 @@ class EagerEngine:
         """One update at this learning rate; the step's estimate of the bound, nats."""
         self._optimizer.zero_grad()
         with self._stream, isolated(self.guide.density.dtype):
-            bound = self._bound(self._batches.next() if self._batches else None)
+            bound = self._bound(self.batches.next() if self.batches else None)
         (-bound).backward()
         if not torch.isfinite(bound) or not all_finite(self._trained):
             self.skipped += 1

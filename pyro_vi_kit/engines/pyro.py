@@ -93,7 +93,7 @@ class PyroEngine:
             name: torch.nn.Parameter(value.detach().clone(), value.requires_grad)
             for name, value in density.params.items()
         }
-        self._batches = batches
+        self.batches = batches
         if isinstance(guide, Guide):
             guide.batch_size = batches.size if batches is not None else None
         if objective.multi_sample:

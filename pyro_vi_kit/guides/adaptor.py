@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ class Guide(nn.Module):
         point: bool = False,
     ) -> None:
         super().__init__()
+        self.name = name
         self.density = density
         self.blocks = list(blocks)
         self.families = nn.ModuleDict({block.name: family for block, family in blocks.items()})
@@ -142,6 +144,23 @@ class Guide(nn.Module):
                 self.density, block, self.density.observations()
             )
         return self._contexts[block.name]
+
+    def moved_to(self, density: Density) -> Guide:
+        """The same trained families over the same model on other data.
+
+        Local blocks take the new data's rows; whatever is global stays.
+        """
+        plates = density.structure.plates
+        sites = {site.name: site for site in density.latents}
+        blocks = {
+            Block(
+                block.name,
+                tuple(sites[site.name] for site in block.sites),
+                plates[block.plate.name] if block.plate is not None else None,
+            ): copy.deepcopy(self.families[block.name])
+            for block in self.blocks
+        }
+        return Guide(self.name, density, blocks, point=self.point)  # type: ignore[arg-type]
 
     # -- the Pyro guide -----------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ def minimise(
         loss = function(point)
         (gradient,) = torch.autograd.grad(loss, point)
         evaluations += 1
-        value = float(loss)
+        value = float(loss.detach())
         if not np.isfinite(value) or not bool(torch.isfinite(gradient).all()):
             # Above all that was seen, yet on its scale: an infinite value would shrink the next
             # step to nothing.

@@ -1,0 +1,348 @@
+"""`fit`: from a model and a guide's name to a posterior."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.engines import NAMES as ENGINES
+from pyro_vi_kit.engines import Batches, EagerEngine, OptimizerFactory, PyroEngine
+from pyro_vi_kit.errors import ModelError, OptionError, UnknownNameError
+from pyro_vi_kit.guides import Guide, GuideSpec
+from pyro_vi_kit.guides.families import GaussianFamily
+from pyro_vi_kit.methods import NAMES as METHODS
+from pyro_vi_kit.methods import fixed_draws, stochastic
+from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.model import Model
+from pyro_vi_kit.posterior import Posterior, Record, is_small
+from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.runtime import RandomStream, fresh_seed, one_thread
+from pyro_vi_kit.types import Objective
+
+PyroGuide = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A fit's options, checked."""
+
+    model: Model
+    objective: Objective
+    method: str
+    engine: str
+    tolerance: float
+    deadline: float | None
+    init: str | Mapping[str, Any]
+    optimizer: OptimizerFactory | None
+    batch_size: int | None
+    seed: int
+    progress: bool | None
+
+
+def fit(
+    model: Model,
+    guide: str | GuideSpec | Guide | PyroGuide = "full_rank",
+    objective: str | Objective = "elbo",
+    *,
+    method: str = "auto",
+    engine: str = "auto",
+    tol: float = 0.01,
+    budget: float | None = None,
+    init: str | Mapping[str, Any] = "auto",
+    optimizer: OptimizerFactory | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool | None = None,
+) -> Posterior:
+    """Fit a guide to a model's posterior. No learning rate or number of steps has to be given.
+
+    Args:
+        model: The model and its data.
+        guide: A name (see `vi.guides.names()`), a configured instance such as
+            ``vi.guides.AffineCoupling(layers=4)``, or any Pyro guide callable. A guide object of your
+            own is trained in place, as in stock Pyro.
+        objective: ``"elbo"``, ``"iwae"``, ``"renyi"``, or an instance such as
+            ``vi.objectives.Renyi(alpha=0.5, particles=16)``.
+        method: ``"lbfgs"`` (Gaussian guides, ELBO), ``"stochastic"``, or ``"auto"``.
+        engine: ``"eager"`` steps on the vectorised density, ``"pyro"`` is a literal
+            `pyro.infer.SVI`; ``"auto"`` takes eager wherever the model and guide allow it.
+        tol: Nats: an improvement or a disagreement below it counts as none.
+        budget: Seconds after which to stop with what there is.
+        init: ``"auto"``: near the mode, and flows and multi-sample fits from the best Gaussian;
+            ``"origin"``: the origin of unconstrained space; or a dict of site values.
+        optimizer: Makes a torch optimiser from parameters, in the place of Adam with an automatic
+            rate: ``functools.partial(torch.optim.Adam, lr=1e-3)``.
+        batch_size: Rows of the data plate in each step (guide ``"amortized"``).
+        seed: The same seed gives the same numbers on the same machine.
+        dtype: Precision; float64 by default, torch's default dtype for ``"amortized"``.
+        progress: Show progress on stderr; None shows it on a terminal only.
+
+    Raises:
+        ModelError: If the model or its data cannot be used.
+        OptionError: If a name or an option is wrong, or a combination cannot work.
+    """
+    started = time.monotonic()
+    request = _checked(
+        model, objective, method, engine, tol, budget, init, optimizer, batch_size, seed, progress
+    )
+    if isinstance(guide, str | GuideSpec):
+        guide = guides.specify(guide)
+    elif not callable(guide):
+        guide = guides.specify(guide)  # raises, naming what guide= takes
+    name, trainee, density = _trainee(request, guide, dtype)
+    with one_thread(density is not None and is_small(density)):
+        approximation, outcome, engine_name, bound = _train(request, name, trainee, density)
+    record = Record(
+        objective=request.objective,
+        method=outcome.method,
+        engine=engine_name,
+        status=outcome.status,
+        losses=np.asarray(outcome.losses),
+        evaluations=outcome.evaluations,
+        seconds=time.monotonic() - started,
+        seed=request.seed,
+        bound=bound,
+        skipped=outcome.skipped,
+    )
+    spec = guide if isinstance(guide, GuideSpec) else None
+    return Posterior(model, approximation, record, density, spec)
+
+
+def _checked(
+    model: Model,
+    objective: str | Objective,
+    method: str,
+    engine: str,
+    tol: float,
+    budget: float | None,
+    init: str | Mapping[str, Any],
+    optimizer: OptimizerFactory | None,
+    batch_size: int | None,
+    seed: int | None,
+    progress: bool | None,
+) -> _Request:
+    """Refuse what can be refused before the model is run."""
+    if not isinstance(model, Model):
+        raise OptionError(
+            f"fit takes a vi.Model, got {type(model).__name__}: wrap the Pyro function and its "
+            "arguments, vi.fit(vi.Model(fn, x, y))"
+        )
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
+    if engine not in ENGINES:
+        raise UnknownNameError("engine", engine, ENGINES)
+    for option, value in (("tol", tol), ("budget", budget)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and value > 0):
+            raise OptionError(f"{option}= must be a positive number, got {value!r}")
+    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
+        raise OptionError(f"seed= must be a non-negative integer, got {seed!r}")
+    if not isinstance(init, Mapping) and init not in ("auto", "origin"):
+        raise OptionError(
+            f"init= must be 'auto', 'origin' or a dict of site values, got {init!r}"
+        )
+    if optimizer is not None and not callable(optimizer):
+        raise OptionError(
+            "optimizer= must make an optimiser from parameters, e.g. "
+            "functools.partial(torch.optim.Adam, lr=1e-3)"
+        )
+    return _Request(
+        model=model,
+        objective=objectives.make(objective),
+        method=method,
+        engine=engine,
+        tolerance=float(tol),
+        deadline=None if budget is None else time.monotonic() + budget,
+        init=init,
+        optimizer=optimizer,
+        batch_size=batch_size,
+        seed=fresh_seed() if seed is None else seed,
+        progress=progress,
+    )
+
+
+def _trainee(
+    request: _Request, guide: GuideSpec | Guide | PyroGuide, dtype: torch.dtype | None
+) -> tuple[str, Guide | PyroGuide, Density | None]:
+    """The guide's name, the guide itself, untrained, and the model's Density where it has one."""
+    if isinstance(guide, Guide):
+        return guide.name, guide, guide.density
+    if not isinstance(guide, GuideSpec):
+        return getattr(guide, "__name__", type(guide).__name__), guide, _density_or_none(request)
+    if dtype is None:
+        dtype = torch.get_default_dtype() if guide.name == "amortized" else torch.float64
+    density = Density(request.model, dtype=dtype)
+    with RandomStream(request.seed):
+        return guide.name, guide.build(density), density
+
+
+def _density_or_none(request: _Request) -> Density | None:
+    """For a Pyro guide of the user's: what the model is called on, where a Density can say it."""
+    if request.engine == "eager":
+        raise OptionError(
+            "engine='eager' runs the guides of this package; a Pyro guide callable needs "
+            "engine='pyro' (or 'auto')"
+        )
+    try:
+        return Density(request.model, dtype=torch.get_default_dtype())
+    except ModelError:
+        # Discrete latents, structure that changes: Pyro runs what a Density refuses.
+        return None
+
+
+def _train(
+    request: _Request, name: str, trainee: Guide | PyroGuide, density: Density | None
+) -> tuple[Approximation, Outcome, str, float | None]:
+    """Train by the method that fits; the approximation, how it went, the engine and the bound."""
+    if not isinstance(trainee, Guide) or density is None:
+        return _train_pyro_guide(request, trainee, density)
+    _require_compatible(request, trainee)
+    if _use_fixed_draws(request, trainee):
+        with Progress(f"{name} (L-BFGS)", enabled=request.progress) as progress:
+            outcome = fixed_draws.fit(
+                trainee,
+                seed=request.seed,
+                tolerance=request.tolerance,
+                deadline=request.deadline,
+                progress=progress,
+                start=_start(request, density),
+            )
+        return GuideApproximation(name, trainee, density.params), outcome, "eager", None
+    _initialise(request, trainee, density)
+    batches = _batches(request, trainee)
+    if request.engine == "pyro":
+        engine = PyroEngine(
+            request.model,
+            trainee,
+            request.objective,
+            seed=request.seed,
+            density=density,
+            batches=batches,
+            optimizer=request.optimizer,
+        )
+    else:
+        engine = EagerEngine(
+            trainee,
+            request.objective,
+            seed=request.seed,
+            batches=batches,
+            optimizer=request.optimizer,
+        )
+    outcome, bound = _run_stochastic(request, name, engine)
+    approximation = GuideApproximation(name, trainee, engine.params)
+    return approximation, outcome, engine.name, bound if request.objective.multi_sample else None
+
+
+def _train_pyro_guide(
+    request: _Request, guide: PyroGuide, density: Density | None
+) -> tuple[Approximation, Outcome, str, float | None]:
+    if request.method == "lbfgs":
+        raise OptionError("method='lbfgs' runs the Gaussian guides of this package; use 'stochastic'")
+    if request.batch_size is not None:
+        raise OptionError(
+            "batch_size= needs guide='amortized'; with a Pyro guide of your own, give the plates of "
+            "model and guide a subsample_size"
+        )
+    engine = PyroEngine(
+        request.model,
+        guide,
+        request.objective,
+        seed=request.seed,
+        density=density,
+        optimizer=request.optimizer,
+    )
+    outcome, bound = _run_stochastic(request, getattr(guide, "__name__", "guide"), engine)
+    dtype = torch.get_default_dtype() if density is None else density.dtype
+    approximation = TraceApproximation(request.model, guide, engine.state, dtype)
+    return approximation, outcome, engine.name, bound if request.objective.multi_sample else None
+
+
+def _run_stochastic(
+    request: _Request, name: str, engine: EagerEngine | PyroEngine
+) -> tuple[Outcome, float]:
+    literal = isinstance(engine, PyroEngine)
+    batches = engine.batches
+    epoch = 0 if batches is None else batches.plate.size // batches.size
+    schedule = stochastic.Schedule(
+        stretch=max(100, epoch),
+        # Pyro's own loss is slow to evaluate, one particle after another.
+        replicates=16 if literal or batches is not None else 64,
+        tolerance=request.tolerance,
+    )
+    label = f"{name} ({request.objective.name})"
+    with Progress(label, schedule.max_steps, request.progress) as progress:
+        return stochastic.fit(engine, schedule, deadline=request.deadline, progress=progress)
+
+
+def _require_compatible(request: _Request, guide: Guide) -> None:
+    if guide.point and request.objective.multi_sample:
+        raise OptionError(
+            f"guide 'delta' is a point and has no multi-sample bound: objective "
+            f"{request.objective.name!r} needs a guide with spread; use objective='elbo'"
+        )
+    if request.method == "lbfgs" and not _fixed_draws_possible(request, guide):
+        raise OptionError(
+            "method='lbfgs' needs guide 'delta', 'mean_field' or 'full_rank', a model without learned "
+            "parameters, objective 'elbo', and neither engine='pyro' nor optimizer= nor batch_size=; "
+            "use method='stochastic'"
+        )
+
+
+def _fixed_draws_possible(request: _Request, guide: Guide) -> bool:
+    return (
+        fixed_draws.applies_to(guide)
+        and not request.objective.multi_sample
+        and request.engine in ("auto", "eager")
+        and request.optimizer is None
+        and request.batch_size is None
+    )
+
+
+def _use_fixed_draws(request: _Request, guide: Guide) -> bool:
+    return request.method in ("auto", "lbfgs") and _fixed_draws_possible(request, guide)
+
+
+def _start(request: _Request, density: Density) -> Tensor | None:
+    """The unconstrained point that ``init=`` names, `[D]`."""
+    if isinstance(request.init, Mapping):
+        return density.unconstrain(request.init)
+    if request.init == "origin":
+        return torch.zeros(density.dim, dtype=density.dtype)
+    return None
+
+
+def _initialise(request: _Request, guide: Guide, density: Density) -> None:
+    """Start a single Gaussian-based block from the best Gaussian, or where ``init=`` says."""
+    start = _start(request, density)
+    family = guide.families[guide.blocks[0].name]
+    if len(guide.blocks) > 1 or not isinstance(family, GaussianFamily):
+        if start is not None and isinstance(request.init, Mapping):
+            raise OptionError("init={site: value} needs a guide with one block for all latents")
+        return
+    if request.init == "origin" or density.params:
+        return
+    gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
+    family.start_from(gaussian.loc, gaussian.scale_tril)
+
+
+def _batches(request: _Request, guide: Guide) -> Batches | None:
+    if request.batch_size is None:
+        return None
+    plates = [block.plate for block in guide.blocks if block.plate is not None]
+    if not plates:
+        raise OptionError(
+            "batch_size= needs a guide that is local to a data plate: use guide='amortized', or leave "
+            "batch_size= out and fit the full data"
+        )
+    return Batches(plates[0], request.batch_size)
+

@@ -1,0 +1,3 @@
+"""How parameters move."""
+
+NAMES = ("auto", "lbfgs", "stochastic")

@@ -1,0 +1,190 @@
+"""Stochastic steps that need no learning rate: it decays whenever the bound stops improving.
+
+Steps go in stretches. Behind each, the average of its iterates (Polyak & Juditsky 1992) is compared
+with the best average so far on common noise. When a stretch no longer improves the bound beyond the
+noise of that comparison, the rate falls; when it has fallen far enough, the fit has converged (in the
+spirit of Welandawe et al. 2022).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.engines import Engine
+from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.types import Status
+
+NAME = "stochastic"
+
+_DECAY = 0.3
+_DECAYS = 3
+_PATIENCE = 2
+_MAX_BAD_STRETCHES = 4
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long to go on, and with what rate.
+
+    Attributes:
+        rate: First learning rate; parameters are measured in posterior sds.
+        stretch: Steps between two looks at the bound.
+        max_steps: The most steps.
+        replicates: Estimates of the bound in one look.
+        tolerance: Nats per stretch below which an improvement is none; relative to the bound's size
+            (0.01 %) where that is larger.
+    """
+
+    rate: float = 0.02
+    stretch: int = 100
+    max_steps: int = 20_000
+    replicates: int = 64
+    tolerance: float = 0.01
+
+
+@dataclass
+class _Best:
+    """The best averaged iterate and what the bound was there, on the common noise."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    bounds: Tensor = field(default_factory=lambda: torch.tensor([-math.inf]))
+
+
+def fit(
+    engine: Engine, schedule: Schedule, *, deadline: float | None, progress: Progress
+) -> tuple[Outcome, float]:
+    """Train the engine's parameters; leave the best average in them.
+
+    Args:
+        engine: What executes steps.
+        schedule: How long to go on.
+        deadline: `time.monotonic` second at which to stop.
+        progress: Told each step.
+
+    Returns:
+        How the fit went, and the bound at its end in nats.
+    """
+    losses: list[float] = []
+    best = _Best()
+    try:
+        status = _run(engine, schedule, best, losses, deadline, progress)
+    except KeyboardInterrupt:
+        status = Status(False, "interrupted", "Interrupted; the best parameters so far were kept.")
+    if best.values:
+        _write(engine, best.values)
+    outcome = Outcome(NAME, status, losses, len(losses) * engine.particles, engine.skipped)
+    return outcome, float(best.bounds.mean())
+
+
+def _run(
+    engine: Engine,
+    schedule: Schedule,
+    best: _Best,
+    losses: list[float],
+    deadline: float | None,
+    progress: Progress,
+) -> Status:
+    rate, stalled, bad = schedule.rate, 0, 0
+    _look(engine, schedule, best)
+    while True:
+        skipped = engine.skipped
+        average = _stretch(engine, schedule, rate, losses, deadline, progress)
+        last = _read(engine)
+        _write(engine, average)
+        gain, se = _look(engine, schedule, best)
+        _write(engine, last)
+        tolerance = max(schedule.tolerance, 1e-4 * abs(float(best.bounds.mean())))
+        failed = engine.skipped - skipped > schedule.stretch // 2 or not math.isfinite(gain)
+        bad = bad + 1 if failed else 0
+        stalled = 0 if gain > max(tolerance, 2.0 * se) else stalled + 1
+        if bad >= _MAX_BAD_STRETCHES:
+            return _diverged(engine)
+        if deadline is not None and time.monotonic() > deadline:
+            return Status(False, "budget", _budget_advice("budget", gain, se))
+        if len(losses) >= schedule.max_steps:
+            return Status(False, "budget", _budget_advice("largest number of steps", gain, se))
+        if failed or stalled >= _PATIENCE:
+            rate, stalled = rate * _DECAY, 0
+            if not failed and rate < schedule.rate * _DECAY**_DECAYS:
+                return Status(
+                    True,
+                    "converged",
+                    f"The bound stopped improving: {gain:+.3f} nats (s.e. {se:.3f}) over the last "
+                    f"{schedule.stretch} steps. {_skipped_words(engine)}".rstrip(),
+                )
+            _write(engine, best.values)
+
+
+def _stretch(
+    engine: Engine,
+    schedule: Schedule,
+    rate: float,
+    losses: list[float],
+    deadline: float | None,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """A stretch of steps; the average of its iterates."""
+    average: dict[str, Tensor] = {}
+    for count in range(schedule.stretch):
+        bound = engine.step(rate)
+        losses.append(-bound)
+        progress.step(bound)
+        for name, value in engine.parameters().items():
+            detached = value.detach()
+            if not average or name not in average:
+                average[name] = detached.clone()
+            elif detached.is_floating_point():
+                average[name] += (detached - average[name]) / (count + 1)
+        if deadline is not None and time.monotonic() > deadline:
+            break
+    return average
+
+
+def _look(engine: Engine, schedule: Schedule, best: _Best) -> tuple[float, float]:
+    """Compare the bound now with the best one, pair by pair: gain in nats and its standard error."""
+    bounds = engine.evaluate(schedule.replicates)
+    gains = bounds - best.bounds
+    gain = float(gains.mean())
+    se = float(gains.std()) / math.sqrt(len(gains)) if bool(gains.isfinite().all()) else math.inf
+    if math.isnan(gain):
+        return -math.inf, math.inf
+    if gain > 0:
+        best.bounds, best.values = bounds, _read(engine)
+    return gain, se if math.isfinite(gain) else 0.0
+
+
+def _read(engine: Engine) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in engine.parameters().items()}
+
+
+@torch.no_grad()
+def _write(engine: Engine, values: dict[str, Tensor]) -> None:
+    for name, parameter in engine.parameters().items():
+        if name in values:
+            parameter.copy_(values[name])
+
+
+def _diverged(engine: Engine) -> Status:
+    return Status(
+        False,
+        "diverged",
+        f"The bound or its gradient kept being NaN or infinite ({engine.skipped} steps skipped): look "
+        "at vi.check(model), give init={site: value}, or try guide='mean_field'.",
+    )
+
+
+def _budget_advice(what: str, gain: float, se: float) -> str:
+    return (
+        f"The {what} ran out while the bound was still moving ({gain:+.3f} nats, s.e. {se:.3f}, in the "
+        "last stretch); the best parameters so far were kept. Give a larger budget=, or a simpler guide."
+    )
+
+
+def _skipped_words(engine: Engine) -> str:
+    return f"{engine.skipped} steps with a NaN gradient were skipped." if engine.skipped else ""

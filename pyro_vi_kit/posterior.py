@@ -1,0 +1,471 @@
+"""A fitted posterior: draws, quality, predictions, and the way out to ArviZ."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from pyro_vi_kit import export
+from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.groups import coords_of, model_groups, prior_groups, sampled, squeeze
+from pyro_vi_kit.guides import GuideSpec
+from pyro_vi_kit.model import Model
+from pyro_vi_kit.psis import Psis, psis, resample
+from pyro_vi_kit.runtime import RandomStream, fresh_seed, one_thread
+from pyro_vi_kit.summary import summarise
+from pyro_vi_kit.types import Objective, Status
+from pyro_vi_kit.verdict import Verdict, judge
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_EVALUATION_NUMBERS = 200_000_000
+_EVALUATION_SEED = 1_234_567
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a fit was done.
+
+    Attributes:
+        objective: What was maximised.
+        method: ``lbfgs`` or ``stochastic``.
+        engine: ``eager`` or ``pyro``.
+        status: How it ended.
+        losses: Minus the bound at each step, nats.
+        evaluations: Per-sample gradient evaluations of the log density.
+        seconds: Wall time of the whole fit.
+        seed: What the fit's random numbers started from.
+        bound: The trained objective's value at the end, nats; None where it is the ELBO.
+        skipped: Steps whose gradient was not finite.
+    """
+
+    objective: Objective
+    method: str
+    engine: str
+    status: Status
+    losses: np.ndarray
+    evaluations: int
+    seconds: float
+    seed: int
+    bound: float | None = None
+    skipped: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """Draws from q with their weights, made once and read by every diagnostic."""
+
+    values: dict[str, np.ndarray]
+    log_p: np.ndarray
+    log_q: np.ndarray
+    smoothed: Psis
+
+
+class Posterior:
+    """What `vi.fit` returns.
+
+    Args:
+        model: The model.
+        approximation: The trained guide.
+        record: How it was trained.
+        density: The model's Density; None where the model has none.
+        spec: The guide's options, where it was named or configured.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        approximation: Approximation,
+        record: Record,
+        density: Density | None,
+        spec: GuideSpec | None = None,
+    ) -> None:
+        self.model = model
+        self.approximation = approximation
+        self.record = record
+        self.density = density
+        self.spec = spec
+
+    # -- how it was done ----------------------------------------------------------------------
+
+    @property
+    def guide(self) -> str:
+        """Name of the guide."""
+        return self.approximation.name
+
+    @property
+    def status(self) -> Status:
+        """How the fit ended, and what to do about it."""
+        return self.record.status
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Minus the bound at each step, `[steps]`, nats; NaN where a step was skipped."""
+        return self.record.losses
+
+    @property
+    def evaluations(self) -> int:
+        """Per-sample gradient evaluations of the log density."""
+        return self.record.evaluations
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the fit."""
+        return self.record.seconds
+
+    @property
+    def method(self) -> str:
+        """How parameters moved: ``lbfgs`` or ``stochastic``."""
+        return self.record.method
+
+    @property
+    def engine(self) -> str:
+        """How steps were executed: ``eager`` or ``pyro``."""
+        return self.record.engine
+
+    @property
+    def parameters(self) -> dict[str, np.ndarray]:
+        """Learned parameters of the model (`pyro.param`, `pyro.module`), constrained, by name."""
+        if self.density is None or not isinstance(self.approximation, GuideApproximation):
+            return {}
+        constraints = self.density.structure.parameters
+        with torch.no_grad():
+            return {
+                name: torch.distributions.transform_to(constraints[name].constraint)(value)
+                .cpu()
+                .numpy()
+                for name, value in self.approximation.params.items()
+            }
+
+    # -- how good it is -----------------------------------------------------------------------
+
+    @functools.cached_property
+    def _evaluation(self) -> _Evaluation:
+        draws = min(4000, max(200, _EVALUATION_NUMBERS // max(self.approximation.cost, 1)))
+        with self._few_threads():
+            values = self._named(self.approximation.draw(draws, _EVALUATION_SEED).values)
+            log_p, log_q = self.approximation.weigh(draws, _EVALUATION_SEED)
+        log_w = (log_p - log_q).numpy()
+        # Where the fit went wrong, a weight that is NaN is a draw that the model refuses.
+        log_w = np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
+        return _Evaluation(values, log_p.numpy(), log_q.numpy(), psis(log_w))
+
+    @property
+    def _is_point(self) -> bool:
+        return isinstance(self.approximation, GuideApproximation) and self.approximation.guide.point
+
+    @property
+    def elbo(self) -> float | None:
+        """The single-sample ELBO of q on fresh draws, nats; None for a point estimate."""
+        if self._is_point:
+            return None
+        log_w = self._evaluation.log_p - self._evaluation.log_q
+        return float(log_w.mean())
+
+    @property
+    def elbo_se(self) -> float | None:
+        """Standard error of `elbo`, nats."""
+        if self._is_point:
+            return None
+        log_w = self._evaluation.log_p - self._evaluation.log_q
+        return float(log_w.std(ddof=1) / np.sqrt(len(log_w)))
+
+    @property
+    def bound(self) -> float | None:
+        """The trained objective's value, nats."""
+        return self.elbo if self.record.bound is None else self.record.bound
+
+    @property
+    def khat(self) -> float | None:
+        """Pareto k-hat of the joint importance ratios; None for a point estimate."""
+        return None if self._is_point else self._evaluation.smoothed.khat
+
+    @property
+    def log_evidence(self) -> tuple[float, float] | None:
+        """Importance-weighted log evidence and its standard error, nats.
+
+        With improper priors or factors it is defined up to their constant.
+        """
+        if self._is_point:
+            return None
+        smoothed = self._evaluation.smoothed
+        return smoothed.log_mean_weight, smoothed.log_mean_weight_se
+
+    @functools.cached_property
+    def verdict(self) -> Verdict | None:
+        """Whether to believe it; None for a point estimate."""
+        if self._is_point:
+            return None
+        evaluation = self._evaluation
+        latent = self._latent_names()
+        values = {n: v for n, v in evaluation.values.items() if n in latent}
+        return judge(values, evaluation.smoothed, self.status, self.guide)
+
+    def summary(self, prob: float = 0.9) -> pd.DataFrame:
+        """Mean, sd, interval and Monte Carlo error of each parameter, with its site's verdict.
+
+        Args:
+            prob: Mass of the equal-tailed interval.
+        """
+        dims = {} if self.density is None else self._dims()
+        sites = self.verdict.sites if self.verdict is not None else {}
+        frame = summarise(self._evaluation.values, dims, self.model.coords, sites, prob)
+        frame.attrs["verdict"] = "" if self.verdict is None else str(self.verdict)
+        return frame
+
+    def __repr__(self) -> str:
+        if self._is_point:
+            head = f"{self.guide} posterior of {self.model.name}: point estimate"
+        else:
+            head = f"{self.guide} posterior of {self.model.name}: {self.verdict}"
+        lines = [head, f"  status   {self.status.reason}: {self.status.advice}"]
+        if not self._is_point:
+            evidence, se = self.log_evidence or (np.nan, np.nan)
+            lines += [
+                f"  ELBO     {self.elbo:.3f} nats (s.e. {self.elbo_se:.3f})",
+                f"  evidence {evidence:.3f} nats (s.e. {se:.3f}), by importance weights",
+            ]
+        lines.append(
+            f"  made by  {self.method} on the {self.engine} engine, objective "
+            f"{self.record.objective.name}: {self.evaluations:,} gradient evaluations in "
+            f"{self.seconds:.2f} s"
+        )
+        return "\n".join(lines)
+
+    # -- draws --------------------------------------------------------------------------------
+
+    def sample(self, draws: int = 1000, seed: int | None = None) -> dict[str, np.ndarray]:
+        """Draws from q, `{site: [draws, *site shape]}`, deterministic sites too.
+
+        Args:
+            draws: How many.
+            seed: The same seed gives the same draws.
+        """
+        _require_draws(draws)
+        seed = fresh_seed() if seed is None else seed
+        with self._few_threads():
+            return self._named(self.approximation.draw(draws, seed).values)
+
+    def resample(self, draws: int = 1000, seed: int | None = None) -> dict[str, np.ndarray]:
+        """Draws corrected by Pareto-smoothed importance resampling, as `sample` gives them.
+
+        Chosen from at least ten times as many draws of q.
+        """
+        _require_draws(draws)
+        seed = fresh_seed() if seed is None else seed
+        pool = max(4000, 10 * draws)
+        values = self.sample(pool, seed)
+        smoothed = psis(self.log_weights(pool, seed))
+        chosen = resample(smoothed.log_weights, draws, np.random.default_rng(seed))
+        return {name: value[chosen] for name, value in values.items()}
+
+    def log_weights(self, draws: int = 1000, seed: int | None = None) -> np.ndarray:
+        """log p(x, z) - log q(z) in nats, `[draws]`, at what `sample` draws with that seed.
+
+        Raises:
+            OptionError: For a point estimate, which has no density.
+        """
+        _require_draws(draws)
+        if self._is_point:
+            raise OptionError("a point estimate (guide 'delta') has no log weights: fit a guide with "
+                              "spread, e.g. guide='mean_field'")
+        with self._few_threads():
+            weighed = self.approximation.weigh(draws, fresh_seed() if seed is None else seed)
+        return (weighed.log_p - weighed.log_q).numpy()
+
+    def predict(
+        self, *args: Any, draws: int = 1000, seed: int | None = None, **kwargs: Any
+    ) -> dict[str, np.ndarray]:
+        """Predictive draws `{site: [draws, *shape]}` of the observed and deterministic sites.
+
+        Args:
+            *args: The model's arguments at new inputs; its own data when none are given. Pass None
+                for what is to be predicted, where the model takes it.
+            draws: How many.
+            seed: The same seed gives the same draws.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            ModelError: If the model refuses the arguments.
+        """
+        _require_draws(draws)
+        seed = fresh_seed() if seed is None else seed
+        model = self.model.with_args(*args, **kwargs) if args or kwargs else self.model
+        latent = self._latent_names()
+        try:
+            with self._few_threads():
+                if isinstance(self.approximation, GuideApproximation):
+                    values = self._simulate(self.approximation, model, draws, seed)
+                else:
+                    values = self.approximation.predict(model, draws, seed)  # type: ignore[attr-defined]
+        except (ModelError, OptionError):
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"the model cannot predict with these arguments ({type(error).__name__}: {error}). "
+                "Latents inside a plate keep its length; for new data of another length use "
+                "posterior.infer(*args) with guide='amortized'"
+            ) from error
+        return self._named({name: v for name, v in values.items() if name not in latent})
+
+    @staticmethod
+    def _simulate(
+        approximation: GuideApproximation, model: Model, draws: int, seed: int
+    ) -> dict[str, torch.Tensor]:
+        from pyro_vi_kit.groups import in_chunks
+
+        z = approximation.unconstrained(draws, seed)
+        with RandomStream(seed + 1):
+            return in_chunks(
+                lambda part: approximation.density.simulate(part, model, approximation.params),
+                z,
+                approximation.cost,
+            )
+
+    def infer(self, *args: Any, **kwargs: Any) -> Posterior:
+        """The posterior of new data in one pass of the encoder, nothing trained.
+
+        Args:
+            *args: The model's arguments on the new data.
+            **kwargs: Its keyword arguments.
+
+        Raises:
+            OptionError: If the guide is not amortized.
+        """
+        approximation = self.approximation
+        if not isinstance(approximation, GuideApproximation) or approximation.name != "amortized":
+            raise OptionError(
+                f"guide {self.guide!r} has no encoder to infer new data with: fit with "
+                "guide='amortized', or fit the new data"
+            )
+        density = Density(self.model.with_args(*args, **kwargs), dtype=approximation.density.dtype)
+        guide = approximation.guide.moved_to(density)
+        moved = GuideApproximation(approximation.name, guide, approximation.params)
+        return Posterior(density.model, moved, self.record, density, self.spec)
+
+    # -- the way out --------------------------------------------------------------------------
+
+    def to_arviz(self, draws: int = 1000, seed: int = 0) -> Any:
+        """`InferenceData` (ArviZ 0.x) or `DataTree` (1.x) with one chain of draws from q.
+
+        Groups: posterior, unconstrained_posterior, posterior_predictive, log_likelihood, prior,
+        prior_predictive, observed_data, constant_data, sample_stats (log_p, log_q, log_w) and
+        loss_trace, those that the model has.
+
+        Args:
+            draws: Draws from q.
+            seed: The same seed gives the same draws.
+        """
+        _require_draws(draws)
+        with self._few_threads():
+            groups = self.groups(draws, seed)
+        coords = coords_of(self.model, groups)
+        return export.to_arviz(groups, coords, self.attrs(seed))
+
+    def groups(self, draws: int, seed: int) -> dict[str, export.Group]:
+        """What `to_arviz` exports, as plain arrays."""
+        if isinstance(self.approximation, GuideApproximation):
+            z = self.approximation.unconstrained(draws, seed)
+            groups = model_groups(
+                self.approximation.density, z, params=self.approximation.params, seed=seed + 1
+            )
+        else:
+            values = self._named(self.approximation.draw(draws, seed).values)
+            groups = {"posterior": export.Group({n: v[None] for n, v in values.items()}, self._dims())}
+            if self.density is not None:
+                groups |= prior_groups(self.density, 500, seed=seed + 2)
+        if not self._is_point:
+            log_p, log_q = (t.numpy()[None] for t in self.approximation.weigh(draws, seed))
+            groups["sample_stats"] = export.Group(
+                {"log_p": log_p, "log_q": log_q, "log_w": log_p - log_q}
+            )
+        groups["loss_trace"] = export.Group(
+            {"loss": self.losses}, {"loss": ["step"]}, sampled=False, attrs={"unit": "nats"}
+        )
+        return groups
+
+    def attrs(self, seed: int) -> dict[str, Any]:
+        """How it was made, in what netCDF can hold."""
+        record, verdict = self.record, self.verdict
+        attrs = {
+            "model": self.model.name,
+            "guide": self.guide,
+            "objective": record.objective.name,
+            "method": record.method,
+            "engine": record.engine,
+            "seed": record.seed,
+            "draws_seed": seed,
+            "status": record.status.reason,
+            "advice": record.status.advice,
+            "evaluations": record.evaluations,
+            "seconds": record.seconds,
+        }
+        if verdict is not None:
+            evidence, se = self.log_evidence or (np.nan, np.nan)
+            attrs |= {
+                "verdict": verdict.level,
+                "verdict_reasons": "; ".join(verdict.reasons),
+                "khat": self.khat,
+                "elbo": self.elbo,
+                "elbo_se": self.elbo_se,
+                "log_evidence": evidence,
+                "log_evidence_se": se,
+            }
+        if self.density is not None and self.density.params:
+            attrs["learned_parameters"] = ", ".join(self.density.params)
+        return attrs
+
+    def save(self, path: str | Path, draws: int = 1000) -> Path:
+        """Write valid ArviZ netCDF that also holds the guide's tensors; read it with `vi.load`.
+
+        Raises:
+            FileError: If the path cannot be written.
+        """
+        from pyro_vi_kit.storage import save
+
+        return save(self, path, draws)
+
+    # -- names --------------------------------------------------------------------------------
+
+    def _latent_names(self) -> set[str]:
+        if self.density is not None:
+            return {site.name for site in self.density.latents}
+        return set(self._evaluation.values)
+
+    def _named(self, values: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        """Values in each site's own shape."""
+        sites = {} if self.density is None else self.density.structure.sites
+        return {
+            name: squeeze(sites[name], value) if name in sites else value.detach().cpu().numpy()
+            for name, value in values.items()
+        }
+
+    def _dims(self) -> dict[str, list[str]]:
+        if self.density is None:
+            return {}
+        zeros = {n: torch.zeros(1, *s.batch_shape, *s.event_shape)
+                 for n, s in self.density.structure.sites.items()
+                 if s.kind in ("latent", "deterministic")}
+        return {name: list(dims) for name, dims in sampled(self.density, zeros, 1).dims.items()}
+
+    def _few_threads(self) -> Any:
+        return one_thread(self.density is None or is_small(self.density))
+
+
+def is_small(density: Density) -> bool:
+    """Whether one thread is as fast as many: no learned networks, little data."""
+    return not density.params and sum(t.numel() for t in density.data) < 100_000
+
+
+def _require_draws(draws: int) -> None:
+    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 1:
+        raise OptionError(f"draws must be a positive integer, got {draws!r}")

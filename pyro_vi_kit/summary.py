@@ -1,0 +1,63 @@
+"""Moments of draws as a table, one row per number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pyro_vi_kit.metrics import interval, mcse_mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def summarise(
+    values: Mapping[str, np.ndarray],
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Sequence[Any]],
+    verdicts: Mapping[str, str],
+    prob: float,
+) -> pd.DataFrame:
+    """Mean, sd, equal-tailed interval and Monte Carlo error of the mean.
+
+    Args:
+        values: Independent draws by site, `[S, *shape]`.
+        dims: Names of each site's dims.
+        coords: Names along those dims.
+        verdicts: Level of each site; sites that are not in it get an empty one.
+        prob: Mass of the interval.
+    """
+    import pandas as pd
+
+    tail = 50.0 * (1.0 - prob)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, draws in values.items():
+        low, high = interval(draws, prob)
+        columns = {
+            "mean": draws.mean(0),
+            "sd": draws.std(0, ddof=1) if len(draws) > 1 else np.zeros(draws.shape[1:]),
+            f"{tail:g}%": low,
+            f"{100 - tail:g}%": high,
+            "mcse_mean": mcse_mean(draws),
+        }
+        for index, label in labels(name, draws.shape[1:], dims.get(name, ()), coords):
+            rows[label] = {key: float(np.asarray(column)[index]) for key, column in columns.items()}
+            rows[label]["verdict"] = verdicts.get(name, "")
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def labels(
+    name: str,
+    shape: tuple[int, ...],
+    dims: Sequence[str],
+    coords: Mapping[str, Sequence[Any]],
+) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Index and label, as ``theta[Choate]``, of each number of a site."""
+    for index in np.ndindex(*shape):
+        parts = [
+            str(coords[dim][i]) if dim in coords and len(coords[dim]) == size else str(i)
+            for dim, i, size in zip(dims or [""] * len(shape), index, shape, strict=False)
+        ]
+        yield index, f"{name}[{', '.join(parts)}]" if parts else name

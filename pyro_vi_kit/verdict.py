@@ -1,0 +1,122 @@
+"""Whether to believe a fit: one word, its reasons, and what to try next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from pyro_vi_kit.psis import Psis, weighted_moments
+from pyro_vi_kit.types import Status
+
+Level = Literal["good", "resample", "reject"]
+
+# Vehtari et al. 2024: up to here the smoothed weights of feasible numbers of draws can be trusted.
+MAX_KHAT = 0.7
+# A k-hat above it means little where hardly any draw carries more weight than the others.
+EVEN_WEIGHTS = 0.95
+MIN_ESS = 100.0
+MAX_MEAN_SHIFT = 0.1
+MAX_SD_SHIFT = 0.1
+
+_RICHER = {
+    "delta": "mean_field",
+    "mean_field": "full_rank",
+    "full_rank": "affine_coupling",
+    "amortized": "amortized with a larger encoder",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to believe a fit.
+
+    Attributes:
+        level: ``good``; ``resample``, usable after importance resampling; ``reject``, do not use.
+        reasons: The numbers behind it, in words.
+        advice: What to try next, empty when good.
+        sites: Level of each latent site.
+    """
+
+    level: Level
+    reasons: tuple[str, ...]
+    advice: str
+    sites: Mapping[str, Level] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        words = f"{self.level}: {'; '.join(self.reasons)}."
+        return f"{words} {self.advice}" if self.advice else words
+
+
+def judge(
+    values: Mapping[str, np.ndarray], smoothed: Psis, status: Status, guide: str
+) -> Verdict:
+    """Judge a fit by its importance weights and by how far they move each site.
+
+    Args:
+        values: Draws of the latent sites from q, `[S, *shape]` by site.
+        smoothed: Their smoothed importance weights.
+        status: How the fit ended.
+        guide: The guide's name, for the advice.
+    """
+    even = smoothed.ess / len(smoothed.log_weights)
+    reliable = smoothed.ess >= MIN_ESS and (smoothed.khat <= MAX_KHAT or even >= EVEN_WEIGHTS)
+    shifts = {name: site_shift(draws, smoothed) for name, draws in values.items()}
+    reasons = [
+        f"k-hat {smoothed.khat:.2f}",
+        f"importance sampling keeps {100 * even:.0f} % of the draws' worth",
+    ]
+    if not reliable or status.reason == "diverged":
+        sites: dict[str, Level] = dict.fromkeys(values, "reject")
+        level: Level = "reject"
+    else:
+        slack = 2.0 / np.sqrt(smoothed.ess)
+        sites = {
+            name: "good"
+            if mean <= MAX_MEAN_SHIFT + slack and sd <= MAX_SD_SHIFT + slack
+            else "resample"
+            for name, (mean, sd) in shifts.items()
+        }
+        level = "good" if all(s == "good" for s in sites.values()) else "resample"
+        worst = max(shifts, key=lambda name: max(shifts[name]))
+        mean, sd = shifts[worst]
+        reasons.append(
+            f"resampling moves site {worst!r} most: mean by {mean:.2f} sd, sd by {100 * sd:.0f} %"
+        )
+    if not status.converged:
+        reasons.append(f"the fit has not converged ({status.reason})")
+        level = "resample" if level == "good" else level
+    return Verdict(level, tuple(reasons), _advice(level, guide, status), sites)
+
+
+def site_shift(draws: np.ndarray, smoothed: Psis) -> tuple[float, float]:
+    """How far the weights move a site: the largest move of a mean, in sds, and of an sd, relative."""
+    flat = draws.reshape(len(draws), -1)
+    mean, sd = weighted_moments(flat, smoothed.log_weights)
+    plain_sd = flat.std(0)
+    moving = plain_sd > 0
+    if not moving.any():
+        return 0.0, 0.0
+    mean_shift = np.abs(mean - flat.mean(0))[moving] / np.maximum(sd, plain_sd)[moving]
+    sd_shift = np.abs(np.log(np.maximum(sd[moving], 1e-300) / plain_sd[moving]))
+    return float(mean_shift.max()), float(sd_shift.max())
+
+
+def _advice(level: Level, guide: str, status: Status) -> str:
+    if level == "good":
+        return ""
+    steps = [] if status.converged else [status.advice]
+    richer = _RICHER.get(guide)
+    if level == "resample":
+        steps.append("Use posterior.resample() instead of posterior.sample()" + (
+            f", or try guide={richer!r}." if richer else "."
+        ))
+    elif richer:
+        steps.append(
+            f"Do not use it. Try guide={richer!r}, a non-centred parameterisation, or vi.nuts(model)."
+        )
+    else:
+        steps.append("Do not use it. Try a reparameterisation of the model, or vi.nuts(model).")
+    return " ".join(steps)
