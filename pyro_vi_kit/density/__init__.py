@@ -1,7 +1,8 @@
 """The model as a batched log density over unconstrained space."""
 
-from pyro_vi_kit.density.density import Density, Terms
+from pyro_vi_kit.density.density import Density
 from pyro_vi_kit.density.layout import Block
 from pyro_vi_kit.density.structure import Parameter, Plate, Site, Structure
+from pyro_vi_kit.density.terms import Terms
 
 __all__ = ["Block", "Density", "Parameter", "Plate", "Site", "Structure", "Terms"]

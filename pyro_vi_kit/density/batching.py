@@ -34,7 +34,7 @@ _FACTORIES = (
 
 
 class _Lift(TorchFunctionMode):
-    """Makes new floating tensors depend on the particle, so that vmap lets the model write into them.
+    """Makes new floating tensors depend on the particle: vmap then lets the model write into them.
 
     Args:
         zero: A zero that vmap sees as batched.
@@ -51,39 +51,6 @@ class _Lift(TorchFunctionMode):
         if func in _FACTORIES and isinstance(result, Tensor) and result.is_floating_point():
             return result + self.zero.to(result.dtype)
         return result
-
-
-class _Promote(TorchFunctionMode):
-    """Casts floating tensors that reach a product in another precision, as for closed-over data.
-
-    Elementwise operations promote by themselves; matrix products refuse mixed dtypes.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in _PRODUCTS:
-            args = tree_map(self._cast, args)
-        return func(*args, **(kwargs or {}))
-
-    def _cast(self, value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(self.dtype) if floating else value
-
-
-_PRODUCTS = frozenset(
-    "matmul __matmul__ __rmatmul__ mm mv bmm dot addmm einsum linear bilinear tensordot baddbmm "
-    "conv1d conv2d solve_triangular cholesky_solve inner outer".split()
-)
-
-
-def promote(dtype: torch.dtype) -> TorchFunctionMode:
-    """A context in which matrix products accept operands of mixed precision."""
-    return _Promote(dtype)
 
 
 def batched(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
@@ -44,7 +46,7 @@ class Visit:
     log_det: Tensor | None = None
 
     def log_prob(self) -> Tensor:
-        """The site's log density as Pyro's traces have it, scale and mask applied: [*batch], nats."""
+        """The site's log density as in Pyro's traces, scale and mask applied: [*batch], nats."""
         log_prob = self.fn.log_prob(self.value)
         if self.mask is False:
             return torch.zeros_like(log_prob)
@@ -58,11 +60,10 @@ class ParamVisit:
     """One learned parameter as one run met it, with the module that holds it if one does."""
 
     name: str
-    init: Any
     constraint: constraints.Constraint
-    event_dim: int | None
     owner: nn.Module | None
     attribute: str
+    value: Tensor | None = None
 
 
 @dataclass
@@ -76,6 +77,11 @@ class Replay(Messenger):
         fill: Makes the unconstrained value of a latent that nothing was given for.
         simulate: Draw observed sites anew instead of using the data.
         sample_latents: Draw latents from their conditional prior where nothing was given.
+
+    Attributes:
+        declared: The subsample size of each plate that declares one.
+        visits: The sites that were met.
+        param_visits: The parameters that were met.
     """
 
     unconstrained: Mapping[str, Tensor] = field(default_factory=dict)
@@ -84,6 +90,7 @@ class Replay(Messenger):
     fill: Fill = torch.zeros
     simulate: bool = False
     sample_latents: bool = False
+    declared: dict[str, int] = field(default_factory=dict)
     visits: dict[str, Visit] = field(default_factory=dict)
     param_visits: dict[str, ParamVisit] = field(default_factory=dict)
 
@@ -136,17 +143,24 @@ class Replay(Messenger):
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
         owner, attribute = _owner_of_param()
-        self.param_visits[name] = ParamVisit(
-            name=name,
-            init=msg["args"][1] if len(msg["args"]) > 1 else None,
-            constraint=msg["kwargs"].get("constraint", constraints.real),
-            event_dim=msg["kwargs"].get("event_dim"),
-            owner=owner,
-            attribute=attribute,
-        )
+        constraint = msg["kwargs"].get("constraint", constraints.real)
+        if isinstance(owner, PyroModule):
+            # A PyroModule's param statement may leave the constraint to the parameter store.
+            own_name = attribute.removesuffix("_unconstrained")
+            constraint = owner._pyro_params.get(own_name, (constraint, None))[0]
+        self.param_visits[name] = ParamVisit(name, constraint, owner, attribute)
         if name in self.params:
-            msg["value"] = transform_to(self.param_visits[name].constraint)(self.params[name])
+            value = transform_to(constraint)(self.params[name])
+            if msg["kwargs"].get("event_dim") is not None:
+                # A subsampled plate notes its rows on what `unconstrained` points to; not on ours.
+                value = value.view_as(value)
+                value.unconstrained = weakref.ref(value)
+            msg["value"] = value
             msg["done"] = True
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        # Before plates take their rows of it: this handler is the outermost.
+        self.param_visits[msg["name"]].value = msg["value"]
 
 
 def kind_of(msg: Any) -> Kind:
@@ -171,8 +185,8 @@ def _base(fn: Any) -> Any:
 def _owner_of_param() -> tuple[nn.Module | None, str]:
     """The submodule and attribute behind the param message under way, read off the call stack.
 
-    Pyro's param messages carry a name and a tensor, not the module whose attribute the tensor is. The
-    module's forward pass reads that attribute, so setting the message's value alone changes nothing.
+    Pyro's param messages carry a name and a tensor, not the module whose attribute the tensor is.
+    The module's forward pass reads that attribute: setting the message's value changes nothing.
     """
     frame = sys._getframe(1)
     for _ in range(60):
@@ -181,7 +195,7 @@ def _owner_of_param() -> tuple[nn.Module | None, str]:
         if frame.f_code is pyro.module.__code__:
             module, path = frame.f_locals["nn_module"], frame.f_locals["param_name"]
             return _resolve(module, path)
-        if frame.f_code is pyro.nn.PyroModule.__getattr__.__code__:
+        if frame.f_code is PyroModule.__getattr__.__code__:
             module, attribute = frame.f_locals["self"], frame.f_locals["name"]
             if attribute in module.__dict__.get("_pyro_params", {}):
                 attribute += "_unconstrained"
@@ -202,7 +216,7 @@ def _resolve(module: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 @contextlib.contextmanager
 def subsample_indices(
-    index: Mapping[str, Tensor], seen: dict[str, int] | None = None
+    index: Mapping[str, Tensor], declared: dict[str, int] | None = None
 ) -> Iterator[None]:
     """Make every plate use these indices, all of its rows where none are given.
 
@@ -211,7 +225,7 @@ def subsample_indices(
 
     Args:
         index: Indices [B] by plate name.
-        seen: Filled with the full size of each plate that was met.
+        declared: Filled with the subsample size of each plate that declares one.
     """
     original = SubsampleMessenger._subsample
 
@@ -225,8 +239,8 @@ def subsample_indices(
     ) -> Any:
         if size is None or subsample is not None:
             return original(name, size, subsample_size, subsample, use_cuda, device)
-        if seen is not None:
-            seen[name] = int(size)
+        if declared is not None and subsample_size is not None and subsample_size < size:
+            declared[name] = int(subsample_size)
         given = index.get(name)
         chosen = torch.arange(size, device=device) if given is None else given
         return original(name, size, None, chosen, use_cuda, device)

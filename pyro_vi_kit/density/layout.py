@@ -63,8 +63,7 @@ class Block:
 
     def _axis(self, site: Site) -> int:
         """Where the data plate lies among the site's dims, counted from the left."""
-        assert self.plate is not None
-        return len(site.batch_shape) + self.plate.dim
+        return len(site.batch_shape) + (self.plate.dim if self.plate is not None else 0)
 
     def _rest(self, site: Site) -> tuple[int, ...]:
         shape = list(site.unconstrained_shape)

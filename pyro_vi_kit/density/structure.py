@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import torch
 from pyro.distributions import ImproperUniform
 from torch import Tensor, nn
 from torch.distributions import biject_to, transform_to
 
-from pyro_vi_kit.density.handlers import Kind, Replay, Visit, subsample_indices
+from pyro_vi_kit.density.handlers import Kind, Replay, Visit
+from pyro_vi_kit.density.problems import chance_problem, change_problem
+from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.errors import ModelError
 
 
@@ -84,7 +85,14 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Structure:
-    """Sites in the model's order, plates by name, learned parameters by name."""
+    """Sites in the model's order, plates by name, learned parameters by name.
+
+    Attributes:
+        sites: Sites by name.
+        plates: Vectorised plates by name.
+        parameters: Learned parameters by name.
+        subsampled: The subsample size of each plate that declares one.
+    """
 
     sites: dict[str, Site]
     plates: dict[str, Plate]
@@ -96,61 +104,47 @@ class Structure:
         return [site for site in self.sites.values() if site.kind in kinds]
 
 
-def discover(run: Callable[[Replay], None]) -> tuple[Structure, dict[str, Visit]]:
+def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
     """Find a model's structure from two runs at different values of its latents.
-
-    Args:
-        run: Runs the model under the given handler, with the user's data.
 
     Returns:
         The structure, and the visits of the second run.
 
     Raises:
-        ModelError: If the two runs meet different sites or shapes, or a site's support cannot be
-            unconstrained.
+        ModelError: If the model raises, the two runs meet different sites or shapes, a site's
+            support cannot be unconstrained, or random numbers are drawn outside sample sites.
     """
-    seen: dict[str, int] = {}
-    with subsample_indices({}, seen):
-        first, second = Replay(fill=torch.zeros), Replay(fill=_leaf_normals())
-        run(first)
-        run(second)
-    _require_same(first.visits, second.visits)
-    sites = {name: _site(visit) for name, visit in second.visits.items()}
-    plates = {plate.name: plate for site in sites.values() for plate in site.plates}
-    structure = Structure(
-        sites=sites,
-        plates=plates,
-        parameters=_parameters(second),
-        subsampled={name: size for name, size in seen.items() if name in plates},
-    )
+    with runner.first_runs():
+        first, second = Replay(fill=torch.zeros), Replay(fill=leaf_normals())
+        runner.try_run(first)
+        before = torch.get_rng_state()
+        runner.try_run(second)
+        structure = structure_of(second)
+        problem = change_problem(first.visits, second.visits)
+        drew = not torch.equal(before, torch.get_rng_state())
+        if problem is None and drew and not structure.of_kind("discrete"):
+            problem = chance_problem(runner, second)
+    if problem is not None:
+        raise ModelError(problem)
     return structure, second.visits
 
 
-def _leaf_normals() -> Callable[[torch.Size], Tensor]:
+def structure_of(replay: Replay) -> Structure:
+    """What a run met."""
+    sites = {name: _site(visit) for name, visit in replay.visits.items()}
+    plates = {plate.name: plate for site in sites.values() for plate in site.plates}
+    declared = {name: size for name, size in replay.declared.items() if name in plates}
+    return Structure(sites, plates, _parameters(replay), declared)
+
+
+def leaf_normals(seed: int = 20260) -> Callable[[torch.Size], Tensor]:
     """Small normal values that require gradients, so that what depends on them can be told."""
-    generator = torch.Generator().manual_seed(20260)
+    generator = torch.Generator().manual_seed(seed)
 
     def fill(shape: torch.Size) -> Tensor:
         return (0.3 * torch.randn(shape, generator=generator)).requires_grad_()
 
     return fill
-
-
-def _require_same(first: dict[str, Visit], second: dict[str, Visit]) -> None:
-    """Refuse a model whose sites change with its latents' values."""
-    if list(first) != list(second):
-        changed = sorted(set(first) ^ set(second)) or list(second)
-        raise ModelError(
-            f"the model's structure changes with its latents' values: site(s) {', '.join(changed)} "
-            "are not met in every run. Write the choice as a mixture, a mask or torch.where, or pass "
-            "a Pyro guide of your own as guide= with engine='pyro'."
-        )
-    for name, visit in second.items():
-        if first[name].value.shape != visit.value.shape:
-            raise ModelError(
-                f"site {name!r} has shape {tuple(first[name].value.shape)} in one run and "
-                f"{tuple(visit.value.shape)} in the next: shapes must not depend on latents."
-            )
 
 
 def _site(visit: Visit) -> Site:
@@ -166,15 +160,14 @@ def _site(visit: Visit) -> Site:
         shape = visit.value.shape
         plates = tuple(p for p in plates if len(shape) >= -p.dim and shape[p.dim] == p.size)
         batch_shape, event_shape = (shape, shape[:0]) if plates else (shape[:0], shape)
+    unconstrained_shape = torch.Size() if visit.unconstrained is None else visit.unconstrained.shape
     return Site(
         name=visit.name,
         kind=visit.kind,
-        batch_shape=batch_shape,
-        event_shape=event_shape,
+        batch_shape=torch.Size(batch_shape),
+        event_shape=torch.Size(event_shape),
         plates=plates,
-        unconstrained_shape=visit.unconstrained.shape  # type: ignore[union-attr]
-        if latent
-        else torch.Size(),
+        unconstrained_shape=unconstrained_shape,
         transform=biject_to(visit.fn.support) if latent and _is_fixed(visit.fn.support) else None,
         improper=isinstance(_innermost(visit.fn), ImproperUniform),
         fn_name=type(_innermost(visit.fn)).__name__,
@@ -209,15 +202,12 @@ def _is_fixed(support: Any) -> bool:
 
 def _parameters(replay: Replay) -> dict[str, Parameter]:
     """Copies of the learned parameters; the user's own are never trained in place."""
-    store = pyro.get_param_store()
     found = {}
     for name, visit in replay.param_visits.items():
-        if visit.owner is not None:
-            tensor = visit.owner._parameters[visit.attribute]
-            assert tensor is not None
-        else:
-            # The run has put it into the store, from its initial value or from what was there.
-            tensor = transform_to(visit.constraint).inv(store[name])
-        value = tensor.detach().clone()
-        found[name] = Parameter(name, value, visit.constraint, visit.owner, visit.attribute)
+        tensor = visit.owner._parameters[visit.attribute] if visit.owner is not None else None
+        if tensor is None and visit.value is not None:
+            tensor = transform_to(visit.constraint).inv(visit.value)
+        if tensor is not None:
+            value = tensor.detach().clone()
+            found[name] = Parameter(name, value, visit.constraint, visit.owner, visit.attribute)
     return found

@@ -1,0 +1,121 @@
+"""Run a model with its data, learned parameters and minibatch indices given from outside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pyro_vi_kit.density.handlers import Replay, subsample_indices, swapped_parameters
+from pyro_vi_kit.density.precision import Precision
+from pyro_vi_kit.errors import ModelError, ViError
+from pyro_vi_kit.model import Model
+from pyro_vi_kit.runtime import RandomStream, isolated, private_params
+
+
+class Runner:
+    """Runs one model in one precision, under a `Replay`.
+
+    Args:
+        model: The model and its data.
+        dtype: Precision that floating arguments are cast to.
+
+    Attributes:
+        data: The tensors among the model's arguments, cast.
+        owners: The name of each learned parameter that a module holds, by module and attribute.
+        precision: Casts what the model closes over; None once that is known to need no cast.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        self.model = model
+        self.dtype = dtype
+        self._leaves, self._spec = tree_flatten((model.args, dict(model.kwargs)))
+        self.data = [self.cast(leaf) for leaf in self._leaves if isinstance(leaf, Tensor)]
+        self.owners: dict[tuple[nn.Module, str], str] = {}
+        self.precision: Precision | None = Precision(dtype)
+
+    def cast(self, leaf: Any) -> Any:
+        """A floating tensor in this precision, detached; anything else as it is."""
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.detach().to(self.dtype) if floating else leaf
+
+    def arguments(
+        self, data: Sequence[Tensor] | None = None, model: Model | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The positional and keyword arguments: with these tensors, or those of another model."""
+        if model is not None:
+            leaves, spec = tree_flatten((model.args, dict(model.kwargs)))
+            return tree_unflatten([self.cast(leaf) for leaf in leaves], spec)
+        tensors = iter(self.data if data is None else data)
+        leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return tree_unflatten(leaves, self._spec)
+
+    @contextlib.contextmanager
+    def isolated(self, *, validate: bool = False) -> Iterator[None]:
+        """Alone with Pyro, in this precision."""
+        with isolated(self.dtype, validate=validate), self.precision or contextlib.nullcontext():
+            yield
+
+    def run(
+        self,
+        replay: Replay,
+        params: Mapping[str, Tensor],
+        data: Sequence[Tensor] | None = None,
+        index: Mapping[str, Tensor] | None = None,
+        model: Model | None = None,
+    ) -> None:
+        """Run the model under ``replay``, which keeps what it saw. Call it inside `isolated`."""
+        args, kwargs = self.arguments(data, model)
+        replay.params = params
+        with self._handlers(params, index, replay.declared), replay:
+            self.model.fn(*args, **kwargs)
+
+    def learned(self, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
+        """A context in which the user's modules hold these parameters instead of their own."""
+        return swapped_parameters({key: params[name] for key, name in self.owners.items()})
+
+    @contextlib.contextmanager
+    def _handlers(
+        self,
+        params: Mapping[str, Tensor],
+        index: Mapping[str, Tensor] | None,
+        declared: dict[str, int],
+    ) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(subsample_indices(index or {}, declared))
+            if params:
+                # A PyroModule writes its parameters into the store by itself.
+                stack.enter_context(private_params())
+                stack.enter_context(self.learned(params))
+            yield
+
+    # -- first runs, before anything is known about the model ---------------------------------
+
+    @contextlib.contextmanager
+    def first_runs(self, seed: int = 0) -> Iterator[None]:
+        """Validation on, a copy of the user's parameter store, random numbers of their own."""
+        state: dict = dict(pyro.get_param_store().get_state())
+        with (
+            RandomStream(seed),
+            self.isolated(validate=True),
+            private_params(state),
+        ):
+            yield
+
+    def try_run(self, replay: Replay) -> None:
+        """Run the model with parameters as it makes them; inside `first_runs`.
+
+        Raises:
+            ModelError: If the model raises.
+        """
+        try:
+            self.run(replay, {})
+        except ViError:
+            raise
+        except Exception as error:
+            raise ModelError(f"the model raised {type(error).__name__}: {error}") from error
