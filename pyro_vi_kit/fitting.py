@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class _Request:
 
     model: Model
     objective: Objective
+    named_objective: bool
     method: str
     engine: str
     tolerance: float
@@ -159,6 +161,7 @@ def _checked(
     return _Request(
         model=model,
         objective=objectives.make(objective),
+        named_objective=isinstance(objective, str),
         method=method,
         engine=engine,
         tolerance=float(tol),
@@ -220,6 +223,7 @@ def _train(
         return GuideApproximation(name, trainee, density.params), outcome, "eager", None
     _initialise(request, trainee, density)
     batches = _batches(request, trainee)
+    request = _with_particles(request, density)
     if request.engine == "pyro":
         engine = PyroEngine(
             request.model,
@@ -241,6 +245,18 @@ def _train(
     outcome, bound = _run_stochastic(request, name, engine)
     approximation = GuideApproximation(name, trainee, engine.params)
     return approximation, outcome, engine.name, bound if request.objective.multi_sample else None
+
+
+def _with_particles(request: _Request, density: Density) -> _Request:
+    """As many particles as cost next to nothing, where the objective was named and K is only noise."""
+    if not request.named_objective or request.objective.multi_sample:
+        return request
+    if request.engine == "pyro":
+        particles = 4  # one after the other
+    else:
+        particles = 64 if is_small(density) else 4
+    objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]
+    return dataclasses.replace(request, objective=objective)
 
 
 def _train_pyro_guide(

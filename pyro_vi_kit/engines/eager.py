@@ -82,7 +82,7 @@ class EagerEngine:
             for group in self._optimizer.param_groups:
                 group["lr"] = rate
         self._optimizer.step()
-        return float(bound)
+        return float(bound.detach())
 
     def _bound(self, index: dict[str, Tensor] | None) -> Tensor:
         weights = self.guide.log_weights(self.particles, self.params, index, share=self._share)

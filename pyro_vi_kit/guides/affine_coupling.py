@@ -34,8 +34,8 @@ class AffineCoupling:
 
     name: ClassVar[str] = "affine_coupling"
 
-    layers: int = 6
-    hidden: tuple[int, ...] = (32,)
+    layers: int = 4
+    hidden: tuple[int, ...] = (32, 32)
     permutations: Permutations = "random"
     init_scale: float = 0.1
 

@@ -137,8 +137,9 @@ class CouplingFlow(GaussianFamily):
         parts: list = []
         for network, permutation in zip(self.networks, self.permutations, strict=False):
             parts.append(dist.transforms.AffineCoupling(self._split, network))
-            parts.append(dist.transforms.Permute(permutation))
-        parts.append(dist.transforms.LowerCholeskyAffine(*self.affine.moments()))
+            parts.append(dist.transforms.Permute(permutation, cache_size=1))
+        # Every part caches, so that log_prob of a draw goes back the way that it came.
+        parts.append(dist.transforms.LowerCholeskyAffine(*self.affine.moments(), cache_size=1))
         return dist.TransformedDistribution(base, parts)
 
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:

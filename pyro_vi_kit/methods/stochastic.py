@@ -24,7 +24,7 @@ NAME = "stochastic"
 
 _DECAY = 0.3
 _DECAYS = 3
-_PATIENCE = 2
+_PATIENCE = 4
 _MAX_BAD_STRETCHES = 4
 
 
@@ -41,7 +41,7 @@ class Schedule:
             (0.01 %) where that is larger.
     """
 
-    rate: float = 0.02
+    rate: float = 0.005
     stretch: int = 100
     max_steps: int = 20_000
     replicates: int = 64
