@@ -156,7 +156,9 @@ class Regression(PyroModule):
 
 
 def regression_by_hand(z):
-    return normal(z).sum() + normal(Y64, X64 @ z + 0.25, 2.0).sum()
+    # The module keeps the logarithm of its scale, in its own precision.
+    scale = torch.tensor(2.0, dtype=torch.float32).log().double().exp()
+    return normal(z).sum() + normal(Y64, X64 @ z + 0.25, scale).sum()
 
 
 def test_a_pyro_module():
