@@ -216,8 +216,8 @@ class Density:
         replay = Replay(constrained=given)
         with self._runner.isolated():
             self._run(replay)
-            for name in given:
-                _require_inside(replay.visits[name])
+            for name, value in given.items():
+                _require_inside(replay.visits[name], value)
         points = {name: replay.visits[name].unconstrained for name in names}
         return self.block.pack({n: p.unsqueeze(0) for n, p in points.items() if p is not None})[0]
 
@@ -329,11 +329,11 @@ def _observed(visits: Mapping[str, Visit]) -> Values:
     return {v.name: v.value.detach() for v in visits.values() if v.kind == "observed"}
 
 
-def _require_inside(visit: Visit) -> None:
+def _require_inside(visit: Visit, value: Tensor) -> None:
     point = visit.unconstrained
     inside = point is not None and bool(point.isfinite().all())
     # Not the transform alone: a sigmoid's inverse clamps what lies outside.
-    if not inside or not bool(visit.fn.support.check(visit.value).all()):
+    if not inside or not bool(visit.fn.support.check(value).all()):
         raise ModelError(
             f"the value given for site {visit.name!r} is not inside its support, {visit.fn.support}"
         )

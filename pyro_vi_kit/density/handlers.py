@@ -8,14 +8,13 @@ a support may depend on other latents, and a cached transform would silently be 
 from __future__ import annotations
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import pyro
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -23,6 +22,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor, nn
 from torch.distributions import biject_to, constraints, transform_to
+
+from pyro_vi_kit.density.modules import owner_of_param
+from pyro_vi_kit.errors import ModelError
 
 Kind = Literal["latent", "observed", "deterministic", "factor", "discrete"]
 
@@ -100,6 +102,11 @@ class Replay(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], _Subsample):
             return
+        if msg["name"] in self.visits:
+            raise ModelError(
+                f"two sites are named {msg['name']!r}: give each pyro.sample statement a name of "
+                "its own, as in f'x_{i}' in a loop"
+            )
         kind = kind_of(msg)
         visit = Visit(
             name=msg["name"],
@@ -123,7 +130,7 @@ class Replay(Messenger):
         if self.sample_latents and visit.name not in self.unconstrained:
             visit.value = self._given_or_drawn(visit)
             return
-        transform = biject_to(visit.fn.support)
+        transform = _bijector(visit)
         if visit.name in self.unconstrained:
             visit.unconstrained = self.unconstrained[visit.name]
         elif visit.name in self.constrained:
@@ -142,7 +149,7 @@ class Replay(Messenger):
 
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
-        owner, attribute = _owner_of_param()
+        owner, attribute = owner_of_param()
         constraint = msg["kwargs"].get("constraint", constraints.real)
         if isinstance(owner, PyroModule):
             # A PyroModule's param statement may leave the constraint to the parameter store.
@@ -163,11 +170,25 @@ class Replay(Messenger):
         self.param_visits[msg["name"]].value = msg["value"]
 
 
+def _bijector(visit: Visit) -> Any:
+    try:
+        return biject_to(visit.fn.support)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"site {visit.name!r}: the support of {type(visit.fn).__name__}, {visit.fn.support}, "
+            "has no map from unconstrained space. Register one with "
+            "torch.distributions.biject_to.register, or build the value from sites that have one "
+            "(a covariance from LKJCholesky and a vector of scales)."
+        ) from error
+
+
 def kind_of(msg: Any) -> Kind:
     """What a sample message stands for."""
     if msg["infer"].get("_deterministic"):
         return "deterministic"
     if msg["is_observed"]:
+        if _is_computed(msg["fn"]):
+            return "deterministic"
         # `pyro.factor` is an observed Unit whose value has no elements.
         return "factor" if type(_base(msg["fn"])).__name__ == "Unit" else "observed"
     if getattr(msg["fn"].support, "is_discrete", False):
@@ -175,43 +196,20 @@ def kind_of(msg: Any) -> Kind:
     return "latent"
 
 
+def _is_computed(fn: Any) -> bool:
+    """Whether this is the Delta, masked away, that a reparameterised site leaves under its name."""
+    hidden = False
+    while isinstance(fn, TorchDistributionMixin) and hasattr(fn, "base_dist"):
+        hidden = hidden or getattr(fn, "_mask", None) is False
+        fn = fn.base_dist
+    return hidden and isinstance(fn, Delta)
+
+
 def _base(fn: Any) -> Any:
     """The distribution inside masks and expansions."""
     while isinstance(fn, TorchDistributionMixin) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
-
-
-def _owner_of_param() -> tuple[nn.Module | None, str]:
-    """The submodule and attribute behind the param message under way, read off the call stack.
-
-    Pyro's param messages carry a name and a tensor, not the module whose attribute the tensor is.
-    The module's forward pass reads that attribute: setting the message's value changes nothing.
-    """
-    frame = sys._getframe(1)
-    for _ in range(60):
-        if frame is None:
-            break
-        if frame.f_code is pyro.module.__code__:
-            module, path = frame.f_locals["nn_module"], frame.f_locals["param_name"]
-            return _resolve(module, path)
-        if frame.f_code is PyroModule.__getattr__.__code__:
-            module, attribute = frame.f_locals["self"], frame.f_locals["name"]
-            if attribute in module.__dict__.get("_pyro_params", {}):
-                attribute += "_unconstrained"
-            if attribute in module._parameters:
-                return module, attribute
-        frame = frame.f_back
-    return None, ""
-
-
-def _resolve(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The submodule that holds the parameter ``path``, and the parameter's name in it."""
-    *parents, attribute = path.split(".")
-    for parent in parents:
-        # Not getattr: a PyroModule answers attribute access with param statements.
-        module = module._modules[parent]  # type: ignore[assignment]
-    return module, attribute
 
 
 @contextlib.contextmanager
@@ -250,16 +248,3 @@ def subsample_indices(
         yield
     finally:
         SubsampleMessenger._subsample = staticmethod(original)
-
-
-@contextlib.contextmanager
-def swapped_parameters(swaps: Mapping[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
-    """Put these tensors in the place of modules' parameters, and the user's own back on exit."""
-    outer = {(module, name): module._parameters[name] for module, name in swaps}
-    for (module, name), tensor in swaps.items():
-        module._parameters[name] = tensor  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for (module, name), tensor in outer.items():
-            module._parameters[name] = tensor

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pyro_vi_kit.density.handlers import Replay, subsample_indices, swapped_parameters
+from pyro_vi_kit.density.handlers import Replay, subsample_indices
+from pyro_vi_kit.density.modules import swapped_parameters
 from pyro_vi_kit.density.precision import Precision
 from pyro_vi_kit.errors import ModelError, ViError
 from pyro_vi_kit.model import Model

@@ -1,8 +1,7 @@
-"""What a model is made of: its sites, plates and learned parameters, found by running it twice."""
+"""What a model is made of: its sites, plates and learned parameters, found by running it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ from pyro.distributions import ImproperUniform
 from torch import Tensor, nn
 from torch.distributions import biject_to, transform_to
 
-from pyro_vi_kit.density.handlers import Kind, Replay, Visit
+from pyro_vi_kit.density.handlers import Fill, Kind, Replay, Visit
 from pyro_vi_kit.density.problems import chance_problem, change_problem
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.errors import ModelError
@@ -105,28 +104,30 @@ class Structure:
 
 
 def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
-    """Find a model's structure from two runs at different values of its latents.
+    """Find a model's structure from runs at different values of its latents.
 
     Returns:
-        The structure, and the visits of the second run.
+        The structure, and the visits of the last run.
 
     Raises:
-        ModelError: If the model raises, the two runs meet different sites or shapes, a site's
+        ModelError: If the model raises, the runs meet different sites or shapes, a site's
             support cannot be unconstrained, or random numbers are drawn outside sample sites.
     """
     with runner.first_runs():
-        first, second = Replay(fill=torch.zeros), Replay(fill=leaf_normals())
-        runner.try_run(first)
+        runs = [Replay(fill=fill) for fill in starts()]
+        runner.try_run(runs[0])
         before = torch.get_rng_state()
-        runner.try_run(second)
-        structure = structure_of(second)
-        problem = change_problem(first.visits, second.visits)
+        for run in runs[1:]:
+            runner.try_run(run)
+        structure = structure_of(runs[-1])
+        changes = (change_problem(run.visits, runs[-1].visits) for run in runs[:-1])
+        problem = next((change for change in changes if change is not None), None)
         drew = not torch.equal(before, torch.get_rng_state())
         if problem is None and drew and not structure.of_kind("discrete"):
-            problem = chance_problem(runner, second)
+            problem = chance_problem(runner, runs[-1])
     if problem is not None:
         raise ModelError(problem)
-    return structure, second.visits
+    return structure, runs[-1].visits
 
 
 def structure_of(replay: Replay) -> Structure:
@@ -137,14 +138,19 @@ def structure_of(replay: Replay) -> Structure:
     return Structure(sites, plates, _parameters(replay), declared)
 
 
-def leaf_normals(seed: int = 20260) -> Callable[[torch.Size], Tensor]:
-    """Small normal values that require gradients, so that what depends on them can be told."""
-    generator = torch.Generator().manual_seed(seed)
+def starts() -> list[Fill]:
+    """Values of the latents to run a model at: the origin, and two points on either side of it."""
 
-    def fill(shape: torch.Size) -> Tensor:
-        return (0.3 * torch.randn(shape, generator=generator)).requires_grad_()
+    def leaf_normals(sign: float) -> Fill:
+        generator = torch.Generator().manual_seed(20260)
 
-    return fill
+        def fill(shape: torch.Size) -> Tensor:
+            # A leaf that requires a gradient, so that what depends on latents can be told.
+            return (sign * 0.3 * torch.randn(shape, generator=generator)).requires_grad_()
+
+        return fill
+
+    return [torch.zeros, leaf_normals(-1.0), leaf_normals(1.0)]
 
 
 def _site(visit: Visit) -> Site:
