@@ -1,0 +1,162 @@
+"""`nuts`: the reference posterior that variational ones are compared with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import MissingDependencyError, OptionError, UnknownNameError
+from pyro_vi_kit.export import Group, Tree, to_arviz
+from pyro_vi_kit.groups import coords_of, model_groups
+from pyro_vi_kit.model import Model
+from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.runtime import fresh_seed, one_thread
+from pyro_vi_kit.sampling import with_nutpie, with_pyro
+from pyro_vi_kit.sampling.report import SamplerReport, SamplerWarning, diagnose
+from pyro_vi_kit.sampling.target import Draws, Plan, Target
+
+SAMPLERS = {"nutpie": with_nutpie.sample, "pyro": with_pyro.sample}
+
+_PACKAGES = {"nutpie": "nutpie", "pyro": "pyro-ppl"}
+# nutpie learns its step sizes and scales from gradients too, in fewer draws.
+_TUNE = {"nutpie": 400, "pyro": 800}
+
+
+def nuts(
+    model: Model,
+    *,
+    chains: int = 4,
+    draws: int = 1000,
+    tune: int | None = None,
+    seed: int | None = 0,
+    sampler: str = "auto",
+    target_accept: float = 0.9,
+    cores: int | None = None,
+    params: Mapping[str, Tensor] | None = None,
+    progress: bool | None = None,
+) -> Tree:
+    """Sample the posterior with NUTS, and say whether the chains converged.
+
+    Chains start uniformly within 2 of the origin of unconstrained space, each elsewhere. Learned
+    parameters (``pyro.param``, ``pyro.module``) are held fixed. The user's random state and
+    parameter store are left alone.
+
+    Args:
+        model: The model and its data; its latents must be continuous.
+        chains: Independent chains. Fewer than two cannot show whether they agree.
+        draws: Draws kept per chain.
+        tune: Warm-up draws per chain, thrown away; 400 with nutpie and 800 with Pyro by default.
+        seed: The same seed, sampler and machine give the same draws; None for a fresh one.
+        sampler: ``nutpie``; ``pyro``, Pyro's own; ``auto``, nutpie where it is installed.
+        target_accept: Mean acceptance probability to tune the step size to, between 0 and 1.
+            Nearer to 1 it takes smaller steps, with fewer divergences.
+        cores: nutpie's chains that run at once. 1 by default: they share Python's interpreter, so
+            that more of them only get in each other's way.
+        params: Unconstrained learned parameters by name, as ``Density.params`` has them, in the
+            place of the model's own.
+        progress: Show progress on stderr; None for only on a terminal.
+
+    Returns:
+        An ArviZ object with the groups that a fit's ``to_arviz`` has and ``sample_stats``. Its
+        attrs say how it was made (``sampler``, ``seed``, ``draws``, ``tune``, ``seconds`` of
+        sampling with warm-up, ``evaluations`` of the gradient, ``frozen_parameters``) and how it
+        went (``max_rhat``, ``min_ess_bulk``, ``min_ess_tail``, ``divergences``, ``converged`` as
+        1 or 0, ``warnings``); see `SamplerReport`.
+
+    Raises:
+        OptionError: If an option cannot be used.
+        MissingDependencyError: If ``sampler="nutpie"`` and nutpie is not installed.
+        ModelError: If the model cannot be sampled.
+
+    Warns:
+        SamplerWarning: For each problem of the draws, and where ``auto`` falls back on Pyro.
+    """
+    name = _choose(sampler)
+    seed = fresh_seed() if seed is None else seed
+    plan = Plan(
+        chains, draws, _TUNE[name] if tune is None else tune, seed, target_accept, cores or 1
+    )
+    _validate(plan)
+    total = chains * (draws + plan.tune)
+    # The caller may be inside torch.no_grad().
+    with torch.enable_grad(), one_thread():
+        target = Target(Density(model, dtype=torch.float64), params)
+        before = time.perf_counter()
+        with Progress(f"NUTS, {chains} chains", total, progress) as bar:
+            result = SAMPLERS[name](target, plan, bar)
+        seconds = time.perf_counter() - before
+    facts = {
+        "model": model.name,
+        "sampler": name,
+        "sampler_version": importlib.metadata.version(_PACKAGES[name]),
+        **asdict(plan),
+        "seconds": seconds,
+        "evaluations": target.evaluations,
+        "frozen_parameters": ", ".join(target.params),
+    }
+    groups = _groups(target, plan, result)
+    report = diagnose(to_arviz({name: groups[name] for name in ("posterior", "sample_stats")}))
+    for problem in report.problems:
+        warnings.warn(problem, SamplerWarning, stacklevel=2)
+    return to_arviz(groups, coords_of(model, groups), facts | _verdict(report))
+
+
+def _choose(sampler: str) -> str:
+    """The sampler to use."""
+    if sampler not in (*SAMPLERS, "auto"):
+        raise UnknownNameError("sampler", sampler, (*SAMPLERS, "auto"))
+    if sampler == "nutpie":
+        with_nutpie.import_nutpie()
+    if sampler != "auto":
+        return sampler
+    try:
+        with_nutpie.import_nutpie()
+    except MissingDependencyError:
+        warnings.warn(
+            "nutpie is not installed, so Pyro's NUTS runs, which is several times slower: "
+            "pip install 'pyro_vi_kit[nuts]'",
+            SamplerWarning,
+            stacklevel=3,
+        )
+        return "pyro"
+    return "nutpie"
+
+
+def _validate(plan: Plan) -> None:
+    """Refuse numbers that no sampler can use, before the model is run."""
+    least = {"chains": 1, "draws": 4, "tune": 10, "seed": 0, "cores": 1}
+    for option, value in asdict(plan).items():
+        if option == "target_accept":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least[option]:
+            raise OptionError(
+                f"{option}={value!r} must be a whole number of {least[option]} or more"
+            )
+    if not 0.0 < plan.target_accept < 1.0:
+        raise OptionError(
+            f"target_accept={plan.target_accept!r} must be between 0 and 1; 0.9 is the default"
+        )
+
+
+def _groups(target: Target, plan: Plan, result: Draws) -> dict[str, Group]:
+    """Draws and statistics in the groups that a variational posterior has."""
+    z = target.density.block.unpack(torch.from_numpy(result.z).flatten(0, 1))
+    groups = model_groups(
+        target.density, z, chains=plan.chains, params=target.params, seed=plan.seed
+    )
+    return groups | {"sample_stats": Group(result.stats)}
+
+
+def _verdict(report: SamplerReport) -> dict[str, Any]:
+    """The report as attrs of a file, which keeps neither booleans nor lists of one text."""
+    facts = asdict(report)
+    problems = "; ".join(facts.pop("problems"))
+    return facts | {"converged": int(report.converged), "warnings": problems}

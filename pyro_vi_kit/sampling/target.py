@@ -1,0 +1,147 @@
+"""What both samplers share: the log density of one point, starting points, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import ModelError, OptionError, ViError
+
+_TRIES = 100
+_RADIUS = 2.0
+_SHRINK = 0.95
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was asked of a sampler.
+
+    Attributes:
+        chains: Independent chains.
+        draws: Draws kept per chain.
+        tune: Warm-up draws per chain, thrown away.
+        seed: Of every random number.
+        target_accept: Mean acceptance probability that the step size is tuned to.
+        cores: Chains that run at once.
+    """
+
+    chains: int
+    draws: int
+    tune: int
+    seed: int
+    target_accept: float
+    cores: int
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """What a sampler gives back.
+
+    Attributes:
+        z: Unconstrained draws `[chains, draws, D]`, float64.
+        stats: Sampler statistics by ArviZ's names, each `[chains, draws]`.
+    """
+
+    z: np.ndarray
+    stats: dict[str, np.ndarray]
+
+
+class Target:
+    """The unconstrained log density as a sampler calls it: one NumPy point in, never an exception.
+
+    Where the density is not defined (a matrix without a Cholesky factor, an overflow) the value is
+    NaN, which samplers count as a divergence. Any other error of the model is kept in ``error``,
+    and from then on the density is a standard normal's: chains in other threads go on to their next
+    stop, since nutpie survives neither an exception in one of them nor one that cannot start.
+
+    Args:
+        density: The model, in float64.
+        params: Unconstrained learned parameters, held fixed; `density.params` where None.
+
+    Attributes:
+        evaluations: Gradients computed so far.
+        draws: Draws made so far, warm-up included; samplers count them here.
+        error: What the model raised, if it did.
+
+    Raises:
+        OptionError: If ``params`` names a parameter that the model does not have.
+    """
+
+    def __init__(self, density: Density, params: Mapping[str, Tensor] | None = None) -> None:
+        unknown = sorted(set(params or {}) - set(density.params))
+        if unknown:
+            known = ", ".join(density.params) or "none"
+            raise OptionError(
+                f"params= names {unknown[0]!r}, which the model does not learn; it learns: {known}"
+            )
+        frozen = density.params | dict(params or {})
+        self.density = density
+        self.params = {name: value.detach() for name, value in frozen.items()}
+        self.evaluations = 0
+        self.draws = 0
+        self.error: Exception | None = None
+        self._stopped = False
+
+    def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        """Log density in nats and its gradient `[D]` at an unconstrained point `[D]`."""
+        if self._stopped:
+            return -0.5 * float(point @ point), -point
+        undefined = float("nan"), np.zeros(self.density.dim)
+        self.evaluations += 1
+        try:
+            value, gradient = self._evaluate(point)
+        except torch.linalg.LinAlgError:
+            return undefined
+        except Exception as error:  # noqa: BLE001 - raised again by `check`, in the caller's thread
+            self.error = self.error or error
+            self.stop()
+            return undefined
+        return (value, gradient) if np.isfinite(gradient).all() else undefined
+
+    def _evaluate(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        with torch.enable_grad():
+            z = torch.tensor(point, dtype=torch.float64).unsqueeze(0).requires_grad_()
+            log_prob = self.density.log_prob(z, self.params)
+            (gradient,) = torch.autograd.grad(log_prob.sum(), z)
+        return float(log_prob.detach()), gradient[0].numpy()
+
+    def stop(self) -> None:
+        """Answer at once from now on, with a standard normal, so that running chains end soon."""
+        self._stopped = True
+
+    def check(self) -> None:
+        """Raise what the model raised, if it did."""
+        if isinstance(self.error, ViError):
+            raise self.error
+        if self.error is not None:
+            raise ModelError(
+                f"the model raised {type(self.error).__name__} while it was sampled: {self.error}. "
+                "It must have a density wherever its latents' supports allow."
+            ) from self.error
+
+    def start(self, seed: int) -> np.ndarray:
+        """A starting point `[D]` with finite log density.
+
+        As in Stan, uniform within 2 of the origin of unconstrained space in every coordinate, so
+        that chains start apart; each further try is 5 % closer to the origin.
+
+        Raises:
+            ModelError: If a hundred tries found none.
+        """
+        generator = np.random.default_rng(seed)
+        for attempt in range(_TRIES):
+            radius = _RADIUS * _SHRINK**attempt
+            point = generator.uniform(-radius, radius, self.density.dim)
+            if np.isfinite(self(point)[0]):
+                return point
+            self.check()
+        raise ModelError(
+            f"no starting point: the log density is not finite at any of {_TRIES} points around "
+            "the origin of unconstrained space. Look for observations outside their distribution's "
+            "support and for scales that underflow to 0."
+        )

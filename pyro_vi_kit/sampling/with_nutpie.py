@@ -1,0 +1,137 @@
+"""NUTS by nutpie: the chains are written in Rust and call back for the log density."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from pyro_vi_kit.errors import MissingDependencyError, ModelError
+from pyro_vi_kit.export import datasets, import_arviz
+from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.sampling.target import Draws, Plan, Target
+
+_POLL_SECONDS = 0.1
+
+# ArviZ's name of each statistic, and the names that nutpie has had for it.
+_STATS = {
+    "lp": ("logp", "lp"),
+    "diverging": ("diverging",),
+    "energy": ("energy",),
+    "energy_error": ("energy_error",),
+    "tree_depth": ("depth", "tree_depth"),
+    "reached_max_treedepth": ("maxdepth_reached", "reached_max_treedepth"),
+    "n_steps": ("n_steps",),
+    "acceptance_rate": ("mean_tree_accept", "acceptance_rate"),
+    "step_size": ("step_size",),
+    "step_size_bar": ("step_size_bar",),
+}
+
+
+def import_nutpie() -> ModuleType:
+    """The ``nutpie`` package.
+
+    Raises:
+        MissingDependencyError: If it is not installed.
+    """
+    import_arviz()  # nutpie imports it too, and would let its announcement through
+    try:
+        import nutpie
+    except ImportError as error:
+        raise MissingDependencyError(
+            "sampler='nutpie' needs nutpie: pip install 'pyro_vi_kit[nuts]', or use "
+            "sampler='pyro', which is slower"
+        ) from error
+    return nutpie
+
+
+def sample(target: Target, plan: Plan, progress: Progress) -> Draws:
+    """Run nutpie's chains in its threads, from this thread.
+
+    Raises:
+        ModelError: If the model raised, or no chain could start.
+        KeyboardInterrupt: As soon as the chains have stopped.
+    """
+    nutpie = import_nutpie()
+    sampler = nutpie.sample(
+        _compiled(nutpie, target),
+        chains=plan.chains,
+        draws=plan.draws,
+        tune=plan.tune,
+        seed=plan.seed,
+        cores=plan.cores,
+        target_accept=plan.target_accept,
+        # On correlated posteriors a third of the gradients; on others no more than without.
+        low_rank_modified_mass_matrix=True,
+        save_warmup=False,
+        progress_bar=False,
+        blocking=False,
+    )
+    try:
+        groups = datasets(_wait(sampler, target, progress))
+    except BaseException:
+        target.stop()
+        sampler.cancel()
+        raise
+    return Draws(groups["posterior"]["z"].to_numpy(), _stats(groups["sample_stats"]))
+
+
+def _compiled(nutpie: ModuleType, target: Target) -> Any:
+    """The target in the form that nutpie takes, with the flat point `[D]` as its one variable."""
+
+    def expand(point: np.ndarray) -> dict[str, np.ndarray]:
+        target.draws += 1
+        return {"z": point}
+
+    def start(seed: int) -> np.ndarray:
+        try:
+            return target.start(seed)
+        except ModelError as error:
+            # The chains run in threads of nutpie's; this one is told by `Target.check`.
+            target.error = target.error or error
+            target.stop()
+            return np.zeros(target.density.dim)
+
+    dim = target.density.dim
+    # As nutpie's documentation has it: the submodule comes with the package.
+    return nutpie.compiled_pyfunc.from_pyfunc(
+        ndim=dim,
+        make_logp_fn=lambda: target,
+        make_expand_fn=lambda seed1, seed2, chain: expand,
+        expanded_dtypes=[np.dtype("float64")],
+        expanded_shapes=[(dim,)],
+        expanded_names=["z"],
+        make_initial_point_fn=start,
+    )
+
+
+def _wait(sampler: Any, target: Target, progress: Progress) -> Any:
+    """Wait for the chains, showing how far they are; returns nutpie's ArviZ object."""
+    shown = 0
+    while True:
+        try:
+            tree = sampler.wait(timeout=_POLL_SECONDS)
+        except TimeoutError:
+            target.check()
+        except Exception as error:
+            target.check()
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelError(f"nutpie could not sample the model: {reason}") from error
+        else:
+            target.check()
+            return tree
+        for _ in range(target.draws - shown):
+            progress.step()
+        shown = target.draws
+
+
+def _stats(dataset: Any) -> dict[str, np.ndarray]:
+    """The statistics of nutpie's that ArviZ has a name for, `[chains, draws]` each."""
+    stats = {}
+    for name, aliases in _STATS.items():
+        found = next((alias for alias in aliases if alias in dataset), None)
+        if found is not None:
+            values = dataset[found].to_numpy()
+            stats[name] = values.astype(np.int64) if values.dtype.kind == "u" else values
+    return stats
