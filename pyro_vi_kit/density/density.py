@@ -12,7 +12,12 @@ from torch import Tensor
 from pyro_vi_kit.density.batching import Batching, batched
 from pyro_vi_kit.density.handlers import Replay, Visit
 from pyro_vi_kit.density.layout import Block, global_block
-from pyro_vi_kit.density.problems import data_problem, discrete_problem, latents_problem
+from pyro_vi_kit.density.problems import (
+    data_problem,
+    discrete_problem,
+    latents_problem,
+    slope_problem,
+)
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.structure import Site, discover
 from pyro_vi_kit.density.terms import Terms, add_up
@@ -69,7 +74,10 @@ class Density:
         self.block: Block = global_block(self.latents)
         self.dim = self.block.dim
         with RandomStream(1):
-            self.batching: Batching = self._choose_batching()
+            # Three is no likely size of a model's dimension; four, ten or sixteen would be.
+            z = 0.3 * torch.randn(3, self.dim, dtype=dtype)
+            self.batching: Batching = self._choose_batching(z)
+            self._require_true_gradient(z)
 
     # -- evaluation ---------------------------------------------------------------------------
 
@@ -293,10 +301,8 @@ class Density:
     def _by_site(self, z: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self.block.unpack(z) if isinstance(z, Tensor) else z
 
-    def _choose_batching(self) -> Batching:
-        """The first way to batch that agrees with the loop at three points, gradients too."""
-        # Three is no likely size of a model's dimension; four, ten or sixteen would be.
-        z = 0.3 * torch.randn(3, self.dim, dtype=self.dtype)
+    def _choose_batching(self, z: Tensor) -> Batching:
+        """The first way to batch that agrees with the loop at these points, gradients too."""
         self.batching = "loop"
         try:
             exact = self.log_prob_and_grad(z)
@@ -311,6 +317,18 @@ class Density:
             if self._agrees(mode, z, exact):
                 return mode
         return "loop"
+
+    def _require_true_gradient(self, z: Tensor) -> None:
+        """Refuse a model that cuts a latent off from autograd; float32 cannot tell."""
+        if self.dtype != torch.float64:
+            return
+        step = 1e-5 * torch.randn_like(z).sign()
+        _, grad = self.log_prob_and_grad(z)
+        with torch.no_grad():
+            ahead, behind = self.log_prob(z + step), self.log_prob(z - step)
+        problem = slope_problem(ahead, behind, (grad * step).sum(-1) / 1e-5, 1e-5)
+        if problem is not None:
+            raise ModelError(str(problem))
 
     def _agrees(self, mode: Batching, z: Tensor, exact: tuple[Tensor, Tensor]) -> bool:
         tolerance = 1e-7 if self.dtype == torch.float64 else 1e-3
@@ -342,8 +360,8 @@ def _require_inside(visit: Visit, value: Tensor) -> None:
 def _require_usable(visits: Mapping[str, Visit]) -> None:
     problem = discrete_problem(visits) or latents_problem(visits)
     if problem is not None:
-        raise ModelError(problem)
+        raise ModelError(str(problem))
     for visit in visits.values():
         problem = data_problem(visit) if visit.kind == "observed" else None
         if problem is not None:
-            raise ModelError(problem)
+            raise ModelError(str(problem))

@@ -130,7 +130,7 @@ class Replay(Messenger):
         if self.sample_latents and visit.name not in self.unconstrained:
             visit.value = self._given_or_drawn(visit)
             return
-        transform = _bijector(visit)
+        transform = bijector(visit)
         if visit.name in self.unconstrained:
             visit.unconstrained = self.unconstrained[visit.name]
         elif visit.name in self.constrained:
@@ -170,7 +170,12 @@ class Replay(Messenger):
         self.param_visits[msg["name"]].value = msg["value"]
 
 
-def _bijector(visit: Visit) -> Any:
+def bijector(visit: Visit) -> Any:
+    """The map from unconstrained space to a latent's support, as it is in this run.
+
+    Raises:
+        ModelError: If there is none.
+    """
     try:
         return biject_to(visit.fn.support)
     except NotImplementedError as error:

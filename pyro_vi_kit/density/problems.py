@@ -1,8 +1,10 @@
-"""What makes a model unusable, each said in words that name the site and the remedy, or None."""
+"""What makes a model unusable: each in words that name the site, with the remedy, or None."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import pyro
 import torch
@@ -12,49 +14,74 @@ from pyro_vi_kit.density.handlers import Replay, Visit
 from pyro_vi_kit.density.runner import Runner
 
 
-def change_problem(first: Mapping[str, Visit], second: Mapping[str, Visit]) -> str | None:
+class Problem(NamedTuple):
+    """What is wrong, and what to do about it."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.remedy}"
+
+
+def change_problem(first: Mapping[str, Visit], second: Mapping[str, Visit]) -> Problem | None:
     """How the sites of two runs at different latents differ."""
     if list(first) != list(second):
         changed = sorted(set(first) ^ set(second)) or list(second)
-        return (
-            f"the model's structure changes with its latents' values: site(s) {', '.join(changed)} "
-            "are not met in every run. Write the choice as a mixture, a mask or torch.where, or "
-            "pass a Pyro guide of your own as guide= with engine='pyro'."
+        return Problem(
+            "the model's structure changes with its latents' values, site(s) "
+            f"{', '.join(changed)} are not met in every run",
+            "write the choice as a mixture, a mask or torch.where, or pass a Pyro guide of your "
+            "own as guide= with engine='pyro'",
         )
     for name, visit in second.items():
         if first[name].value.shape != visit.value.shape:
-            return (
+            return Problem(
                 f"site {name!r} has shape {tuple(first[name].value.shape)} in one run and "
-                f"{tuple(visit.value.shape)} in the next: shapes must not depend on latents."
+                f"{tuple(visit.value.shape)} in the next",
+                "shapes must not depend on latents; use a fixed size and mask what is not needed",
             )
     return None
 
 
-def chance_problem(runner: Runner, run: Replay) -> str | None:
+def chance_problem(runner: Runner, run: Replay) -> Problem | None:
     """Which site changes when a run is repeated at the same latents; inside `Runner.first_runs`.
 
     That a model draws random numbers proves nothing: the initial value of a parameter that is known
     already is drawn in vain.
     """
-    point = {n: v.unconstrained for n, v in run.visits.items() if v.unconstrained is not None}
-    one, other = Replay(unconstrained=point), Replay(unconstrained=point)
+    one, other = repetition(run), repetition(run)
     # Without validation, so that data outside a support is a number here and not an exception.
     with pyro.validation_enabled(False):
         runner.try_run(one)
         runner.try_run(other)
         for name, visit in one.visits.items():
             if name not in other.visits or not _same(visit, other.visits[name]):
-                return (
-                    f"the model draws random numbers outside its sample sites: site {name!r} "
+                return Problem(
+                    f"the model draws random numbers outside its sample sites, site {name!r} "
                     "differs between two runs at the same latents (torch.randn, dropout in "
-                    "training mode, ...). Make each draw a pyro.sample site, or call "
-                    "module.eval() first."
+                    "training mode, ...)",
+                    "make each draw a pyro.sample site, or call module.eval() first",
                 )
     return None
 
 
+def repetition(run: Replay) -> Replay:
+    """A handler that gives every latent, also a discrete one, the value that it had in a run."""
+    visits = run.visits
+    return Replay(
+        unconstrained={
+            n: v.unconstrained for n, v in visits.items() if v.unconstrained is not None
+        },
+        constrained={n: v.value for n, v in visits.items() if v.kind == "discrete"},
+    )
+
+
 def _same(one: Visit, other: Visit) -> bool:
-    pairs = [(one.value, other.value), (one.log_prob(), other.log_prob())]
+    pairs = [(one.value, other.value)]
+    # Data of a wrong shape have no density; that is another problem than this one.
+    with contextlib.suppress(RuntimeError, ValueError):
+        pairs.append((one.log_prob(), other.log_prob()))
     return all(a.shape == b.shape and _equal(a, b) for a, b in pairs)
 
 
@@ -62,44 +89,68 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return bool(torch.isclose(one, other, rtol=0.0, atol=0.0, equal_nan=True).all())
 
 
-def discrete_problem(visits: Mapping[str, Visit]) -> str | None:
+def discrete_problem(visits: Mapping[str, Visit]) -> Problem | None:
     """Discrete latents."""
     discrete = [visit.name for visit in visits.values() if visit.kind == "discrete"]
     if not discrete:
         return None
-    return (
-        f"discrete latent site(s) {', '.join(discrete)}: a continuous guide cannot hold them. Sum "
-        "them out in the model (dist.MixtureSameFamily, dist.DiscreteHMM, or a pyro.factor with "
-        "logsumexp), or pass a Pyro guide of your own as guide=."
+    return Problem(
+        f"discrete latent site(s) {', '.join(discrete)}, which a continuous guide cannot hold",
+        "sum them out in the model (dist.MixtureSameFamily, dist.DiscreteHMM, or a pyro.factor "
+        "with logsumexp), or pass a Pyro guide of your own as guide=",
     )
 
 
-def latents_problem(visits: Mapping[str, Visit]) -> str | None:
+def latents_problem(visits: Mapping[str, Visit]) -> Problem | None:
     """Nothing to infer."""
-    if any(visit.kind == "latent" for visit in visits.values()):
+    if any(visit.kind in ("latent", "discrete") for visit in visits.values()):
         return None
-    return (
-        "the model has no latent sites: every pyro.sample is observed or there is none, so there "
-        "is nothing to infer"
+    return Problem(
+        "the model has no latent sites, so there is nothing to infer",
+        "every pyro.sample is observed or there is none; leave obs= out where a value is unknown",
     )
 
 
-def data_problem(visit: Visit) -> str | None:
+def data_problem(visit: Visit) -> Problem | None:
     """NaN at an observed site, or values that its distribution cannot produce."""
-    value = visit.value
-    if value.is_floating_point() and value.isnan().any():
-        return (
-            f"the data at site {visit.name!r} hold {int(value.isnan().sum())} NaN: drop the rows, "
-            "or fill the values and hide them with poutine.mask"
-        )
+    value, fn = visit.value, visit.fn
+    if value.is_floating_point():
+        for word, found in (("NaN", value.isnan()), ("infinite value(s)", value.isinf())):
+            if found.any():
+                return Problem(
+                    f"the data at site {visit.name!r} hold {int(found.sum())} {word}",
+                    "drop the rows, or fill the values and hide them with poutine.mask",
+                )
     outside = _outside(visit)
     if outside:
-        return (
+        return Problem(
             f"the data at site {visit.name!r} hold {outside} value(s) outside the support of its "
-            f"{type(visit.fn).__name__}, {visit.fn.support}: their density is zero everywhere. "
-            "Correct the values, or choose a distribution that can produce them."
+            f"{type(fn).__name__}, {fn.support}, so that their density is zero everywhere",
+            "correct the values, or choose a distribution that can produce them",
         )
     return None
+
+
+def slope_problem(ahead: Tensor, behind: Tensor, slope: Tensor, step: float) -> Problem | None:
+    """Whether gradients are those of the values.
+
+    Args:
+        ahead: Log densities `[K]` a step ahead of K points in float64, along some direction.
+        behind: The same a step behind.
+        slope: What autograd says about the direction, `[K]`.
+        step: The step's length.
+    """
+    measured = (ahead - behind) / (2 * step)
+    rounding = 1e-13 * (ahead.abs() + behind.abs()) / step
+    # A loose bound, for badly scaled models; what is cut off from autograd is far outside of it.
+    wrong = (measured - slope).abs() > 0.01 * (measured.abs() + slope.abs()) + rounding + 1e-6
+    if not bool((wrong & measured.isfinite() & slope.isfinite()).all()):
+        return None
+    return Problem(
+        "the gradient of the log density is not that of its values, some latent is cut off from it",
+        "do not pass latents through NumPy, .detach(), .item() or torch.tensor([latent]); use "
+        "torch functions, and torch.stack for vectors of latents",
+    )
 
 
 def _outside(visit: Visit) -> int:
@@ -111,3 +162,39 @@ def _outside(visit: Visit) -> int:
         return int((~visit.fn.support.check(visit.value)).sum())
     except (NotImplementedError, AttributeError):
         return 0
+
+
+def broadcast_problem(visit: Visit) -> Problem | None:
+    """Whether data and distribution have different shapes: one of them is then repeated."""
+    data, own = tuple(visit.value.shape), tuple(visit.fn.shape())
+    plates = ", ".join(f"{f.name!r} of size {f.size}" for f in visit.frames) or "no plate"
+    what = (
+        f"site {visit.name!r} ({plates}) has data of shape {data} for a distribution of shape {own}"
+    )
+    try:
+        together = tuple(torch.broadcast_shapes(data, own))
+    except RuntimeError:
+        remedy = (
+            "make the plate as long as the data, pyro.plate(name, len(y)), and check event dims"
+        )
+        return Problem(what, remedy)
+    if data == own:
+        return None
+    return Problem(
+        f"{what}: they broadcast to {together}, and data count more than once",
+        "give both one shape: y.squeeze(-1), or .to_event(1) for dims of one observation",
+    )
+
+
+def plateless_problem(visit: Visit) -> Problem | None:
+    """Batch dims that no plate made."""
+    batch = visit.fn.batch_shape
+    plates = {frame.dim for frame in visit.frames}
+    stray = [d for d in range(-len(batch), 0) if batch[d] != 1 and d not in plates]
+    if not stray:
+        return None
+    sizes = ", ".join(f"dim {d} of size {batch[d]}" for d in stray)
+    return Problem(
+        f"site {visit.name!r} has batch dims that no plate made ({sizes})",
+        "put the site into a pyro.plate if they are independent, or declare them .to_event(1)",
+    )

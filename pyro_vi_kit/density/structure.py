@@ -126,7 +126,7 @@ def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
         if problem is None and drew and not structure.of_kind("discrete"):
             problem = chance_problem(runner, runs[-1])
     if problem is not None:
-        raise ModelError(problem)
+        raise ModelError(str(problem))
     return structure, runs[-1].visits
 
 
@@ -135,7 +135,7 @@ def structure_of(replay: Replay) -> Structure:
     sites = {name: _site(visit) for name, visit in replay.visits.items()}
     plates = {plate.name: plate for site in sites.values() for plate in site.plates}
     declared = {name: size for name, size in replay.declared.items() if name in plates}
-    return Structure(sites, plates, _parameters(replay), declared)
+    return Structure(sites, plates, parameters_of(replay), declared)
 
 
 def starts() -> list[Fill]:
@@ -175,9 +175,14 @@ def _site(visit: Visit) -> Site:
         plates=plates,
         unconstrained_shape=unconstrained_shape,
         transform=biject_to(visit.fn.support) if latent and _is_fixed(visit.fn.support) else None,
-        improper=isinstance(_innermost(visit.fn), ImproperUniform),
+        improper=is_improper(visit.fn),
         fn_name=type(_innermost(visit.fn)).__name__,
     )
+
+
+def is_improper(fn: Any) -> bool:
+    """Whether a distribution is an improper uniform."""
+    return isinstance(_innermost(fn), ImproperUniform)
 
 
 def _innermost(fn: Any) -> Any:
@@ -206,7 +211,7 @@ def _is_fixed(support: Any) -> bool:
     return True
 
 
-def _parameters(replay: Replay) -> dict[str, Parameter]:
+def parameters_of(replay: Replay) -> dict[str, Parameter]:
     """Copies of the learned parameters; the user's own are never trained in place."""
     found = {}
     for name, visit in replay.param_visits.items():

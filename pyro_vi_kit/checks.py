@@ -1,0 +1,199 @@
+"""Named checks of a model: what works, what does not, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pyro_vi_kit.density.examination import Examination
+from pyro_vi_kit.density.problems import Problem
+from pyro_vi_kit.model import Model
+
+Outcome = Literal["pass", "fail", "note"]
+
+_MARKS: dict[Outcome, str] = {"pass": "✓", "fail": "✗", "note": "!"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check and how it ended.
+
+    Attributes:
+        name: What was looked at.
+        outcome: ``pass``, ``fail``, or ``note``: worth knowing, no obstacle.
+        message: What was found, naming sites.
+        remedy: What to do; empty where nothing is to be done.
+    """
+
+    name: str
+    outcome: Outcome
+    message: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        line = f"{_MARKS[self.outcome]} {self.name}: {self.message}"
+        return f"{line}\n    → {self.remedy}" if self.remedy else line
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """Every check of a model; printed, it is the list of marks.
+
+    Attributes:
+        model: The model's name.
+        checks: In the order in which they were made.
+    """
+
+    model: str
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return not any(check.outcome == "fail" for check in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join([self.model, *map(str, self.checks)])
+
+    def __repr__(self) -> str:
+        failed = [check.name for check in self.checks if check.outcome == "fail"]
+        found = f"failed: {', '.join(failed)}" if failed else "ok"
+        return f"Report({self.model!r}, {len(self.checks)} checks, {found})"
+
+
+def check(model: Model, *, dtype: torch.dtype = torch.float64, verbose: bool = True) -> Report:
+    """Look a model over before fitting it. Nothing of the user's state is changed.
+
+    Args:
+        model: The model and its data.
+        dtype: Precision to run it in.
+        verbose: Print the list, ✓ / ✗ / ! with the remedies.
+
+    Returns:
+        The checks; `Report.ok` says whether the model can be fitted.
+    """
+    report = Report(model.name, tuple(_checks(Examination(model, dtype))))
+    if verbose:
+        print(report)
+    return report
+
+
+def _checks(found: Examination) -> Iterator[Check]:
+    for name, make in _CHECKS.items():
+        if name in _NEED_A_RUN and found.last is None:
+            yield Check(name, "note", "not checked, since the model does not run")
+        else:
+            yield make(name, found)
+
+
+def _runs(name: str, found: Examination) -> Check:
+    if found.error is not None:
+        remedy = "run it once in Pyro itself, MODEL(), and correct what the message says"
+        return Check(name, "fail", found.error, remedy)
+    kinds = [visit.kind for visit in found.visits.values()]
+    counts = [f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)]
+    return Check(name, "pass", f"{len(kinds)} sites ({', '.join(counts)})")
+
+
+def _supports(name: str, found: Examination) -> Check:
+    return _verdict(name, found.support_problems, "every latent can be unconstrained")
+
+
+def _structure(name: str, found: Examination) -> Check:
+    message = f"the same sites and shapes in {len(found.runs)} runs at different latents"
+    return _verdict(name, found.structure_problems, message)
+
+
+def _log_density(name: str, found: Examination) -> Check:
+    finite, total, culprits = found.finite()
+    if not total:
+        return Check(name, "note", "not evaluated, since the latents have no unconstrained values")
+    message = f"finite with its gradient at {finite} of {total} starting points"
+    if finite == total:
+        cut_off = found.slope()
+        if cut_off is not None:
+            return _verdict(name, [cut_off], "")
+        idle = found.without_influence
+        if not idle:
+            return Check(name, "pass", message)
+        message += f"; site(s) {', '.join(idle)} have no influence on it"
+        return Check(name, "note", message, "give them a prior or data, or leave them out")
+    remedy = (
+        "look at their arguments at extreme latents: bound scales away from 0 and use logits, not "
+        "probabilities; start from a feasible point with init="
+    )
+    message += f"; not finite elsewhere at {', '.join(culprits) or 'no single site'}"
+    return Check(name, "note" if finite else "fail", message, remedy)
+
+
+def _shapes(name: str, found: Examination) -> Check:
+    wrong = found.shape_problems
+    if wrong:
+        return _verdict(name, wrong, "")
+    return _verdict(name, found.plateless, "batch dims and plates agree", "note")
+
+
+def _data(name: str, found: Examination) -> Check:
+    if found.data_problems:
+        return _verdict(name, found.data_problems, "")
+    return _verdict(name, found.argument_problems, "no NaN, nothing infinite", "note")
+
+
+def _randomness(name: str, found: Examination) -> Check:
+    problem = found.chance()
+    if problem is not None:
+        return _verdict(name, [problem], "")
+    if found.draws_in_vain:
+        message = "random numbers are drawn outside sample sites, without influence"
+        return Check(
+            name, "note", message, "give initial values as functions: lambda: torch.randn(3)"
+        )
+    return Check(name, "pass", "none is drawn outside sample sites")
+
+
+def _priors(name: str, found: Examination) -> Check:
+    if not found.improper:
+        return Check(name, "pass", "every prior is proper")
+    message = f"improper at site(s) {', '.join(found.improper)}"
+    remedy = (
+        "log evidence is defined up to their constant only; give proper priors to compare models"
+    )
+    return Check(name, "note", message, remedy)
+
+
+def _discrete(name: str, found: Examination) -> Check:
+    return _verdict(name, found.discrete_problems, "no discrete latent")
+
+
+def _parameters(name: str, found: Examination) -> Check:
+    if not found.parameters:
+        return Check(name, "pass", "none is learned beside the latents")
+    return Check(name, "note", f"learned along with the guide: {', '.join(found.parameters)}")
+
+
+def _verdict(
+    name: str, problems: list[Problem], otherwise: str, outcome: Outcome = "fail"
+) -> Check:
+    """One check of several problems; each different remedy is said once."""
+    if not problems:
+        return Check(name, "pass", otherwise)
+    message = "; ".join(problem.what for problem in problems)
+    return Check(name, outcome, message, "; ".join(dict.fromkeys(p.remedy for p in problems)))
+
+
+_CHECKS: dict[str, Callable[[str, Examination], Check]] = {
+    "model runs": _runs,
+    "supports": _supports,
+    "structure": _structure,
+    "log density": _log_density,
+    "shapes and plates": _shapes,
+    "data": _data,
+    "randomness": _randomness,
+    "improper priors": _priors,
+    "discrete sites": _discrete,
+    "parameters": _parameters,
+}
+_NEED_A_RUN = frozenset(_CHECKS) - {"model runs", "data"}

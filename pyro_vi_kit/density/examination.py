@@ -1,0 +1,251 @@
+"""Look a model over without refusing it: every problem that can be found, not only the first."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import pyro
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from pyro_vi_kit.density.handlers import Replay, Visit, bijector
+from pyro_vi_kit.density.problems import (
+    Problem,
+    broadcast_problem,
+    chance_problem,
+    change_problem,
+    data_problem,
+    discrete_problem,
+    latents_problem,
+    plateless_problem,
+    repetition,
+    slope_problem,
+)
+from pyro_vi_kit.density.runner import Runner
+from pyro_vi_kit.density.structure import is_improper, parameters_of, starts
+from pyro_vi_kit.density.terms import add_up
+from pyro_vi_kit.errors import ModelError
+from pyro_vi_kit.model import Model
+
+_POINTS = 10
+_RADIUS = 2.0
+
+
+class Examination:
+    """First runs of a model, and what they show.
+
+    Args:
+        model: The model and its data.
+        dtype: Precision to run it in.
+
+    Attributes:
+        runs: The runs that did not raise.
+        error: What the model raised, if it did.
+        draws_in_vain: Whether a run beyond the first drew random numbers outside sample sites.
+        parameters: Learned parameters with their shapes.
+    """
+
+    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+        self.model = model
+        self.runner = Runner(model, dtype)
+        self.runs: list[Replay] = []
+        self.error: str | None = None
+        self.draws_in_vain = False
+        self._gradients: dict[str, bool] = {}
+        drew = False
+        with self.runner.first_runs():
+            for fill in starts():
+                before = torch.get_rng_state()
+                self._try(Replay(fill=fill))
+                drew = not torch.equal(before, torch.get_rng_state())
+            if self.error is not None and not self.runs:
+                # A latent without a bijector ends a run; drawn from its prior it does not.
+                self._try(Replay(sample_latents=True))
+                self.error = None if self.runs else self.error
+            elif self.runs:
+                kinds = {visit.kind for visit in self.runs[-1].visits.values()}
+                self.draws_in_vain = drew and "discrete" not in kinds
+        # Stores are private to the runs, modules are not: what was learned is read off the run.
+        learned = parameters_of(self.runs[-1]) if self.runs else {}
+        self.parameters = [f"{p.name} {tuple(p.value.shape)}" for p in learned.values()]
+
+    def _try(self, replay: Replay) -> None:
+        try:
+            self.runner.try_run(replay)
+        except ModelError as error:
+            self.error = str(error)
+        else:
+            self.runs.append(replay)
+
+    def _unconstrained(self) -> bool:
+        return bool(self.runs) and not self.runs[-1].sample_latents
+
+    @property
+    def last(self) -> Replay | None:
+        """The last run that did not raise."""
+        return self.runs[-1] if self.runs else None
+
+    @property
+    def visits(self) -> Mapping[str, Visit]:
+        """The sites of the last run."""
+        return self.runs[-1].visits if self.runs else {}
+
+    def _of_kind(self, kind: str) -> list[Visit]:
+        return [visit for visit in self.visits.values() if visit.kind == kind]
+
+    @property
+    def support_problems(self) -> list[Problem]:
+        """Latents without a bijector, or no latents at all."""
+        nothing = latents_problem(self.visits)
+        problems = [nothing] if nothing else []
+        for visit in self._of_kind("latent"):
+            try:
+                bijector(visit)
+            except ModelError as error:
+                what, _, remedy = str(error).partition(". ")
+                problems.append(Problem(what, remedy[:1].lower() + remedy[1:].rstrip(".")))
+        return problems
+
+    @property
+    def structure_problems(self) -> list[Problem]:
+        """Sites and shapes that differ between runs."""
+        changes = (change_problem(run.visits, self.visits) for run in self.runs[:-1])
+        return [change for change in changes if change is not None][:1]
+
+    @property
+    def discrete_problems(self) -> list[Problem]:
+        """Discrete latents."""
+        problem = discrete_problem(self.visits)
+        return [problem] if problem else []
+
+    @property
+    def data_problems(self) -> list[Problem]:
+        """Observed values that are no numbers, or that cannot occur."""
+        problems = map(data_problem, self._of_kind("observed"))
+        return [problem for problem in problems if problem is not None]
+
+    @property
+    def argument_problems(self) -> list[Problem]:
+        """NaN and infinite numbers among the arguments, which a model may deal with."""
+        named = dict(zip(self.model.argument_names, self.model.args, strict=True))
+        problems = []
+        for name, argument in (named | dict(self.model.kwargs)).items():
+            leaves = [leaf for leaf in tree_flatten(argument)[0] if isinstance(leaf, Tensor)]
+            bad = sum(int((~leaf.isfinite()).sum()) for leaf in leaves)
+            if bad:
+                problems.append(
+                    Problem(
+                        f"argument {name!r} holds {bad} NaN or infinite value(s)",
+                        "drop the rows, or fill the values; a mask alone leaves NaN gradients",
+                    )
+                )
+        return problems
+
+    @property
+    def shape_problems(self) -> list[Problem]:
+        """Data that do not fit their distribution, or that broadcast against it."""
+        problems = map(broadcast_problem, self._of_kind("observed"))
+        return [problem for problem in problems if problem is not None]
+
+    @property
+    def plateless(self) -> list[Problem]:
+        """Sites with batch dims that no plate made."""
+        visits = [*self._of_kind("latent"), *self._of_kind("observed")]
+        problems = map(plateless_problem, visits)
+        return [problem for problem in problems if problem is not None]
+
+    @property
+    def improper(self) -> list[str]:
+        """Latents with an improper prior."""
+        return [visit.name for visit in self._of_kind("latent") if is_improper(visit.fn)]
+
+    def chance(self) -> Problem | None:
+        """Whether a run at the same latents gives something else."""
+        if not self._unconstrained():
+            return None
+        with self.runner.first_runs():
+            return chance_problem(self.runner, self.runs[-1])
+
+    # -- the log density at starting points ---------------------------------------------------
+
+    @functools.cached_property
+    def without_influence(self) -> list[str]:
+        """Latents whose gradient was exactly zero wherever it was taken; after `finite`."""
+        return [name for name, moved in self._gradients.items() if not moved]
+
+    def finite(self) -> tuple[int, int, list[str]]:
+        """At how many of how many points value and gradient are finite, and the sites to blame."""
+        if not self._unconstrained() or not self._of_kind("latent"):
+            return 0, 0, []
+        finite, blamed = 0, {}
+        generator = torch.Generator().manual_seed(20261)
+        with self.runner.first_runs(), pyro.validation_enabled(False):
+            for k in range(_POINTS):
+                point = self._point(_RADIUS if k else 0.0, generator)
+                culprits = self._culprits(point)
+                finite += not culprits
+                blamed.update(dict.fromkeys(culprits))
+        return finite, _POINTS, list(blamed)
+
+    def _point(self, radius: float, generator: torch.Generator) -> dict[str, Tensor]:
+        """A uniform point in a box around the origin."""
+        return {
+            name: radius * (2 * torch.rand(value.shape, generator=generator) - 1)
+            for name, value in repetition(self.runs[-1]).unconstrained.items()
+        }
+
+    def _evaluate(self, point: Mapping[str, Tensor]) -> tuple[Tensor, Replay]:
+        replay = repetition(self.runs[-1])
+        replay.unconstrained = point
+        self.runner.run(replay, {})
+        return add_up(replay.visits, True, self.runner.dtype).total(), replay
+
+    def _culprits(self, point: dict[str, Tensor]) -> list[str]:
+        """Sites with a value or gradient that is not finite."""
+        leaves = [value.requires_grad_() for value in point.values()]
+        try:
+            total, replay = self._evaluate(point)
+            gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
+            return [f"(raised {type(error).__name__}: {error})"]
+        culprits = [v.name for v in replay.visits.values() if not _finite(v.log_prob())]
+        for name, gradient in zip(point, gradients, strict=True):
+            moved = gradient is not None and bool((gradient != 0).any())
+            self._gradients[name] = self._gradients.get(name, False) or moved
+            if gradient is not None and not _finite(gradient):
+                culprits.append(f"{name} (gradient)")
+        return culprits
+
+    def slope(self) -> Problem | None:
+        """Whether autograd's gradient is the slope of the values."""
+        if not self._unconstrained() or self.runner.dtype != torch.float64:
+            return None
+        generator, step = torch.Generator().manual_seed(20262), 1e-5
+        rows = []
+        with self.runner.first_runs(), pyro.validation_enabled(False):
+            for _ in range(3):
+                point = self._point(0.5, generator)
+                try:
+                    rows.append(self._slopes(point, self._point(1.0, generator), step))
+                except Exception:  # noqa: BLE001  told by `finite`
+                    return None
+        ahead, behind, slopes = torch.stack(rows, -1)
+        return slope_problem(ahead, behind, slopes, step)
+
+    def _slopes(
+        self, point: Mapping[str, Tensor], direction: Mapping[str, Tensor], step: float
+    ) -> Tensor:
+        ahead, _ = self._evaluate({n: v + step * direction[n] for n, v in point.items()})
+        behind, _ = self._evaluate({n: v - step * direction[n] for n, v in point.items()})
+        leaves = [value.requires_grad_() for value in point.values()]
+        total, _ = self._evaluate(point)
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        parts = zip(gradients, direction.values(), strict=True)
+        slope = sum((g * d).sum() for g, d in parts if g is not None)
+        return torch.stack([ahead.detach(), behind.detach(), torch.as_tensor(slope)])
+
+
+def _finite(value: Tensor) -> bool:
+    return bool(value.isfinite().all())
