@@ -11,25 +11,21 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.handlers import kind_of
-from pyro_vi_kit.groups import in_chunks, width_of
+from pyro_vi_kit.density.handlers import kind_of, sample_sites
+from pyro_vi_kit.export import Group
+from pyro_vi_kit.groups import (
+    data_groups,
+    in_chunks,
+    model_groups,
+    prior_groups,
+    sampled,
+    width_of,
+)
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream, isolated, private_params
 
 _CHUNK_NUMBERS = 4_000_000
-
-
-class Draws(NamedTuple):
-    """Draws from q.
-
-    Attributes:
-        values: Latent and deterministic values by site, `[S, *batch, *event]`.
-        unconstrained: Unconstrained latent values by site; empty where the guide has none.
-    """
-
-    values: dict[str, Tensor]
-    unconstrained: dict[str, Tensor]
 
 
 class Weighed(NamedTuple):
@@ -40,24 +36,36 @@ class Weighed(NamedTuple):
 
 
 class Approximation(Protocol):
-    """A trained guide."""
+    """A trained guide.
 
-    @property
-    def name(self) -> str:
-        """The guide's name."""
-        ...
+    Attributes:
+        name: The guide's name.
+        point: Whether it is a point estimate, which has no density.
+        cost: Numbers that one draw makes in the model, roughly.
+    """
 
-    @property
-    def cost(self) -> int:
-        """Numbers that one draw makes in the model, roughly."""
-        ...
+    name: str
+    point: bool
+    cost: int
 
-    def draw(self, draws: int, seed: int) -> Draws:
-        """Draws from q with every latent and deterministic site."""
+    def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
+        """Draws from q of every latent and deterministic site, `{site: [S, *batch, *event]}`."""
         ...
 
     def weigh(self, draws: int, seed: int) -> Weighed:
-        """The same draws as `draw` with that seed, with their log densities."""
+        """The log densities of what `draw` gives with that seed."""
+        ...
+
+    def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
+        """Observed and deterministic sites drawn anew, on a model's own or other arguments."""
+        ...
+
+    def groups(self, draws: int, seed: int) -> dict[str, Group]:
+        """The groups of an ArviZ object that follow from draws, data and the model."""
+        ...
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Learned parameters of the model, constrained, by name."""
         ...
 
 
@@ -73,15 +81,15 @@ class GuideApproximation:
     def __init__(self, name: str, guide: Guide, params: Mapping[str, Tensor]) -> None:
         self.name = name
         self.guide = guide
+        self.point = guide.point
         self.density: Density = guide.density
         self.params = {key: value.detach() for key, value in params.items()}
         self.cost = width_of(self.density)
 
-    @torch.no_grad()
-    def draw(self, draws: int, seed: int) -> Draws:
+    def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
+        """See `Approximation.draw`."""
         z = self.unconstrained(draws, seed)
-        values = in_chunks(lambda part: self.density.constrain(part, self._trainable()), z, self.cost)
-        return Draws(values, z)
+        return in_chunks(lambda part: self.density.constrain(part, self.params), z, self.cost)
 
     @torch.no_grad()
     def unconstrained(self, draws: int, seed: int) -> dict[str, Tensor]:
@@ -92,27 +100,48 @@ class GuideApproximation:
 
     @torch.no_grad()
     def weigh(self, draws: int, seed: int) -> Weighed:
-        params = self._trainable()
+        """See `Approximation.weigh`."""
         log_p, log_q = [], []
         with RandomStream(seed):
             for size in self._sizes(draws):
                 draw = self.guide.draw(size)
                 q = draw.shared + sum(rows.sum(-1) for rows in draw.local.values())
-                terms = self.density.terms(draw.z, params, jacobian=not self.guide.point)
+                terms = self.density.terms(draw.z, self.params, jacobian=not self.guide.point)
                 log_p.append(terms.total())
                 log_q.append(q)
         return Weighed(torch.cat(log_p).double(), torch.cat(log_q).double())
 
+    def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
+        """See `Approximation.predict`."""
+        z = self.unconstrained(draws, seed)
+        with RandomStream(seed + 1):
+            values = in_chunks(
+                lambda part: self.density.simulate(part, model, self.params), z, self.cost
+            )
+        latent = {site.name for site in self.density.latents}
+        return {name: value for name, value in values.items() if name not in latent}
+
+    def groups(self, draws: int, seed: int) -> dict[str, Group]:
+        """See `Approximation.groups`."""
+        z = self.unconstrained(draws, seed)
+        return model_groups(self.density, z, params=self.params, seed=seed + 1)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """See `Approximation.parameters`."""
+        known = self.density.structure.parameters
+        return {
+            name: torch.distributions.transform_to(known[name].constraint)(value)
+            for name, value in self.params.items()
+        }
+
+    def moved_to(self, model: Model) -> GuideApproximation:
+        """The same trained guide on other data of the same model."""
+        density = Density(model, dtype=self.density.dtype)
+        return GuideApproximation(self.name, self.guide.moved_to(density), self.params)
+
     def _sizes(self, draws: int) -> list[int]:
         chunk = max(1, _CHUNK_NUMBERS // max(self.cost, 1))
         return [min(chunk, draws - i) for i in range(0, draws, chunk)]
-
-    def _trainable(self) -> dict[str, Tensor]:
-        # pyro.module warns about parameters that ask for no gradient.
-        return {
-            name: value.detach().requires_grad_(value.is_floating_point())
-            for name, value in self.params.items()
-        }
 
 
 class TraceApproximation:
@@ -123,49 +152,71 @@ class TraceApproximation:
         guide: A Pyro guide callable, trained.
         state: The private parameter store it was trained in.
         dtype: Default dtype of the fit.
+        density: The model's Density, where it has one: names the dims of what is exported.
     """
 
     def __init__(
-        self, model: Model, guide: Callable[..., Any], state: dict[str, Any], dtype: torch.dtype
+        self,
+        model: Model,
+        guide: Callable[..., Any],
+        state: dict[str, Any],
+        dtype: torch.dtype,
+        density: Density | None,
     ) -> None:
         self.model = model
         self.guide = guide
         self.state = state
         self.dtype = dtype
+        self.density = density
         self.name = getattr(guide, "__name__", type(guide).__name__)
-        self.cost = 10_000
+        self.point = False
+        # A trace takes milliseconds whatever the model's size, so draws are counted as dear.
+        self.cost = 100_000
 
-    def draw(self, draws: int, seed: int) -> Draws:
-        pairs = self._traces(draws, seed)
+    def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
+        """See `Approximation.draw`."""
         values: dict[str, list[Tensor]] = {}
-        for model, _ in pairs:
-            for name, node in model.nodes.items():
-                if _is_sample(node) and kind_of(node) in ("latent", "discrete", "deterministic"):
+        for model, _ in self._traces(draws, seed):
+            for name, node in sample_sites(model).items():
+                if kind_of(node) in ("latent", "discrete", "deterministic"):
                     values.setdefault(name, []).append(node["value"].detach())
-        return Draws({name: torch.stack(parts) for name, parts in values.items()}, {})
+        return {name: torch.stack(parts) for name, parts in values.items()}
 
     def weigh(self, draws: int, seed: int) -> Weighed:
+        """See `Approximation.weigh`."""
         pairs = self._traces(draws, seed)
         log_p = torch.stack([torch.as_tensor(model.log_prob_sum()) for model, _ in pairs])
         log_q = torch.stack([torch.as_tensor(guide.log_prob_sum()) for _, guide in pairs])
         return Weighed(log_p.detach().double(), log_q.detach().double())
 
     def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
-        """Observed sites drawn anew, `[S, ...]` by site."""
+        """See `Approximation.predict`."""
         values: dict[str, list[Tensor]] = {}
         with self._running(seed):
             for _ in range(draws):
                 guide = poutine.trace(self.guide).get_trace(*self.model.args, **self.model.kwargs)
                 replayed = poutine.replay(poutine.uncondition(model.fn), trace=guide)
                 trace = poutine.trace(replayed).get_trace(*model.args, **model.kwargs)
-                for name, node in trace.nodes.items():
+                for name, node in sample_sites(trace).items():
                     # `uncondition` un-observes deterministic and factor sites as well.
-                    infer = node["infer"] if _is_sample(node) else {}
+                    infer = node["infer"]
                     if infer.get("was_observed") and not (
                         infer.get("_deterministic") or infer.get("is_auxiliary")
                     ):
                         values.setdefault(name, []).append(node["value"].detach())
         return {name: torch.stack(parts) for name, parts in values.items()}
+
+    def groups(self, draws: int, seed: int) -> dict[str, Group]:
+        """See `Approximation.groups`."""
+        values = self.draw(draws, seed)
+        if self.density is None:
+            return {"posterior": Group({n: v.numpy()[None] for n, v in values.items()})}
+        groups = {"posterior": sampled(self.density, values, 1)}
+        return groups | prior_groups(self.density, 500, seed=seed + 2) | data_groups(self.density)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """See `Approximation.parameters`."""
+        return {}
 
     def _traces(self, draws: int, seed: int) -> list[tuple[poutine.Trace, poutine.Trace]]:
         args, kwargs = self.model.args, self.model.kwargs
@@ -186,7 +237,3 @@ class TraceApproximation:
             torch.no_grad(),
         ):
             yield
-
-
-def _is_sample(node: Mapping[str, Any]) -> bool:
-    return node["type"] == "sample" and type(node["fn"]).__name__ != "_Subsample"

@@ -24,8 +24,9 @@ from pyro_vi_kit.methods import NAMES as METHODS
 from pyro_vi_kit.methods import fixed_draws, stochastic
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.posterior import Posterior, Record, is_small
+from pyro_vi_kit.posterior import Posterior, is_small
 from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.record import Record
 from pyro_vi_kit.runtime import RandomStream, fresh_seed, one_thread
 from pyro_vi_kit.types import Objective
 
@@ -150,9 +151,7 @@ def _checked(
     if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
         raise OptionError(f"seed= must be a non-negative integer, got {seed!r}")
     if not isinstance(init, Mapping) and init not in ("auto", "origin"):
-        raise OptionError(
-            f"init= must be 'auto', 'origin' or a dict of site values, got {init!r}"
-        )
+        raise OptionError(f"init= must be 'auto', 'origin' or a dict of site values, got {init!r}")
     if optimizer is not None and not callable(optimizer):
         raise OptionError(
             "optimizer= must make an optimiser from parameters, e.g. "
@@ -254,7 +253,7 @@ def _with_particles(request: _Request, density: Density) -> _Request:
     if request.engine == "pyro":
         particles = 4  # one after the other
     else:
-        particles = 64 if is_small(density) else 4
+        particles = 64 if is_small(density) else 1
     objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]
     return dataclasses.replace(request, objective=objective)
 
@@ -263,7 +262,9 @@ def _train_pyro_guide(
     request: _Request, guide: PyroGuide, density: Density | None
 ) -> tuple[Approximation, Outcome, str, float | None]:
     if request.method == "lbfgs":
-        raise OptionError("method='lbfgs' runs the Gaussian guides of this package; use 'stochastic'")
+        raise OptionError(
+            "method='lbfgs' runs the Gaussian guides of this package; use 'stochastic'"
+        )
     if request.batch_size is not None:
         raise OptionError(
             "batch_size= needs guide='amortized'; with a Pyro guide of your own, give the plates of "
@@ -279,7 +280,7 @@ def _train_pyro_guide(
     )
     outcome, bound = _run_stochastic(request, getattr(guide, "__name__", "guide"), engine)
     dtype = torch.get_default_dtype() if density is None else density.dtype
-    approximation = TraceApproximation(request.model, guide, engine.state, dtype)
+    approximation = TraceApproximation(request.model, guide, engine.state, dtype, density)
     return approximation, outcome, engine.name, bound if request.objective.multi_sample else None
 
 
@@ -361,4 +362,3 @@ def _batches(request: _Request, guide: Guide) -> Batches | None:
             "batch_size= out and fit the full data"
         )
     return Batches(plates[0], request.batch_size)
-

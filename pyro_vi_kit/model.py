@@ -91,9 +91,7 @@ class Model:
         )
 
 
-def _names(
-    option: str, mapping: Mapping[str, Sequence[Any]] | None
-) -> dict[str, tuple[Any, ...]]:
+def _names(option: str, mapping: Mapping[str, Sequence[Any]] | None) -> dict[str, tuple[Any, ...]]:
     """Copy a mapping of sequences, or say which entry is not one."""
     if mapping is None:
         return {}

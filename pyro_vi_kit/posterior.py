@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,62 +11,22 @@ import numpy as np
 import torch
 
 from pyro_vi_kit import export
-from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
+from pyro_vi_kit.approximation import Approximation, GuideApproximation
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import ModelError, OptionError
-from pyro_vi_kit.groups import coords_of, model_groups, prior_groups, sampled, squeeze
+from pyro_vi_kit.errors import ModelError, OptionError, ViError
+from pyro_vi_kit.evaluation import Evaluation, evaluate
+from pyro_vi_kit.groups import coords_of, dims_of, squeeze
 from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.psis import Psis, psis, resample
-from pyro_vi_kit.runtime import RandomStream, fresh_seed, one_thread
+from pyro_vi_kit.psis import psis, resample
+from pyro_vi_kit.record import Record
+from pyro_vi_kit.runtime import fresh_seed, one_thread
 from pyro_vi_kit.summary import summarise
-from pyro_vi_kit.types import Objective, Status
+from pyro_vi_kit.types import Status
 from pyro_vi_kit.verdict import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_EVALUATION_NUMBERS = 200_000_000
-_EVALUATION_SEED = 1_234_567
-
-
-@dataclass(frozen=True)
-class Record:
-    """How a fit was done.
-
-    Attributes:
-        objective: What was maximised.
-        method: ``lbfgs`` or ``stochastic``.
-        engine: ``eager`` or ``pyro``.
-        status: How it ended.
-        losses: Minus the bound at each step, nats.
-        evaluations: Per-sample gradient evaluations of the log density.
-        seconds: Wall time of the whole fit.
-        seed: What the fit's random numbers started from.
-        bound: The trained objective's value at the end, nats; None where it is the ELBO.
-        skipped: Steps whose gradient was not finite.
-    """
-
-    objective: Objective
-    method: str
-    engine: str
-    status: Status
-    losses: np.ndarray
-    evaluations: int
-    seconds: float
-    seed: int
-    bound: float | None = None
-    skipped: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Evaluation:
-    """Draws from q with their weights, made once and read by every diagnostic."""
-
-    values: dict[str, np.ndarray]
-    log_p: np.ndarray
-    log_q: np.ndarray
-    smoothed: Psis
 
 
 class Posterior:
@@ -135,49 +94,24 @@ class Posterior:
     @property
     def parameters(self) -> dict[str, np.ndarray]:
         """Learned parameters of the model (`pyro.param`, `pyro.module`), constrained, by name."""
-        if self.density is None or not isinstance(self.approximation, GuideApproximation):
-            return {}
-        constraints = self.density.structure.parameters
-        with torch.no_grad():
-            return {
-                name: torch.distributions.transform_to(constraints[name].constraint)(value)
-                .cpu()
-                .numpy()
-                for name, value in self.approximation.params.items()
-            }
+        return {n: v.cpu().numpy() for n, v in self.approximation.parameters().items()}
 
     # -- how good it is -----------------------------------------------------------------------
 
     @functools.cached_property
-    def _evaluation(self) -> _Evaluation:
-        draws = min(4000, max(200, _EVALUATION_NUMBERS // max(self.approximation.cost, 1)))
+    def _evaluation(self) -> Evaluation:
         with self._few_threads():
-            values = self._named(self.approximation.draw(draws, _EVALUATION_SEED).values)
-            log_p, log_q = self.approximation.weigh(draws, _EVALUATION_SEED)
-        log_w = (log_p - log_q).numpy()
-        # Where the fit went wrong, a weight that is NaN is a draw that the model refuses.
-        log_w = np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
-        return _Evaluation(values, log_p.numpy(), log_q.numpy(), psis(log_w))
-
-    @property
-    def _is_point(self) -> bool:
-        return isinstance(self.approximation, GuideApproximation) and self.approximation.guide.point
+            return evaluate(self.approximation, self._named)
 
     @property
     def elbo(self) -> float | None:
         """The single-sample ELBO of q on fresh draws, nats; None for a point estimate."""
-        if self._is_point:
-            return None
-        log_w = self._evaluation.log_p - self._evaluation.log_q
-        return float(log_w.mean())
+        return self._evaluation.elbo
 
     @property
     def elbo_se(self) -> float | None:
         """Standard error of `elbo`, nats."""
-        if self._is_point:
-            return None
-        log_w = self._evaluation.log_p - self._evaluation.log_q
-        return float(log_w.std(ddof=1) / np.sqrt(len(log_w)))
+        return self._evaluation.elbo_se
 
     @property
     def bound(self) -> float | None:
@@ -187,7 +121,7 @@ class Posterior:
     @property
     def khat(self) -> float | None:
         """Pareto k-hat of the joint importance ratios; None for a point estimate."""
-        return None if self._is_point else self._evaluation.smoothed.khat
+        return self._evaluation.khat
 
     @property
     def log_evidence(self) -> tuple[float, float] | None:
@@ -195,19 +129,20 @@ class Posterior:
 
         With improper priors or factors it is defined up to their constant.
         """
-        if self._is_point:
-            return None
-        smoothed = self._evaluation.smoothed
-        return smoothed.log_mean_weight, smoothed.log_mean_weight_se
+        return self._evaluation.log_evidence
 
     @functools.cached_property
     def verdict(self) -> Verdict | None:
         """Whether to believe it; None for a point estimate."""
-        if self._is_point:
-            return None
         evaluation = self._evaluation
-        latent = self._latent_names()
-        values = {n: v for n, v in evaluation.values.items() if n in latent}
+        if evaluation.smoothed is None:
+            return None
+        known = {} if self.density is None else self.density.structure.sites
+        values = {
+            name: value
+            for name, value in evaluation.values.items()
+            if name not in known or known[name].kind == "latent"
+        }
         return judge(values, evaluation.smoothed, self.status, self.guide)
 
     def summary(self, prob: float = 0.9) -> pd.DataFrame:
@@ -216,19 +151,18 @@ class Posterior:
         Args:
             prob: Mass of the equal-tailed interval.
         """
-        dims = {} if self.density is None else self._dims()
         sites = self.verdict.sites if self.verdict is not None else {}
-        frame = summarise(self._evaluation.values, dims, self.model.coords, sites, prob)
+        frame = summarise(self._evaluation.values, self._dims(), self.model.coords, sites, prob)
         frame.attrs["verdict"] = "" if self.verdict is None else str(self.verdict)
         return frame
 
     def __repr__(self) -> str:
-        if self._is_point:
+        if self.approximation.point:
             head = f"{self.guide} posterior of {self.model.name}: point estimate"
         else:
             head = f"{self.guide} posterior of {self.model.name}: {self.verdict}"
         lines = [head, f"  status   {self.status.reason}: {self.status.advice}"]
-        if not self._is_point:
+        if not self.approximation.point:
             evidence, se = self.log_evidence or (np.nan, np.nan)
             lines += [
                 f"  ELBO     {self.elbo:.3f} nats (s.e. {self.elbo_se:.3f})",
@@ -253,7 +187,7 @@ class Posterior:
         _require_draws(draws)
         seed = fresh_seed() if seed is None else seed
         with self._few_threads():
-            return self._named(self.approximation.draw(draws, seed).values)
+            return self._named(self.approximation.draw(draws, seed))
 
     def resample(self, draws: int = 1000, seed: int | None = None) -> dict[str, np.ndarray]:
         """Draws corrected by Pareto-smoothed importance resampling, as `sample` gives them.
@@ -269,15 +203,17 @@ class Posterior:
         return {name: value[chosen] for name, value in values.items()}
 
     def log_weights(self, draws: int = 1000, seed: int | None = None) -> np.ndarray:
-        """log p(x, z) - log q(z) in nats, `[draws]`, at what `sample` draws with that seed.
+        """Log p(x, z) - log q(z) in nats, `[draws]`, at what `sample` draws with that seed.
 
         Raises:
             OptionError: For a point estimate, which has no density.
         """
         _require_draws(draws)
-        if self._is_point:
-            raise OptionError("a point estimate (guide 'delta') has no log weights: fit a guide with "
-                              "spread, e.g. guide='mean_field'")
+        if self.approximation.point:
+            raise OptionError(
+                "a point estimate (guide 'delta') has no log weights: fit a guide with "
+                "spread, e.g. guide='mean_field'"
+            )
         with self._few_threads():
             weighed = self.approximation.weigh(draws, fresh_seed() if seed is None else seed)
         return (weighed.log_p - weighed.log_q).numpy()
@@ -300,14 +236,10 @@ class Posterior:
         _require_draws(draws)
         seed = fresh_seed() if seed is None else seed
         model = self.model.with_args(*args, **kwargs) if args or kwargs else self.model
-        latent = self._latent_names()
         try:
             with self._few_threads():
-                if isinstance(self.approximation, GuideApproximation):
-                    values = self._simulate(self.approximation, model, draws, seed)
-                else:
-                    values = self.approximation.predict(model, draws, seed)  # type: ignore[attr-defined]
-        except (ModelError, OptionError):
+                values = self.approximation.predict(model, draws, seed)
+        except ViError:
             raise
         except Exception as error:
             raise ModelError(
@@ -315,21 +247,7 @@ class Posterior:
                 "Latents inside a plate keep its length; for new data of another length use "
                 "posterior.infer(*args) with guide='amortized'"
             ) from error
-        return self._named({name: v for name, v in values.items() if name not in latent})
-
-    @staticmethod
-    def _simulate(
-        approximation: GuideApproximation, model: Model, draws: int, seed: int
-    ) -> dict[str, torch.Tensor]:
-        from pyro_vi_kit.groups import in_chunks
-
-        z = approximation.unconstrained(draws, seed)
-        with RandomStream(seed + 1):
-            return in_chunks(
-                lambda part: approximation.density.simulate(part, model, approximation.params),
-                z,
-                approximation.cost,
-            )
+        return self._named(values)
 
     def infer(self, *args: Any, **kwargs: Any) -> Posterior:
         """The posterior of new data in one pass of the encoder, nothing trained.
@@ -347,10 +265,8 @@ class Posterior:
                 f"guide {self.guide!r} has no encoder to infer new data with: fit with "
                 "guide='amortized', or fit the new data"
             )
-        density = Density(self.model.with_args(*args, **kwargs), dtype=approximation.density.dtype)
-        guide = approximation.guide.moved_to(density)
-        moved = GuideApproximation(approximation.name, guide, approximation.params)
-        return Posterior(density.model, moved, self.record, density, self.spec)
+        moved = approximation.moved_to(self.model.with_args(*args, **kwargs))
+        return Posterior(moved.density.model, moved, self.record, moved.density, self.spec)
 
     # -- the way out --------------------------------------------------------------------------
 
@@ -373,17 +289,8 @@ class Posterior:
 
     def groups(self, draws: int, seed: int) -> dict[str, export.Group]:
         """What `to_arviz` exports, as plain arrays."""
-        if isinstance(self.approximation, GuideApproximation):
-            z = self.approximation.unconstrained(draws, seed)
-            groups = model_groups(
-                self.approximation.density, z, params=self.approximation.params, seed=seed + 1
-            )
-        else:
-            values = self._named(self.approximation.draw(draws, seed).values)
-            groups = {"posterior": export.Group({n: v[None] for n, v in values.items()}, self._dims())}
-            if self.density is not None:
-                groups |= prior_groups(self.density, 500, seed=seed + 2)
-        if not self._is_point:
+        groups = self.approximation.groups(draws, seed)
+        if not self.approximation.point:
             log_p, log_q = (t.numpy()[None] for t in self.approximation.weigh(draws, seed))
             groups["sample_stats"] = export.Group(
                 {"log_p": log_p, "log_q": log_q, "log_w": log_p - log_q}
@@ -436,11 +343,6 @@ class Posterior:
 
     # -- names --------------------------------------------------------------------------------
 
-    def _latent_names(self) -> set[str]:
-        if self.density is not None:
-            return {site.name for site in self.density.latents}
-        return set(self._evaluation.values)
-
     def _named(self, values: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         """Values in each site's own shape."""
         sites = {} if self.density is None else self.density.structure.sites
@@ -452,10 +354,10 @@ class Posterior:
     def _dims(self) -> dict[str, list[str]]:
         if self.density is None:
             return {}
-        zeros = {n: torch.zeros(1, *s.batch_shape, *s.event_shape)
-                 for n, s in self.density.structure.sites.items()
-                 if s.kind in ("latent", "deterministic")}
-        return {name: list(dims) for name, dims in sampled(self.density, zeros, 1).dims.items()}
+        return {
+            site.name: dims_of(self.model, site)
+            for site in self.density.structure.of_kind("latent", "deterministic")
+        }
 
     def _few_threads(self) -> Any:
         return one_thread(self.density is None or is_small(self.density))

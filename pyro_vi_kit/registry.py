@@ -11,7 +11,9 @@ from pyro_vi_kit.errors import OptionError, UnknownNameError
 Part = TypeVar("Part")
 
 
-def build(kind: str, table: Mapping[str, type[Part]], name: object, options: Mapping[str, Any]) -> Part:
+def build(
+    kind: str, table: Mapping[str, type[Part]], name: object, options: Mapping[str, Any]
+) -> Part:
     """The part that ``table`` holds under ``name``, configured.
 
     Args:

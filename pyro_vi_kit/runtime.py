@@ -13,6 +13,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 import pyro
 import torch
@@ -75,7 +76,7 @@ def isolated(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def private_params(state: dict | None = None) -> Iterator[dict]:
+def private_params(state: Any = None) -> Iterator[Any]:
     """A parameter store of one's own; yields its state, which holds what was written on exit.
 
     Args:

@@ -23,7 +23,8 @@ from pyro_vi_kit.errors import FileError, ModelError, OptionError
 from pyro_vi_kit.groups import coords_of
 from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.posterior import Posterior, Record
+from pyro_vi_kit.posterior import Posterior
+from pyro_vi_kit.record import Record
 from pyro_vi_kit.runtime import private_params
 from pyro_vi_kit.types import Status
 
@@ -201,4 +202,4 @@ def _load_traced(
         )
     for name, parameter in state["params"].items():
         parameter.data.copy_(tensors[name])
-    return Posterior(model, TraceApproximation(model, guide, state, dtype), record, None)
+    return Posterior(model, TraceApproximation(model, guide, state, dtype, None), record, None)

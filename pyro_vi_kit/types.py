@@ -42,10 +42,14 @@ class Objective(Protocol):
     name: ClassVar[str]
 
     @property
-    def particles(self) -> int: ...
+    def particles(self) -> int:
+        """Draws per step, K."""
+        ...
 
     @property
-    def multi_sample(self) -> bool: ...
+    def multi_sample(self) -> bool:
+        """Whether the bound depends on K."""
+        ...
 
     def bound(self, log_w: Tensor) -> Tensor:
         """Reduce log weights over their first dimension: `[K, ...] -> [...]`, nats."""

@@ -25,7 +25,6 @@ _RICHER = {
     "delta": "mean_field",
     "mean_field": "full_rank",
     "full_rank": "affine_coupling",
-    "amortized": "amortized with a larger encoder",
 }
 
 
@@ -50,9 +49,7 @@ class Verdict:
         return f"{words} {self.advice}" if self.advice else words
 
 
-def judge(
-    values: Mapping[str, np.ndarray], smoothed: Psis, status: Status, guide: str
-) -> Verdict:
+def judge(values: Mapping[str, np.ndarray], smoothed: Psis, status: Status, guide: str) -> Verdict:
     """Judge a fit by its importance weights and by how far they move each site.
 
     Args:
@@ -110,12 +107,18 @@ def _advice(level: Level, guide: str, status: Status) -> str:
     steps = [] if status.converged else [status.advice]
     richer = _RICHER.get(guide)
     if level == "resample":
-        steps.append("Use posterior.resample() instead of posterior.sample()" + (
-            f", or try guide={richer!r}." if richer else "."
-        ))
+        steps.append(
+            "Use posterior.resample() instead of posterior.sample()"
+            + (f", or try guide={richer!r}." if richer else ".")
+        )
     elif richer:
         steps.append(
             f"Do not use it. Try guide={richer!r}, a non-centred parameterisation, or vi.nuts(model)."
+        )
+    elif guide == "amortized":
+        steps.append(
+            "The weights are of all rows jointly, and many rows make them uneven: look at "
+            "posterior.infer(row) for single rows, or try a larger encoder."
         )
     else:
         steps.append("Do not use it. Try a reparameterisation of the model, or vi.nuts(model).")

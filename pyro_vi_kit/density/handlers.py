@@ -187,6 +187,15 @@ def bijector(visit: Visit) -> Any:
         ) from error
 
 
+def sample_sites(trace: Any) -> dict[str, Any]:
+    """The sample sites of a Pyro trace by name, without the bookkeeping sites of plates."""
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not isinstance(node["fn"], _Subsample)
+    }
+
+
 def kind_of(msg: Any) -> Kind:
     """What a sample message stands for."""
     if msg["infer"].get("_deterministic"):

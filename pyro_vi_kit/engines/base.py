@@ -13,15 +13,19 @@ class Engine(Protocol):
 
     Attributes:
         name: ``eager`` or ``pyro``.
-        skipped: Steps whose gradient was not finite, and which changed nothing.
-        particles: Log density evaluations of one step.
     """
 
     name: ClassVar[str]
-    skipped: int
 
     @property
-    def particles(self) -> int: ...
+    def skipped(self) -> int:
+        """Steps whose gradient was not finite, and which changed nothing."""
+        ...
+
+    @property
+    def particles(self) -> int:
+        """Draws per step, K."""
+        ...
 
     def step(self, rate: float) -> float:
         """One update at this learning rate; the step's estimate of the bound, nats."""

@@ -33,8 +33,10 @@ class Batches:
         self._order = torch.empty(0, dtype=torch.long)
 
     def next(self) -> dict[str, Tensor]:
-        """Indices `[B]` by plate. Rows that do not fill a minibatch wait for no one: they are dropped
-        for the epoch, and another permutation drops others."""
+        """Indices `[B]` by plate.
+
+        Rows that do not fill a minibatch are dropped for the epoch; the next permutation drops others.
+        """
         if len(self._order) < self.size:
             self._order = torch.randperm(self.plate.size)
         chosen, self._order = self._order[: self.size], self._order[self.size :]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.handlers import sample_sites
 from pyro_vi_kit.engines.base import all_finite
 from pyro_vi_kit.engines.batches import Batches
 from pyro_vi_kit.errors import OptionError
@@ -88,11 +89,15 @@ class PyroEngine:
         self._state: dict[str, Any] = {"params": {}, "constraints": {}}
         self._own_rate = optimizer is not None
         self._optim = _GuardedOptim(optimizer or Adam, {})
-        self._svi = SVI(model.fn, guide, self._optim, objective.stock_loss())
-        self._module_params = {} if density is None else {
-            name: torch.nn.Parameter(value.detach().clone(), value.requires_grad)
-            for name, value in density.params.items()
-        }
+        self._svi: Any = SVI(model.fn, guide, self._optim, objective.stock_loss())
+        self._module_params = (
+            {}
+            if density is None
+            else {
+                name: torch.nn.Parameter(value.detach().clone(), value.requires_grad)
+                for name, value in density.params.items()
+            }
+        )
         self.batches = batches
         if isinstance(guide, Guide):
             guide.batch_size = batches.size if batches is not None else None
@@ -106,7 +111,7 @@ class PyroEngine:
         return self.objective.particles
 
     @property
-    def skipped(self) -> int:  # type: ignore[override]
+    def skipped(self) -> int:
         """Steps whose gradient was not finite."""
         return self._optim.skipped
 
@@ -175,7 +180,7 @@ def _require_valid_multi_sample(
     evidence; its score-function gradient is biased at every K and zero at order 0; and it is a bound
     per datum only if one plate encloses every sample site of the model and of the guide.
     """
-    model, guide = ([n for n in t.nodes.values() if n["type"] == "sample"] for t in traces)
+    model, guide = (list(sample_sites(trace).values()) for trace in traces)
     frames = [f for node in model for f in node["cond_indep_stack"]]
     subsampled = {f.name for f in frames if f.full_size is not None and f.size != f.full_size}
     if batches is not None or subsampled:
@@ -186,9 +191,7 @@ def _require_valid_multi_sample(
             "afterwards, or objective='elbo', or the full data."
         )
     for node in guide:
-        if node["is_observed"] or type(node["fn"]).__name__ == "_Subsample":
-            continue
-        if not getattr(node["fn"], "has_rsample", False):
+        if not node["is_observed"] and not getattr(node["fn"], "has_rsample", False):
             raise OptionError(
                 f"objective {objective.name!r} with the guide's site {node['name']!r}, which cannot "
                 "be reparameterised: RenyiELBO's gradient is wrong there. Use objective='elbo', whose "
@@ -214,7 +217,7 @@ def _require_valid_multi_sample(
 
 def _counts(node: Mapping[str, Any]) -> bool:
     """Whether a site contributes to the log weights."""
-    return type(node["fn"]).__name__ != "_Subsample" and not node["infer"].get("_deterministic")
+    return not node["infer"].get("_deterministic")
 
 
 def _auxiliary(node: Mapping[str, Any]) -> bool:

@@ -76,7 +76,9 @@ def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:
         return build("guide", REGISTRY, guide, options)
     if isinstance(guide, GuideSpec) and not isinstance(guide, type):
         if options:
-            raise OptionError("options go into the guide itself: vi.guides.AffineCoupling(layers=4)")
+            raise OptionError(
+                "options go into the guide itself: vi.guides.AffineCoupling(layers=4)"
+            )
         return guide
     raise OptionError(
         f"guide= takes a name ({', '.join(REGISTRY)}), an instance such as "

@@ -108,7 +108,7 @@ class Guide(nn.Module):
         *,
         share: bool = False,
     ) -> LogWeights:
-        """log p(x, z) - log q(z) at K fresh draws, differentiable in guide and model parameters."""
+        """Log p(x, z) - log q(z) at K fresh draws, differentiable in guide and model parameters."""
         draw = self.draw(particles, index, share=share)
         return self.weigh(draw, params, index)
 
@@ -205,12 +205,13 @@ class Guide(nn.Module):
         self, block: Block, plates: Mapping[str, pyro.plate], args: tuple, kwargs: dict
     ) -> dict[str, Tensor]:
         family = self.families[block.name]
-        infer = {"is_auxiliary": True}
+        infer: Any = {"is_auxiliary": True}
         if block.plate is None:
             flat = pyro.sample(f"{self._pyro_name}_{block.name}", family(), infer=infer)
         else:
             context = self._context_for(block, args, kwargs)
-            with plates[block.plate.name] as index:
+            with plates[block.plate.name] as indices:
+                index: Any = indices
                 rows = context[index].reshape(len(index), *(1,) * (-block.plate.dim - 1), -1)
                 flat = pyro.sample(f"{self._pyro_name}_{block.name}", family(rows), infer=infer)
         values, start = {}, 0
@@ -265,8 +266,7 @@ class Guide(nn.Module):
         own, own_kwargs = self.density.arguments()
         model = self.density.model
         return all(
-            a is b or a is c
-            for a, b, c in itertools.zip_longest(args, own, model.args)
+            a is b or a is c for a, b, c in itertools.zip_longest(args, own, model.args)
         ) and all(
             value is own_kwargs.get(key) or value is model.kwargs.get(key)
             for key, value in kwargs.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pyro.distributions as dist
 import torch
@@ -40,6 +41,7 @@ class PointMass(Family):
         self.loc = nn.Parameter(torch.zeros(dim))
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution, event shape `[D]`."""
         return dist.Delta(self.loc, event_dim=1)
 
 
@@ -52,17 +54,21 @@ class DiagonalNormal(GaussianFamily):
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__()
+        self.centre: Tensor
+        self.unit: Tensor
         self.register_buffer("centre", torch.zeros(dim))
         self.register_buffer("unit", torch.full((dim,), scale))
         self.loc = nn.Parameter(torch.zeros(dim))
         self.log_scale = nn.Parameter(torch.zeros(dim))
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution, event shape `[D]`."""
         loc = self.centre + self.unit * self.loc
         return dist.Normal(loc, self.unit * self.log_scale.exp()).to_event(1)
 
     @torch.no_grad()
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Take this Gaussian as the frame; parameters go back to zero."""
         # The reverse-KL optimal diagonal for a Gaussian has the precision's diagonal, not the
         # covariance's: sd_i = 1 / sqrt(precision_ii).
         precision = torch.cholesky_inverse(scale_tril)
@@ -81,6 +87,8 @@ class DenseNormal(GaussianFamily):
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__()
+        self.centre: Tensor
+        self.unit: Tensor
         self.register_buffer("centre", torch.zeros(dim))
         self.register_buffer("unit", scale * torch.eye(dim))
         self.loc = nn.Parameter(torch.zeros(dim))
@@ -93,11 +101,13 @@ class DenseNormal(GaussianFamily):
         return self.centre + self.unit @ self.loc, self.unit @ tril
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution, event shape `[D]`."""
         loc, scale_tril = self.moments()
         return dist.MultivariateNormal(loc, scale_tril=scale_tril)
 
     @torch.no_grad()
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Take this Gaussian as the frame; parameters go back to zero."""
         self.centre.copy_(loc)
         self.unit.copy_(scale_tril)
         self.loc.zero_()
@@ -124,6 +134,7 @@ class CouplingFlow(GaussianFamily):
     ) -> None:
         super().__init__()
         self.affine = DenseNormal(dim, scale)
+        self.permutations: Tensor
         self.register_buffer("permutations", permutations)
         split = dim // 2
         self.networks = nn.ModuleList(
@@ -133,6 +144,7 @@ class CouplingFlow(GaussianFamily):
         self._dim, self._split = dim, split
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution, event shape `[D]`."""
         base = dist.Normal(self.affine.loc.new_zeros(self._dim), 1.0).to_event(1)
         parts: list = []
         for network, permutation in zip(self.networks, self.permutations, strict=False):
@@ -143,6 +155,7 @@ class CouplingFlow(GaussianFamily):
         return dist.TransformedDistribution(base, parts)
 
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Take this Gaussian as the frame; parameters go back to zero."""
         self.affine.start_from(loc, scale_tril)
         for network in self.networks:
             _identity_start(network)
@@ -171,6 +184,7 @@ class EncodedNormal(Family):
         self._dim = dim
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution, event shape `[D]`."""
         output = self.encoder(context)
         if isinstance(output, tuple):
             loc, scale = output
@@ -192,12 +206,14 @@ class Standardised(nn.Module):
     def __init__(self, inputs: Tensor, hidden: Sequence[int], outputs: int) -> None:
         super().__init__()
         sd, mean = torch.std_mean(inputs, 0, correction=0)
+        self.mean: Tensor
+        self.sd: Tensor
         self.register_buffer("mean", mean)
         # A constant column says nothing; dividing by its sd would blow up rounding noise.
         self.register_buffer("sd", torch.where(sd > 1e-8, sd, torch.ones_like(sd)))
         widths = [inputs.shape[-1], *hidden]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        for fan_in, fan_out in pairwise(widths):
             layers += [nn.Linear(fan_in, fan_out), nn.SiLU()]
         last = nn.Linear(widths[-1], outputs)
         with torch.no_grad():
@@ -206,4 +222,5 @@ class Standardised(nn.Module):
         self.layers = nn.Sequential(*layers, last)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """The distribution, event shape `[D]`."""
         return self.layers((inputs - self.mean) / self.sd)

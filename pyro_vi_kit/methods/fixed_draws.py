@@ -65,7 +65,9 @@ def applies_to(guide: object) -> bool:
         isinstance(guide, Guide)
         and not guide.density.params
         and len(guide.blocks) == 1
-        and isinstance(guide.families[guide.blocks[0].name], DiagonalNormal | DenseNormal | PointMass)
+        and isinstance(
+            guide.families[guide.blocks[0].name], DiagonalNormal | DenseNormal | PointMass
+        )
     )
 
 
@@ -141,14 +143,16 @@ def fit_gaussian(
 
 
 def _frame(search: _Search, start: Tensor) -> Gaussian:
-    """A Gaussian to measure in: Laplace's where it can be trusted, a diagonal one from ``start`` else."""
+    """A Gaussian to measure in: Laplace's if it can be trusted, else a diagonal one from ``start``."""
     density = search.density
     at_mode = laplace(density, start, search.deadline)
     search.evaluations += at_mode.evaluations
     if at_mode.trusted:
         return Gaussian(at_mode.loc, at_mode.scale_tril)
     unit = torch.eye(density.dim, dtype=density.dtype)
-    noise = matched_normals(max(128, 2 * density.dim + 2), density.dim, search.seed).to(density.dtype)
+    noise = matched_normals(max(128, 2 * density.dim + 2), density.dim, search.seed).to(
+        density.dtype
+    )
     diagonal, _ = _optimise(search, Gaussian(start, unit), noise, dense=False)
     return diagonal
 
@@ -185,9 +189,7 @@ def _optimise(
 
 
 @torch.no_grad()
-def _fresh_gap(
-    search: _Search, gaussian: Gaussian, loss: float, draws: int
-) -> tuple[float, float]:
+def _fresh_gap(search: _Search, gaussian: Gaussian, loss: float, draws: int) -> tuple[float, float]:
     """How far the ELBO on fresh draws lies below that on the fixed ones, and its standard error."""
     dim = search.density.dim
     noise = matched_normals(2 * draws, dim, search.seed + 7919 + draws).to(search.density.dtype)
@@ -222,9 +224,7 @@ def _status(
             "Try guide='affine_coupling', or method='stochastic'.",
         )
     if not found.converged and "ABNORMAL" not in found.message:
-        return Status(
-            False, "not converged", f"L-BFGS stopped early ({found.message}); {said}."
-        )
+        return Status(False, "not converged", f"L-BFGS stopped early ({found.message}); {said}.")
     return Status(True, "converged", f"{said}.")
 
 

@@ -35,7 +35,7 @@ class Minimum:
     message: str
 
 
-class _OutOfTime(Exception):
+class _OutOfTimeError(Exception):
     pass
 
 
@@ -66,7 +66,7 @@ def minimise(
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best_x, best_value, evaluations
         if deadline is not None and time.monotonic() > deadline and np.isfinite(best_value):
-            raise _OutOfTime
+            raise _OutOfTimeError
         point = torch.as_tensor(x.copy(), dtype=start.dtype).requires_grad_()
         loss = function(point)
         (gradient,) = torch.autograd.grad(loss, point)
@@ -99,7 +99,7 @@ def minimise(
             },
         )
         converged, message = bool(result.success), str(result.message)
-    except _OutOfTime:
+    except _OutOfTimeError:
         stopped = "budget"
     except KeyboardInterrupt:
         stopped = "interrupted"

@@ -53,7 +53,9 @@ def make(objective: str | Objective, **options: Any) -> Objective:
         return build("objective", REGISTRY, objective, options)
     if isinstance(objective, Objective) and not isinstance(objective, type):
         if options:
-            raise OptionError("options go into the objective itself: vi.objectives.Iwae(particles=20)")
+            raise OptionError(
+                "options go into the objective itself: vi.objectives.Iwae(particles=20)"
+            )
         return objective
     raise OptionError(
         f"objective= takes a name ({', '.join(REGISTRY)}) or an instance such as "

@@ -23,12 +23,16 @@ class Elbo:
     """
 
     name: ClassVar[str] = "elbo"
-    multi_sample: ClassVar[bool] = False
 
     particles: int = 10
 
     def __post_init__(self) -> None:
         require_particles(self.name, self.particles)
+
+    @property
+    def multi_sample(self) -> bool:
+        """Whether the bound depends on K: its mean over particles does not."""
+        return False
 
     def bound(self, log_w: Tensor) -> Tensor:
         """Mean log weight, `[K, ...] -> [...]`, nats."""

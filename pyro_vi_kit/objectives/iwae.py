@@ -24,12 +24,16 @@ class Iwae:
     """
 
     name: ClassVar[str] = "iwae"
-    multi_sample: ClassVar[bool] = True
 
     particles: int = 10
 
     def __post_init__(self) -> None:
         require_particles(self.name, self.particles)
+
+    @property
+    def multi_sample(self) -> bool:
+        """Whether the bound depends on K: it rises with it."""
+        return True
 
     def bound(self, log_w: Tensor) -> Tensor:
         """Log mean weight, `[K, ...] -> [...]`, nats."""
@@ -37,6 +41,4 @@ class Iwae:
 
     def stock_loss(self, *, vectorize: bool = False) -> ELBO:
         """`RenyiELBO` of order 0."""
-        return RenyiELBO(
-            alpha=0.0, num_particles=self.particles, vectorize_particles=vectorize
-        )
+        return RenyiELBO(alpha=0, num_particles=self.particles, vectorize_particles=vectorize)

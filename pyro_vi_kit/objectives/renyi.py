@@ -56,5 +56,5 @@ class Renyi:
         if not self.multi_sample:
             return Trace_ELBO(num_particles=self.particles, vectorize_particles=vectorize)
         return RenyiELBO(
-            alpha=self.alpha, num_particles=self.particles, vectorize_particles=vectorize
+            alpha=self.alpha,  # pyright: ignore[reportArgumentType]  # Pyro's default is an int num_particles=self.particles, vectorize_particles=vectorize
         )

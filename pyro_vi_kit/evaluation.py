@@ -1,0 +1,76 @@
+"""Draws from q with their importance weights, made once and read by every diagnostic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from pyro_vi_kit.approximation import Approximation
+from pyro_vi_kit.psis import Psis, psis
+
+_MAX_DRAWS = 4000
+_MIN_DRAWS = 200
+_NUMBERS = 200_000_000
+_SEED = 1_234_567
+
+Named = Callable[[Mapping[str, Tensor]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What draws of q say about it.
+
+    Attributes:
+        values: Latent and deterministic sites, `{site: [S, *shape]}`.
+        log_weights: log p(x, z) - log q(z), `[S]`, nats; None for a point estimate.
+        smoothed: The Pareto-smoothed weights; None for a point estimate.
+    """
+
+    values: dict[str, np.ndarray]
+    log_weights: np.ndarray | None
+    smoothed: Psis | None
+
+    @property
+    def elbo(self) -> float | None:
+        """Mean log weight, nats."""
+        return None if self.log_weights is None else float(self.log_weights.mean())
+
+    @property
+    def elbo_se(self) -> float | None:
+        """Standard error of the mean log weight, nats."""
+        if self.log_weights is None:
+            return None
+        return float(self.log_weights.std(ddof=1) / np.sqrt(len(self.log_weights)))
+
+    @property
+    def khat(self) -> float | None:
+        """Pareto k-hat of the weights."""
+        return None if self.smoothed is None else self.smoothed.khat
+
+    @property
+    def log_evidence(self) -> tuple[float, float] | None:
+        """Log mean weight and its standard error, nats."""
+        if self.smoothed is None:
+            return None
+        return self.smoothed.log_mean_weight, self.smoothed.log_mean_weight_se
+
+
+def evaluate(approximation: Approximation, named: Named) -> Evaluation:
+    """Draw from q and weigh: 4,000 draws, fewer where one draw is large.
+
+    Args:
+        approximation: The trained guide.
+        named: Brings values into each site's own shape.
+    """
+    draws = min(_MAX_DRAWS, max(_MIN_DRAWS, _NUMBERS // max(approximation.cost, 1)))
+    values = named(approximation.draw(draws, _SEED))
+    if approximation.point:
+        return Evaluation(values, None, None)
+    weighed = approximation.weigh(draws, _SEED)
+    log_w = (weighed.log_p - weighed.log_q).numpy()
+    # A draw whose density is NaN is one that the model refuses: it has no weight.
+    usable = np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
+    return Evaluation(values, log_w, psis(usable))

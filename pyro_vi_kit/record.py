@@ -1,0 +1,38 @@
+"""How a fit was done: what `Posterior` reports and what its file keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyro_vi_kit.types import Objective, Status
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """How a fit was done.
+
+    Attributes:
+        objective: What was maximised.
+        method: ``lbfgs`` or ``stochastic``.
+        engine: ``eager`` or ``pyro``.
+        status: How it ended.
+        losses: Minus the bound at each step, nats.
+        evaluations: Per-sample gradient evaluations of the log density.
+        seconds: Wall time of the whole fit.
+        seed: What the fit's random numbers started from.
+        bound: The trained objective's value at the end, nats; None where it is the ELBO.
+        skipped: Steps whose gradient was not finite.
+    """
+
+    objective: Objective
+    method: str
+    engine: str
+    status: Status
+    losses: np.ndarray
+    evaluations: int
+    seconds: float
+    seed: int
+    bound: float | None = None
+    skipped: int = 0
