@@ -36,7 +36,8 @@ class Renyi:
 
     def __post_init__(self) -> None:
         require_particles(self.name, self.particles)
-        if not isinstance(self.alpha, int | float) or not isfinite(self.alpha):
+        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
+        if not number or not isfinite(self.alpha):
             raise OptionError(f"renyi: alpha must be a finite number, got {self.alpha!r}")
 
     @property
@@ -56,5 +57,7 @@ class Renyi:
         if not self.multi_sample:
             return Trace_ELBO(num_particles=self.particles, vectorize_particles=vectorize)
         return RenyiELBO(
-            alpha=self.alpha,  # pyright: ignore[reportArgumentType]  # Pyro's default is an int num_particles=self.particles, vectorize_particles=vectorize
+            alpha=self.alpha,  # pyright: ignore[reportArgumentType]  # Pyro's default is an int
+            num_particles=self.particles,
+            vectorize_particles=vectorize,
         )
