@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_vi_kit import guides as guides
     from pyro_vi_kit import objectives as objectives
+    from pyro_vi_kit.checks import check as check
+    from pyro_vi_kit.comparison import compare as compare
     from pyro_vi_kit.errors import ViError as ViError
     from pyro_vi_kit.fitting import fit as fit
     from pyro_vi_kit.model import Model as Model
     from pyro_vi_kit.posterior import Posterior as Posterior
-    from pyro_vi_kit.storage import load as load
+    from pyro_vi_kit.posterior import load as load
+    from pyro_vi_kit.sampling import nuts as nuts
 
 # Everything public and where it lives. Imported on first use (PEP 562), so that the command line
 # answers `--help` without loading torch.
@@ -20,8 +23,11 @@ _HOME = {
     "Model": "pyro_vi_kit.model",
     "Posterior": "pyro_vi_kit.posterior",
     "ViError": "pyro_vi_kit.errors",
+    "check": "pyro_vi_kit.checks",
+    "compare": "pyro_vi_kit.comparison",
     "fit": "pyro_vi_kit.fitting",
-    "load": "pyro_vi_kit.storage",
+    "load": "pyro_vi_kit.posterior",
+    "nuts": "pyro_vi_kit.sampling",
 }
 _PACKAGES = ("guides", "objectives")
 

@@ -41,11 +41,13 @@ class Approximation(Protocol):
     Attributes:
         name: The guide's name.
         point: Whether it is a point estimate, which has no density.
+        dtype: Its precision.
         cost: Numbers that one draw makes in the model, roughly.
     """
 
     name: str
     point: bool
+    dtype: torch.dtype
     cost: int
 
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
@@ -83,6 +85,7 @@ class GuideApproximation:
         self.guide = guide
         self.point = guide.point
         self.density: Density = guide.density
+        self.dtype = guide.density.dtype
         self.params = {key: value.detach() for key, value in params.items()}
         self.cost = width_of(self.density)
 

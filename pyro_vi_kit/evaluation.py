@@ -57,6 +57,19 @@ class Evaluation:
             return None
         return self.smoothed.log_mean_weight, self.smoothed.log_mean_weight_se
 
+    def attrs(self) -> dict[str, float]:
+        """What an exported file says of it; nothing for a point estimate."""
+        if self.elbo is None or self.elbo_se is None or self.log_evidence is None:
+            return {}
+        evidence, se = self.log_evidence
+        return {
+            "khat": float(self.khat or 0.0),
+            "elbo": self.elbo,
+            "elbo_se": self.elbo_se,
+            "log_evidence": evidence,
+            "log_evidence_se": se,
+        }
+
 
 def evaluate(approximation: Approximation, named: Named) -> Evaluation:
     """Draw from q and weigh: 4,000 draws, fewer where one draw is large.

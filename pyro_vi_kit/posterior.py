@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from pyro_vi_kit import export
+from pyro_vi_kit import export, storage
 from pyro_vi_kit.approximation import Approximation, GuideApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import ModelError, OptionError, ViError
@@ -301,34 +301,16 @@ class Posterior:
         return groups
 
     def attrs(self, seed: int) -> dict[str, Any]:
-        """How it was made, in what netCDF can hold."""
-        record, verdict = self.record, self.verdict
-        attrs = {
-            "model": self.model.name,
-            "guide": self.guide,
-            "objective": record.objective.name,
-            "method": record.method,
-            "engine": record.engine,
-            "seed": record.seed,
-            "draws_seed": seed,
-            "status": record.status.reason,
-            "advice": record.status.advice,
-            "evaluations": record.evaluations,
-            "seconds": record.seconds,
-        }
-        if verdict is not None:
-            evidence, se = self.log_evidence or (np.nan, np.nan)
+        """How it was made and how good it is, in what netCDF can hold."""
+        attrs = {"model": self.model.name, "guide": self.guide, "draws_seed": seed}
+        attrs |= self.record.attrs() | self._evaluation.attrs()
+        if self.verdict is not None:
             attrs |= {
-                "verdict": verdict.level,
-                "verdict_reasons": "; ".join(verdict.reasons),
-                "khat": self.khat,
-                "elbo": self.elbo,
-                "elbo_se": self.elbo_se,
-                "log_evidence": evidence,
-                "log_evidence_se": se,
+                "verdict": self.verdict.level,
+                "verdict_reasons": "; ".join(self.verdict.reasons),
             }
-        if self.density is not None and self.density.params:
-            attrs["learned_parameters"] = ", ".join(self.density.params)
+        if self.parameters:
+            attrs["learned_parameters"] = ", ".join(self.parameters)
         return attrs
 
     def save(self, path: str | Path, draws: int = 1000) -> Path:
@@ -337,9 +319,12 @@ class Posterior:
         Raises:
             FileError: If the path cannot be written.
         """
-        from pyro_vi_kit.storage import save
-
-        return save(self, path, draws)
+        target = export.check_writable(path)
+        with self._few_threads():
+            groups = self.groups(draws, seed=0)
+        groups[storage.GROUP] = storage.guide_group(self.approximation, self.record, self.spec)
+        coords = coords_of(self.model, groups)
+        return export.write(export.to_arviz(groups, coords, self.attrs(0)), target)
 
     # -- names --------------------------------------------------------------------------------
 
@@ -361,6 +346,30 @@ class Posterior:
 
     def _few_threads(self) -> Any:
         return one_thread(self.density is None or is_small(self.density))
+
+
+def load(
+    path: str | Path, model: Model, *, guide: GuideSpec | Callable[..., Any] | None = None
+) -> Posterior:
+    """Read a posterior that `Posterior.save` wrote. Nothing in the file is ever run.
+
+    Args:
+        path: The file.
+        model: The model it is a posterior of, with its data.
+        guide: The configured guide or Pyro guide, where the file cannot name it: one with an encoder
+            of the user's, or a Pyro guide callable.
+
+    Raises:
+        FileError: If the file cannot be read or holds no posterior of this package.
+        ModelError: If the model's latents are not those of the file.
+        OptionError: If ``guide=`` is needed, or `model` is no `Model`.
+    """
+    if not isinstance(model, Model):
+        raise OptionError(f"load takes the vi.Model of the posterior, got {type(model).__name__}")
+    restored = storage.restore(path, model, guide)
+    return Posterior(
+        model, restored.approximation, restored.record, restored.density, restored.spec
+    )
 
 
 def is_small(density: Density) -> bool:

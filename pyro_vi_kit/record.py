@@ -36,3 +36,16 @@ class Record:
     seed: int
     bound: float | None = None
     skipped: int = 0
+
+    def attrs(self) -> dict[str, str | int | float]:
+        """What an exported file says of it."""
+        return {
+            "objective": self.objective.name,
+            "method": self.method,
+            "engine": self.engine,
+            "seed": self.seed,
+            "status": self.status.reason,
+            "advice": self.status.advice,
+            "evaluations": self.evaluations,
+            "seconds": self.seconds,
+        }

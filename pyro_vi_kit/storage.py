@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,45 +20,93 @@ from pyro_vi_kit import export, guides, objectives
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import FileError, ModelError, OptionError
-from pyro_vi_kit.groups import coords_of
 from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.posterior import Posterior
 from pyro_vi_kit.record import Record
-from pyro_vi_kit.runtime import private_params
+from pyro_vi_kit.runtime import RandomStream, private_params
 from pyro_vi_kit.types import Status
 
 GROUP = "vi_guide"
 _FORMAT = 1
 
 
-def save(posterior: Posterior, path: str | Path, draws: int = 1000) -> Path:
-    """Write a posterior; see `Posterior.save`."""
-    target = export.check_writable(path)
-    groups = posterior.groups(draws, seed=0)
-    groups[GROUP] = _guide_group(posterior)
-    coords = coords_of(posterior.model, groups)
-    return export.write(export.to_arviz(groups, coords, posterior.attrs(0)), target)
+class Restored(NamedTuple):
+    """What a file holds, over the user's model."""
+
+    approximation: Approximation
+    record: Record
+    density: Density | None
+    spec: GuideSpec | None
 
 
-def load(
-    path: str | Path, model: Model, *, guide: GuideSpec | Callable[..., Any] | None = None
-) -> Posterior:
-    """Read a posterior that `Posterior.save` wrote.
+def guide_group(
+    approximation: Approximation, record: Record, spec: GuideSpec | None
+) -> export.Group:
+    """Everything that `restore` needs, as arrays and a JSON header.
+
+    Raises:
+        OptionError: If the approximation is of a kind that cannot be saved.
+    """
+    tensors = _tensors(approximation)
+    header: dict[str, Any] = {
+        "format": _FORMAT,
+        "guide": None,
+        "options": _options(spec),
+        "tensors": [(name, str(t.numpy().dtype)) for name, t in tensors.items()],
+        "dtype": str(approximation.dtype).removeprefix("torch."),
+        "objective": [record.objective.name, dataclasses.asdict(record.objective)],  # type: ignore[call-overload]
+        "status": dataclasses.asdict(record.status),
+        "record": {
+            key: getattr(record, key)
+            for key in ("method", "engine", "evaluations", "seconds", "seed", "bound", "skipped")
+        },
+    }
+    if isinstance(approximation, GuideApproximation):
+        header["guide"] = approximation.name
+        header["latents"] = _latents(approximation.density)
+    variables = {f"tensor_{i}": t.numpy() for i, t in enumerate(tensors.values())}
+    variables["losses"] = record.losses
+    return export.Group(variables, sampled=False, attrs={"header": json.dumps(header)})
+
+
+def restore(
+    path: str | Path, model: Model, guide: GuideSpec | Callable[..., Any] | None
+) -> Restored:
+    """Read what `guide_group` stored.
 
     Args:
         path: The file.
         model: The model it is a posterior of, with its data.
-        guide: The configured guide or Pyro guide, where the file cannot name it: one with an encoder
-            of the user's, or a Pyro guide callable.
+        guide: The configured guide or Pyro guide, where the file cannot name it.
 
     Raises:
         FileError: If the file cannot be read or holds no posterior of this package.
         ModelError: If the model's latents are not those of the file.
         OptionError: If ``guide=`` is needed.
     """
-    if not isinstance(model, Model):
-        raise OptionError(f"load takes the vi.Model of the posterior, got {type(model).__name__}")
+    header, tensors, losses = _read(path)
+    record = _record(header, losses)
+    dtype = getattr(torch, header["dtype"])
+    if header["guide"] is None:
+        return Restored(_traced(path, model, guide, tensors, dtype), record, None, None)
+    density = Density(model, dtype=dtype)
+    if header["latents"] != _latents(density):
+        raise ModelError(
+            f"{path} is a posterior of latents {_words(header['latents'])}; this model has "
+            f"{_words(_latents(density))}: load it with the model and data that it was fitted to"
+        )
+    spec = guide if isinstance(guide, GuideSpec) else _spec(path, header)
+    built = guides.make(spec, density)
+    try:
+        built.load_state_dict(_part("guide.", tensors))
+    except RuntimeError as error:
+        raise ModelError(f"the guide in {path} does not fit this model: {error}") from error
+    approximation = GuideApproximation(header["guide"], built, _part("model.", tensors))
+    return Restored(approximation, record, density, spec)
+
+
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], np.ndarray]:
+    """Header, tensors by name, and losses."""
     datasets = export.datasets(export.read(path))
     if GROUP not in datasets:
         raise FileError(f"{path} holds no guide: it was not written by Posterior.save")
@@ -72,50 +120,15 @@ def load(
         name: torch.from_numpy(np.array(dataset[f"tensor_{i}"].values, dtype=dtype))
         for i, (name, dtype) in enumerate(header["tensors"])
     }
-    record = _record(header, dataset["losses"].values)
-    dtype = getattr(torch, header["dtype"])
-    if header["guide"] is None:
-        return _load_traced(path, model, guide, tensors, record, dtype)
-    density = Density(model, dtype=dtype)
-    _require_same_latents(path, header["latents"], density)
-    spec = guide if isinstance(guide, GuideSpec) else _spec(path, header)
-    built = guides.make(spec, density)
-    state = {k.removeprefix("guide."): v for k, v in tensors.items() if k.startswith("guide.")}
-    try:
-        built.load_state_dict(state)
-    except RuntimeError as error:
-        raise ModelError(f"the guide in {path} does not fit this model: {error}") from error
-    params = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
-    approximation = GuideApproximation(header["guide"], built, params)
-    return Posterior(model, approximation, record, density, spec)
+    return header, tensors, dataset["losses"].values
 
 
-def _guide_group(posterior: Posterior) -> export.Group:
-    approximation = posterior.approximation
-    tensors = _tensors(approximation)
-    record, status = posterior.record, posterior.record.status
-    header = {
-        "format": _FORMAT,
-        "guide": None,
-        "options": None,
-        "tensors": [(name, str(t.numpy().dtype)) for name, t in tensors.items()],
-        "dtype": str(_dtype(posterior)).removeprefix("torch."),
-        "objective": [record.objective.name, dataclasses.asdict(record.objective)],  # type: ignore[call-overload]
-        "status": dataclasses.asdict(status),
-        "record": {
-            key: getattr(record, key)
-            for key in ("method", "engine", "evaluations", "seconds", "seed", "bound", "skipped")
-        },
-    }
-    if isinstance(approximation, GuideApproximation):
-        header["guide"] = approximation.name
-        header["options"] = _options(posterior.spec)
-        header["latents"] = [
-            [site.name, list(site.unconstrained_shape)] for site in approximation.density.latents
-        ]
-    variables = {f"tensor_{i}": t.numpy() for i, t in enumerate(tensors.values())}
-    variables["losses"] = record.losses
-    return export.Group(variables, sampled=False, attrs={"header": json.dumps(header)})
+def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _latents(density: Density) -> list[list[Any]]:
+    return [[site.name, list(site.unconstrained_shape)] for site in density.latents]
 
 
 def _tensors(approximation: Approximation) -> dict[str, Tensor]:
@@ -125,13 +138,6 @@ def _tensors(approximation: Approximation) -> dict[str, Tensor]:
     if isinstance(approximation, TraceApproximation):
         return {k: v.detach() for k, v in approximation.state["params"].items()}
     raise OptionError(f"{type(approximation).__name__} cannot be saved")
-
-
-def _dtype(posterior: Posterior) -> torch.dtype:
-    approximation = posterior.approximation
-    if isinstance(approximation, GuideApproximation):
-        return approximation.density.dtype
-    return getattr(approximation, "dtype", torch.get_default_dtype())
 
 
 def _options(spec: GuideSpec | None) -> dict[str, Any] | None:
@@ -169,31 +175,17 @@ def _record(header: Mapping[str, Any], losses: np.ndarray) -> Record:
     )
 
 
-def _require_same_latents(path: str | Path, saved: list[list[Any]], density: Density) -> None:
-    here = [[site.name, list(site.unconstrained_shape)] for site in density.latents]
-    if saved != here:
-        raise ModelError(
-            f"{path} is a posterior of latents {_words(saved)}; this model has {_words(here)}: load it "
-            "with the model and data that it was fitted to"
-        )
-
-
 def _words(latents: list[list[Any]]) -> str:
     return ", ".join(f"{name}{tuple(shape)}" for name, shape in latents)
 
 
-def _load_traced(
-    path: str | Path,
-    model: Model,
-    guide: object,
-    tensors: dict[str, Tensor],
-    record: Record,
-    dtype: torch.dtype,
-) -> Posterior:
+def _traced(
+    path: str | Path, model: Model, guide: object, tensors: dict[str, Tensor], dtype: torch.dtype
+) -> TraceApproximation:
     """A user's Pyro guide: run once to declare its parameters, then given the stored values."""
     if guide is None or not callable(guide):
         raise OptionError(f"{path} holds the parameters of a Pyro guide: pass it, guide=my_guide")
-    with private_params() as state:
+    with RandomStream(0), private_params() as state:
         guide(*model.args, **model.kwargs)
     if set(state["params"]) != set(tensors):
         raise ModelError(
@@ -202,4 +194,4 @@ def _load_traced(
         )
     for name, parameter in state["params"].items():
         parameter.data.copy_(tensors[name])
-    return Posterior(model, TraceApproximation(model, guide, state, dtype, None), record, None)
+    return TraceApproximation(model, guide, state, dtype, None)
