@@ -51,6 +51,7 @@ class _Request:
     progress: bool | None
 
 
+@torch.enable_grad()  # the caller may have gradients off
 def fit(
     model: Model,
     guide: str | GuideSpec | Guide | PyroGuide = "full_rank",

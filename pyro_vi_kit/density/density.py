@@ -53,6 +53,7 @@ class Density:
             structure, holds NaN in its data, or draws random numbers outside its sample sites.
     """
 
+    @torch.enable_grad()  # a caller may have gradients off; what follows differentiates
     def __init__(self, model: Model, *, dtype: torch.dtype = torch.float64) -> None:
         self.model = model
         self.dtype = dtype
