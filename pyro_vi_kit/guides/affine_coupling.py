@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -41,7 +42,10 @@ class AffineCoupling:
 
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
-        require_positive(self.name, "layers", self.layers)
+        if not is_count(self.layers):
+            raise OptionError(
+                f"{self.name}: layers must be a positive integer, got {self.layers!r}"
+            )
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
         if self.permutations not in get_args(Permutations):
             known = ", ".join(get_args(Permutations))
@@ -70,7 +74,12 @@ def require_widths(name: str, hidden: object) -> tuple[int, ...]:
     Raises:
         OptionError: If a width is no positive integer.
     """
-    widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)  # type: ignore[arg-type]
-    if not widths or any(not isinstance(w, int) or w < 1 for w in widths):
+    widths = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
+    if not widths or not all(is_count(width) for width in widths):
         raise OptionError(f"{name}: hidden must be positive layer widths, got {hidden!r}")
-    return widths
+    return widths  # type: ignore[return-value]
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a positive integer."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import ClassVar
 
 from pyro_vi_kit.density import Density
@@ -36,6 +37,6 @@ class MeanField:
 
 
 def require_positive(name: str, option: str, value: object) -> None:
-    """Refuse an option that is no positive number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    """Refuse an option that is no positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
         raise OptionError(f"{name}: {option} must be a positive number, got {value!r}")
