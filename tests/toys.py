@@ -106,7 +106,7 @@ def is_local(name):
     return False
 
 
-def perturb(guide, seed=0, size=0.3):
+def perturb(guide, seed=0, size=0.1):
     """Move every parameter off its special initial value (zeros, the identity)."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in guide.parameters():
