@@ -254,7 +254,7 @@ def _with_particles(request: _Request, density: Density) -> _Request:
     if request.engine == "pyro":
         particles = 4  # one after the other
     else:
-        particles = 64 if is_small(density) else 1
+        particles = 64 if not density.params and is_small(density) else 1
     objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]
     return dataclasses.replace(request, objective=objective)
 

@@ -373,8 +373,8 @@ def load(
 
 
 def is_small(density: Density) -> bool:
-    """Whether one thread is as fast as many: no learned networks, little data."""
-    return not density.params and sum(t.numel() for t in density.data) < 100_000
+    """Whether more than one thread would only wait: under a million numbers of data."""
+    return sum(t.numel() for t in density.data) < 1_000_000
 
 
 def _require_draws(draws: int) -> None:

@@ -15,6 +15,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
 import pyro_vi_kit as vi
+from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import FileError
 
 FILES = Path(__file__).parents[1] / "benchmarks" / "posteriordb"
@@ -108,6 +109,15 @@ def test_the_log_joint_at_the_reference_mean_is_the_references(module, reference
     values, log_jacobian = unpack(module.MODEL, module.UNCONSTRAINED, z)
     log_joint = condition(module.MODEL, values).log_prob_sum() + log_jacobian
     # 5e-7 of it is the step size of the ODE's solver; the others agree to rounding.
+    expected = reference["log_joint_at_reference_mean_unconstrained"]
+    assert float(log_joint) == pytest.approx(expected, rel=0, abs=1e-6)
+
+
+def test_the_density_at_the_reference_mean_is_the_references(module, reference):
+    z = torch.tensor(reference["unconstrained"]["mean"])
+    values, _ = unpack(module.MODEL, module.UNCONSTRAINED, z)
+    density = Density(module.MODEL)
+    log_joint = density.log_prob(density.unconstrain(values).unsqueeze(0))
     expected = reference["log_joint_at_reference_mean_unconstrained"]
     assert float(log_joint) == pytest.approx(expected, rel=0, abs=1e-6)
 
