@@ -102,7 +102,6 @@ class Density:
             jacobian: Whether the density is that of z (with the log determinant of the constraining
                 transforms) or that of the constrained values.
         """
-        params = self._given(params)
         scale: dict[str, float] = {}
 
         def single(point: Values) -> tuple[Tensor, dict[str, Tensor]]:
@@ -141,7 +140,6 @@ class Density:
         data: Sequence[Tensor] | None = None,
     ) -> Values:
         """Latent and deterministic values `{site: [K, *batch, *event]}` at K points."""
-        params = self._given(params)
 
         def single(point: Values) -> Values:
             replay = Replay(unconstrained=point)
@@ -159,7 +157,6 @@ class Density:
         self, z: Tensor | Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
     ) -> Values:
         """Log density of each observation, `{site: [K, *batch]}`, nats."""
-        params = self._given(params)
 
         def single(point: Values) -> Values:
             replay = Replay(unconstrained=point)
@@ -193,7 +190,6 @@ class Density:
         Raises:
             ModelError: If a prior cannot be sampled, or the model refuses the new arguments.
         """
-        params = self._given(params)
         points = {"": torch.zeros(draws or 1)} if z is None else dict(self._by_site(z))
 
         def single(point: Values) -> Values:
@@ -281,20 +277,6 @@ class Density:
         return self._runner.arguments(data, model)
 
     # -- how the model is run -----------------------------------------------------------------
-
-    def _given(self, params: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
-        """Learned parameters to run with; all ask for gradients.
-
-        `pyro.module` passes over those that do not, with a warning, and vmap lets none be changed.
-        """
-        if params is None:
-            return self.params
-        return {
-            name: value.detach().requires_grad_()
-            if value.is_floating_point() and not value.requires_grad
-            else value
-            for name, value in params.items()
-        }
 
     def _run(
         self,

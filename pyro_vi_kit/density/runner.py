@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -93,6 +94,9 @@ class Runner:
                 # A PyroModule writes its parameters into the store by itself.
                 stack.enter_context(private_params())
                 stack.enter_context(self.learned(params))
+                # Parameters without a gradient are held fixed here on purpose.
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message=".*was not registered in the param store")
             yield
 
     # -- first runs, before anything is known about the model ---------------------------------
