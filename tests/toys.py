@@ -54,7 +54,8 @@ def two_scales(x, y=None):
 def two_scales_model(n=7, dim=3, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, dim, generator=generator, dtype=dtype)
-    return vi.Model(two_scales, x, x.sum(-1) + 0.5)
+    noise = 0.5 * torch.randn(n, generator=generator, dtype=dtype)
+    return vi.Model(two_scales, x, x.sum(-1) + 0.5 + noise)
 
 
 def local_normals(y, dim=1):
