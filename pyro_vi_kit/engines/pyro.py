@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from math import isfinite
 from typing import Any, ClassVar
 
 import torch
@@ -29,16 +30,17 @@ from pyro_vi_kit.types import Objective
 
 
 class _GuardedOptim(PyroOptim):
-    """A Pyro optimiser that leaves everything as it is when a gradient is not finite."""
+    """A Pyro optimiser that leaves everything as it is when the loss or a gradient is not finite."""
 
     def __init__(self, constructor: Callable[..., Any], options: dict[str, Any]) -> None:
         super().__init__(constructor, options)
         self.skipped = 0
         self.rate: float | None = None
+        self.loss = 0.0
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         params = list(params)
-        if not all_finite(params):
+        if not isfinite(self.loss) or not all_finite(params):
             self.skipped += 1
             return
         if self.rate is not None:
@@ -90,7 +92,10 @@ class PyroEngine:
         self._state: dict[str, Any] = {"params": {}, "constraints": {}}
         self._own_rate = optimizer is not None
         self._optim = _GuardedOptim(optimizer or Adam, {})
-        self._svi: Any = SVI(model.fn, guide, self._optim, objective.stock_loss())
+        self._loss = objective.stock_loss()
+        self._svi: Any = SVI(
+            model.fn, guide, self._optim, self._loss.loss, loss_and_grads=self._loss_and_grads
+        )
         self._module_params = (
             {}
             if density is None
@@ -148,6 +153,10 @@ class PyroEngine:
         with self._running(RandomStream(self._evaluation_seed)):
             losses = [float(self._svi.evaluate_loss(*args, **kwargs)) for _ in range(replicates)]
         return -torch.tensor(losses, dtype=torch.float64)
+
+    def _loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
+        self._optim.loss = float(self._loss.loss_and_grads(*args, **kwargs))
+        return self._optim.loss
 
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self._density is not None:
