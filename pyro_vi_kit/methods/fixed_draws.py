@@ -131,6 +131,8 @@ def fit_gaussian(
     """The ELBO-optimal Gaussian, with dense or diagonal covariance, and how the search ended."""
     density = search.density
     frame = _frame(search, start)
+    if search.stopped:
+        return frame, _stopped_status(search.stopped)
     draws = 2 ** math.ceil(math.log2(max(128, 8 * density.dim)))
     while True:
         noise = matched_normals(draws, density.dim, search.seed + draws).to(density.dtype)
@@ -147,7 +149,8 @@ def _frame(search: _Search, start: Tensor) -> Gaussian:
     density = search.density
     at_mode = laplace(density, start, search.deadline)
     search.evaluations += at_mode.evaluations
-    if at_mode.trusted:
+    search.stopped = at_mode.stopped
+    if at_mode.trusted or search.stopped:
         return Gaussian(at_mode.loc, at_mode.scale_tril)
     unit = torch.eye(density.dim, dtype=density.dtype)
     noise = matched_normals(max(128, 2 * density.dim + 2), density.dim, search.seed).to(
@@ -215,6 +218,16 @@ def _status(
             "The ELBO is not finite on fresh draws: the guide reaches where the model's density is "
             "zero or overflows. Look at vi.check(model), or give init={site: value}.",
         )
+    # In the frame's units the ELBO's curvature is near 1, so this is what a Newton step would gain.
+    promised = 0.5 * found.slope**2
+    if promised > tolerance:
+        return Status(
+            False,
+            "not converged",
+            f"L-BFGS stopped ({found.message}) where a step still promises {promised:.3g} nats: the "
+            "posterior may have no end in some direction. Look at vi.check(model) for improper "
+            "priors, or try method='stochastic'.",
+        )
     said = f"ELBO on {2 * draws} fresh draws within {abs(gap):.3f} nats (s.e. {se:.3f})"
     if abs(gap) > max(tolerance, 2.0 * se):
         return Status(
@@ -235,9 +248,15 @@ def _stopped_status(stopped: str) -> Status:
 
 
 def prefit(density: Density, seed: int, deadline: float | None, start: Tensor | None) -> Gaussian:
-    """A good Gaussian for a flow or a multi-sample fit to start from."""
+    """A good Gaussian for a flow or a multi-sample fit to start from.
+
+    Raises:
+        KeyboardInterrupt: If the user interrupts: of the fit that it is for, nothing is done yet.
+    """
     search = _Search(density, seed, deadline, Progress("start", enabled=False), [])
     if start is None:
         start = starting_point(density, seed)
     gaussian, _ = fit_gaussian(search, start, dense=density.dim <= 200, tolerance=0.1)
+    if search.stopped == "interrupted":
+        raise KeyboardInterrupt
     return gaussian

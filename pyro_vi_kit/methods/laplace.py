@@ -24,12 +24,14 @@ class Laplace:
         evaluations: Single-point gradient evaluations that it cost.
         trusted: Whether the search converged to a point where the log density is curved downwards in
             every direction. A funnel's mode, for one, is not.
+        stopped: ``""``, ``"budget"`` or ``"interrupted"``: what cut the search short.
     """
 
     loc: Tensor
     scale_tril: Tensor
     evaluations: int
     trusted: bool
+    stopped: str
 
 
 def starting_point(density: Density, seed: int) -> Tensor:
@@ -79,7 +81,7 @@ def laplace(density: Density, start: Tensor, deadline: float | None = None) -> L
     diagonal = precision.diagonal()
     identity = torch.eye(density.dim, dtype=density.dtype)
     if not bool(torch.isfinite(precision).all()) or not bool((diagonal > 0).all()):
-        return Laplace(mode.x, identity, evaluations, trusted=False)
+        return Laplace(mode.x, identity, evaluations, False, mode.stopped)
     # In units of the conditional sds the eigenvalues can be compared with each other.
     unit = diagonal.rsqrt()
     values, vectors = torch.linalg.eigh(unit[:, None] * precision * unit)
@@ -87,8 +89,8 @@ def laplace(density: Density, start: Tensor, deadline: float | None = None) -> L
     covariance = unit[:, None] * (vectors / values.clamp_min(1e-6)) @ vectors.T * unit
     scale_tril, failed = torch.linalg.cholesky_ex((covariance + covariance.T) / 2)
     if int(failed):
-        return Laplace(mode.x, unit.diag(), evaluations, trusted=False)
-    return Laplace(mode.x, scale_tril, evaluations, trusted)
+        return Laplace(mode.x, unit.diag(), evaluations, False, mode.stopped)
+    return Laplace(mode.x, scale_tril, evaluations, trusted, mode.stopped)
 
 
 def hessian(density: Density, z: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class Minimum:
     Attributes:
         x: The point, `[P]`.
         value: The function there.
+        slope: Norm of its gradient there.
         evaluations: Calls of the function, each with its gradient.
         converged: Whether the optimiser says so.
         stopped: ``""``, ``"budget"`` or ``"interrupted"``.
@@ -29,6 +30,7 @@ class Minimum:
 
     x: Tensor
     value: float
+    slope: float
     evaluations: int
     converged: bool
     stopped: str
@@ -61,10 +63,10 @@ def minimise(
         deadline: `time.monotonic` second at which to stop.
         on_value: Called with each finite value.
     """
-    best_x, best_value, evaluations = start.detach().clone(), float("inf"), 0
+    best_x, best_value, slope, evaluations = start.detach().clone(), float("inf"), 0.0, 0
 
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
-        nonlocal best_x, best_value, evaluations
+        nonlocal best_x, best_value, slope, evaluations
         if deadline is not None and time.monotonic() > deadline and np.isfinite(best_value):
             raise _OutOfTimeError
         point = torch.as_tensor(x.copy(), dtype=start.dtype).requires_grad_()
@@ -79,6 +81,7 @@ def minimise(
             return high, np.zeros_like(x)
         if value < best_value:
             best_x, best_value = point.detach().clone(), value
+            slope = float(gradient.norm())
         if on_value is not None:
             on_value(value)
         return value, gradient.numpy()
@@ -103,4 +106,4 @@ def minimise(
         stopped = "budget"
     except KeyboardInterrupt:
         stopped = "interrupted"
-    return Minimum(best_x, best_value, evaluations, converged, stopped, message)
+    return Minimum(best_x, best_value, slope, evaluations, converged, stopped, message)
