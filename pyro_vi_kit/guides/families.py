@@ -57,9 +57,9 @@ class DiagonalNormal(GaussianFamily):
         self.centre: Tensor
         self.unit: Tensor
         self.register_buffer("centre", torch.zeros(dim))
-        self.register_buffer("unit", torch.full((dim,), scale))
+        self.register_buffer("unit", torch.ones(dim))
         self.loc = nn.Parameter(torch.zeros(dim))
-        self.log_scale = nn.Parameter(torch.zeros(dim))
+        self.log_scale = nn.Parameter(torch.full((dim,), scale).log())
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
         """The distribution, event shape `[D]`."""
@@ -90,9 +90,9 @@ class DenseNormal(GaussianFamily):
         self.centre: Tensor
         self.unit: Tensor
         self.register_buffer("centre", torch.zeros(dim))
-        self.register_buffer("unit", scale * torch.eye(dim))
+        self.register_buffer("unit", torch.eye(dim))
         self.loc = nn.Parameter(torch.zeros(dim))
-        self.log_diagonal = nn.Parameter(torch.zeros(dim))
+        self.log_diagonal = nn.Parameter(torch.full((dim,), scale).log())
         self.lower = nn.Parameter(torch.zeros(dim, dim))
 
     def moments(self) -> tuple[Tensor, Tensor]:
