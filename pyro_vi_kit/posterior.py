@@ -137,13 +137,7 @@ class Posterior:
         evaluation = self._evaluation
         if evaluation.smoothed is None:
             return None
-        known = {} if self.density is None else self.density.structure.sites
-        values = {
-            name: value
-            for name, value in evaluation.values.items()
-            if name not in known or known[name].kind == "latent"
-        }
-        return judge(values, evaluation.smoothed, self.status, self.guide)
+        return judge(evaluation.values, evaluation.smoothed, self.status, self.guide)
 
     def summary(self, prob: float = 0.9) -> pd.DataFrame:
         """Mean, sd, interval and Monte Carlo error of each parameter, with its site's verdict.

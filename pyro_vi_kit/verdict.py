@@ -36,7 +36,7 @@ class Verdict:
         level: ``good``; ``resample``, usable after importance resampling; ``reject``, do not use.
         reasons: The numbers behind it, in words.
         advice: What to try next, empty when good.
-        sites: Level of each latent site.
+        sites: Level of each latent and deterministic site.
     """
 
     level: Level
@@ -53,7 +53,7 @@ def judge(values: Mapping[str, np.ndarray], smoothed: Psis, status: Status, guid
     """Judge a fit by its importance weights and by how far they move each site.
 
     Args:
-        values: Draws of the latent sites from q, `[S, *shape]` by site.
+        values: Draws of the latent and deterministic sites from q, `[S, *shape]` by site.
         smoothed: Their smoothed importance weights.
         status: How the fit ended.
         guide: The guide's name, for the advice.

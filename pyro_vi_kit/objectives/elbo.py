@@ -13,7 +13,7 @@ from pyro_vi_kit.errors import OptionError
 
 @dataclass(frozen=True)
 class Elbo:
-    """E_q[log p(x, z) - log q(z)].
+    """Evidence lower bound: E_q[log p(x, z) - log q(z)].
 
     Args:
         particles: K, draws per step; their mean is taken, so K changes the noise and not the bound.

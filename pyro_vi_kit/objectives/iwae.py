@@ -14,7 +14,9 @@ from pyro_vi_kit.objectives.elbo import require_particles
 
 @dataclass(frozen=True)
 class Iwae:
-    """E[log 1/K sum_k p(x, z_k) / q(z_k)], z_k drawn from q. Rises with K, never above the evidence.
+    """Importance-weighted bound: rises with K from the ELBO towards the log evidence.
+
+    E[log 1/K sum_k p(x, z_k) / q(z_k)], z_k drawn from q.
 
     Args:
         particles: K.

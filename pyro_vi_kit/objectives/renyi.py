@@ -16,10 +16,10 @@ from pyro_vi_kit.objectives.elbo import require_particles
 
 @dataclass(frozen=True)
 class Renyi:
-    """1 / (1 - alpha) E[log 1/K sum_k (p(x, z_k) / q(z_k))^(1 - alpha)].
+    """Rényi bound of order alpha: between the ELBO (1) and the importance-weighted bound (0).
 
-    Order 1 is the ELBO, order 0 the importance-weighted bound; in between the guide covers more
-    mass the smaller alpha is. A negative order gives an upper bound as K grows.
+    1 / (1 - alpha) E[log 1/K sum_k (p(x, z_k) / q(z_k))^(1 - alpha)], z_k drawn from q. The smaller
+    alpha, the more mass the guide covers. A negative order gives an upper bound as K grows.
 
     Args:
         alpha: The order.
