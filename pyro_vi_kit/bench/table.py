@@ -1,0 +1,125 @@
+"""The results of a bench in words: a line per cell while it runs, a table per model at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pyro_vi_kit.bench.records import DONE, FAILED, NOT_APPLICABLE
+from pyro_vi_kit.comparison import OVERALL, format_overview
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# What a verdict allows, the best first.
+_BEST_FIRST = {
+    "good": "Believe those that are good",
+    "resample": "None is good; those that say resample are usable through posterior.resample()",
+}
+_NUMBERS = (
+    "khat",
+    "elbo",
+    "mean_error",
+    "mean_error_noise",
+    "sd_ratio",
+    "sliced_w1",
+    "sliced_w1_null",
+    "seconds",
+    "speedup",
+    "nuts_seconds",
+)
+
+
+def progress_line(row: dict[str, Any]) -> str:
+    """What is said of a cell as soon as it is done.
+
+    Args:
+        row: Its record.
+    """
+    if row["status"] == NOT_APPLICABLE:
+        return f"not applicable: {row['error']}"
+    if row["status"] == FAILED:
+        return f"FAILED: {row['error']}"
+    words = [row["verdict"] or "point estimate"]
+    if row["khat"] is not None:
+        words.append(f"k-hat {row['khat']:.2f}")
+    if not row["converged"]:
+        words.append("not converged")
+    return ", ".join([*words, f"{row['seconds']:.2f} s"])
+
+
+def format_results(frame: pd.DataFrame) -> str:
+    """One table per model, with what to use of it and what went wrong.
+
+    Args:
+        frame: What `run` or `collect` returned.
+    """
+    parts = [_format_model(str(model), rows) for model, rows in frame.groupby("model", sort=False)]
+    return "\n\n\n".join(parts)
+
+
+def advice(frame: pd.DataFrame) -> str:
+    """Which of a model's fits to take: the fastest of those with the best verdict.
+
+    Args:
+        frame: The rows of one model.
+    """
+    fits = [row for row in frame.to_dict(orient="records") if row["status"] == DONE]
+    for level, words in _BEST_FIRST.items():
+        usable = [row for row in fits if row["verdict"] == level]
+        if usable:
+            best = min(usable, key=lambda row: row["seconds"])
+            speed = best["speedup"]
+            faster = (
+                "" if _missing(speed) else f", {float(f'{speed:.2g}'):,g} times as fast as NUTS"
+            )
+            return (
+                f"{words}; the fastest of them is {best['guide']} / {best['objective']} with "
+                f"{best['seconds']:,.2f} s{faster}."
+            )
+    return "None of these is to be believed: take NUTS, or reparameterise the model."
+
+
+def _format_model(model: str, rows: pd.DataFrame) -> str:
+    lines = [model]
+    tried = rows.loc[rows["seconds"].notna()]
+    if len(tried):
+        table = format_overview(_overview(tried), model)
+        lines = [table, *_time_of_nuts(tried), advice(tried)]
+    lines += [
+        f"{row['status']}: {row['guide']} / {row['objective']}: {row['error']}"
+        for row in rows.to_dict(orient="records")
+        if row["status"] in (FAILED, NOT_APPLICABLE)
+    ]
+    return "\n".join(lines)
+
+
+def _overview(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows as `vi.compare` would have made them."""
+    names = rows["guide"] + " / " + rows["objective"]
+    if len(set(rows["seed"])) > 1:
+        names = names + " / seed " + rows["seed"].astype(str)
+    frame = rows.assign(parameter=OVERALL, fit=names, verdict=rows["verdict"].fillna(""))
+    frame[list(_NUMBERS)] = frame[list(_NUMBERS)].astype(float)
+    frame.attrs = {"reference": "NUTS"}
+    doubts = {row["nuts_warnings"] for row in rows.to_dict(orient="records") if _doubted(row)}
+    if doubts:
+        frame.attrs |= {"reference_converged": False, "reference_problems": sorted(doubts)}
+    noise = [float(value) for value in rows["mean_error_noise"].dropna()]
+    if noise:
+        frame.attrs["mean_error_noise"] = max(noise)
+    return frame
+
+
+def _doubted(row: Mapping[Any, Any]) -> bool:
+    return row["nuts_converged"] is False
+
+
+def _missing(value: Any) -> bool:
+    return value is None or math.isnan(value)
+
+
+def _time_of_nuts(rows: pd.DataFrame) -> list[str]:
+    known = [float(value) for value in rows["nuts_seconds"].dropna()]
+    return [f"NUTS took {max(known):,.1f} s."] if known else []
