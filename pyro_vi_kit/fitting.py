@@ -27,7 +27,7 @@ from pyro_vi_kit.model import Model
 from pyro_vi_kit.posterior import Posterior, is_small
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.record import Record
-from pyro_vi_kit.runtime import RandomStream, fresh_seed, one_thread
+from pyro_vi_kit.runtime import RandomStream, default_dtype, fresh_seed, one_thread
 from pyro_vi_kit.types import Objective
 
 PyroGuide = Callable[..., Any]
@@ -145,12 +145,11 @@ def _checked(
         raise UnknownNameError("method", method, METHODS)
     if engine not in ENGINES:
         raise UnknownNameError("engine", engine, ENGINES)
-    for option, value in (("tol", tol), ("budget", budget)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and value > 0):
-            raise OptionError(f"{option}= must be a positive number, got {value!r}")
-    if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or seed < 0):
-        raise OptionError(f"seed= must be a non-negative integer, got {seed!r}")
+    _require_positive("tol", tol)
+    if budget is not None:
+        _require_positive("budget", budget)
+    _require_integer("batch_size", batch_size, at_least=1)
+    _require_integer("seed", seed, at_least=0)
     if not isinstance(init, Mapping) and init not in ("auto", "origin"):
         raise OptionError(f"init= must be 'auto', 'origin' or a dict of site values, got {init!r}")
     if optimizer is not None and not callable(optimizer):
@@ -174,16 +173,29 @@ def _checked(
     )
 
 
+def _require_positive(option: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise OptionError(f"{option}= must be a positive number, got {value!r}")
+
+
+def _require_integer(option: str, value: object, *, at_least: int) -> None:
+    integer = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    if value is not None and not integer:
+        raise OptionError(f"{option}= must be an integer of at least {at_least}, got {value!r}")
+
+
 def _trainee(
     request: _Request, guide: GuideSpec | Guide | PyroGuide, dtype: torch.dtype | None
 ) -> tuple[str, Guide | PyroGuide, Density | None]:
     """The guide's name, the guide itself, untrained, and the model's Density where it has one."""
+    if dtype not in (None, torch.float32, torch.float64):
+        raise OptionError(f"dtype= must be torch.float32 or torch.float64, got {dtype!r}")
     if isinstance(guide, Guide):
         return guide.name, guide, guide.density
     if not isinstance(guide, GuideSpec):
         return getattr(guide, "__name__", type(guide).__name__), guide, _density_or_none(request)
     if dtype is None:
-        dtype = torch.get_default_dtype() if guide.name == "amortized" else torch.float64
+        dtype = default_dtype() if guide.name == "amortized" else torch.float64
     density = Density(request.model, dtype=dtype)
     with RandomStream(request.seed):
         return guide.name, guide.build(density), density
@@ -197,7 +209,7 @@ def _density_or_none(request: _Request) -> Density | None:
             "engine='pyro' (or 'auto')"
         )
     try:
-        return Density(request.model, dtype=torch.get_default_dtype())
+        return Density(request.model, dtype=default_dtype())
     except ModelError:
         # Discrete latents, structure that changes: Pyro runs what a Density refuses.
         return None
@@ -280,7 +292,7 @@ def _train_pyro_guide(
         optimizer=request.optimizer,
     )
     outcome, bound = _run_stochastic(request, getattr(guide, "__name__", "guide"), engine)
-    dtype = torch.get_default_dtype() if density is None else density.dtype
+    dtype = default_dtype() if density is None else density.dtype
     approximation = TraceApproximation(request.model, guide, engine.state, dtype, density)
     return approximation, outcome, engine.name, bound if request.objective.multi_sample else None
 

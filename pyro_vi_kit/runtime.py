@@ -26,6 +26,12 @@ def fresh_seed() -> int:
     return secrets.randbits(31)
 
 
+def default_dtype() -> torch.dtype:
+    """The user's default dtype, and not the one that a fit in another thread has borrowed it for."""
+    with LOCK:
+        return torch.get_default_dtype()
+
+
 class RandomStream:
     """Random numbers of its own: inside ``with stream:`` torch's global generator is this stream.
 
@@ -87,9 +93,16 @@ def private_params(state: Any = None) -> Iterator[Any]:
         yield inner
 
 
-class _OneThread:
-    """How many fits want torch on one thread, and what it had before the first of them."""
+class _Nesting(threading.local):
+    """How many `one_thread` blocks this thread is in."""
 
+    depth = 0
+
+
+class _OneThread:
+    """How many threads are in such a block, and how many threads torch had before the first."""
+
+    nesting = _Nesting()
     users = 0
     outer = 1
 
@@ -98,20 +111,36 @@ class _OneThread:
 def one_thread(wanted: bool = True) -> Iterator[None]:
     """Run torch on one thread: on tensors of a few thousand numbers more threads only wait.
 
-    Counted, since the setting is the process's: the last fit to leave restores it.
+    Torch keeps the number for each thread that calls it, and for threads yet to come, so each of them
+    sets its own to 1 and back to what the first of them found.
     """
     if not wanted:
         yield
         return
-    with LOCK:
-        if _OneThread.users == 0:
-            _OneThread.outer = torch.get_num_threads()
-            torch.set_num_threads(1)
-        _OneThread.users += 1
+    _enter_one_thread()
     try:
         yield
     finally:
-        with LOCK:
-            _OneThread.users -= 1
-            if _OneThread.users == 0:
-                torch.set_num_threads(_OneThread.outer)
+        _leave_one_thread()
+
+
+def _enter_one_thread() -> None:
+    _OneThread.nesting.depth += 1
+    if _OneThread.nesting.depth > 1:
+        return
+    with LOCK:
+        # Asking first: a thread's first question sets its number, to what the process last set.
+        before = torch.get_num_threads()
+        if _OneThread.users == 0:
+            _OneThread.outer = before
+        _OneThread.users += 1
+        torch.set_num_threads(1)
+
+
+def _leave_one_thread() -> None:
+    _OneThread.nesting.depth -= 1
+    if _OneThread.nesting.depth > 0:
+        return
+    with LOCK:
+        _OneThread.users -= 1
+        torch.set_num_threads(_OneThread.outer)

@@ -25,7 +25,7 @@ from pyro_vi_kit.engines.batches import Batches
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.runtime import RandomStream, isolated, private_params
+from pyro_vi_kit.runtime import RandomStream, default_dtype, isolated, private_params
 from pyro_vi_kit.types import Objective
 
 
@@ -86,7 +86,7 @@ class PyroEngine:
         self.guide = guide
         self.objective = objective
         self._density = density
-        self._dtype = density.dtype if density is not None else torch.get_default_dtype()
+        self._dtype = density.dtype if density is not None else default_dtype()
         self._stream = RandomStream(seed)
         self._evaluation_seed = seed + 1
         self._state: dict[str, Any] = {"params": {}, "constraints": {}}

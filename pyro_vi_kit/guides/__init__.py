@@ -16,7 +16,7 @@ from pyro_vi_kit.guides.full_rank import FullRank
 from pyro_vi_kit.guides.mean_field import MeanField
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.registry import build, first_line
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.runtime import RandomStream, default_dtype
 
 
 @runtime_checkable
@@ -110,6 +110,6 @@ def make(
     """
     spec = specify(guide, **options)
     if isinstance(model, Model):
-        model = Density(model, dtype=dtype or torch.get_default_dtype())
+        model = Density(model, dtype=dtype or default_dtype())
     with RandomStream(seed):
         return spec.build(model)
