@@ -82,10 +82,10 @@ def test_it_trains_in_a_stock_svi(name, vectorize):
             return guide.log_weights(500).joint()
 
     before = elbos()
-    elbo = Trace_ELBO(num_particles=4 if vectorize else 1, vectorize_particles=vectorize)
-    svi = SVI(model.fn, guide, Adam({"lr": 0.02}), elbo)
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=vectorize)
+    svi = SVI(model.fn, guide, Adam({"lr": 0.01}), elbo)
     pyro.set_rng_seed(0)
-    losses = [svi.step(*model.args, **model.kwargs) for _ in range(200)]
+    losses = [svi.step(*model.args, **model.kwargs) for _ in range(150)]
     assert all(math.isfinite(loss) for loss in losses)
     gain, se = mean_and_se(elbos() - before)
     # On common noise, five standard errors (none for a point) and more than a nat.
