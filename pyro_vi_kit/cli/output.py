@@ -1,0 +1,90 @@
+"""What is printed where: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pyro_vi_kit.cli.options import progress_wanted
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_ROWS = 40
+
+
+def message(text: str) -> None:
+    """Tell the user something that is no result, unless they asked for quiet."""
+    if progress_wanted() is not False:
+        click.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def warnings_as_messages() -> Iterator[None]:
+    """Show each warning as one line on stderr; also where none of the rest is shown."""
+
+    def show(text: Warning | str, *_: Any, **__: Any) -> None:
+        click.echo(f"warning: {text}", err=True)
+
+    with warnings.catch_warnings():
+        # Ours are UserWarnings, and say what must not be missed; the others stay as Python has them.
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document; what JSON has no number for (NaN, infinity) becomes null."""
+    click.echo(json.dumps(_plain(document), indent=2, allow_nan=False))
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as a list of objects."""
+    return [{str(k): v for k, v in row.items()} for row in frame.to_dict(orient="records")]
+
+
+def print_table(frame: pd.DataFrame, whole: str) -> None:
+    """Print a table of numbers, the first forty rows of it.
+
+    Args:
+        frame: The table, its rows by name.
+        whole: How to see all of it.
+    """
+    shown = frame.head(_ROWS)
+    click.echo(shown.to_string(float_format=_number))
+    if len(frame) > len(shown):
+        click.echo(f"... {len(frame) - len(shown):,} of {len(frame):,} rows not shown; {whole}")
+
+
+def relative(path: str | os.PathLike[str]) -> str:
+    """A path as the user would write it."""
+    text = os.path.relpath(path)
+    return os.fspath(path) if text.startswith("..") else text
+
+
+def _number(value: float) -> str:
+    if not math.isfinite(value):
+        return str(value)
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    return f"{value:.3f}"
+
+
+def _plain(value: Any) -> Any:
+    """The value in what JSON has."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int | None) else str(value)

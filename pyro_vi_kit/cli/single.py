@@ -1,0 +1,196 @@
+"""``check``, ``fit`` and ``nuts``: one thing done to one model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pyro_vi_kit.cli.options import (
+    common_options,
+    json_option,
+    key_values,
+    make_objective,
+    model_argument,
+    nuts_options,
+    progress_wanted,
+    seed_option,
+)
+from pyro_vi_kit.cli.output import message, print_json, print_table, records, relative
+
+if TYPE_CHECKING:
+    from pyro_vi_kit.export import Tree
+    from pyro_vi_kit.posterior import Posterior
+
+WRONG_REQUEST, REJECTED, INTERRUPTED = 2, 3, 130
+
+_REPORT = ("max_rhat", "min_ess_bulk", "min_ess_tail", "divergences", "seconds", "warnings")
+
+
+@click.command("check", short_help="Look a model over.")
+@model_argument
+@json_option
+@common_options
+@click.pass_context
+def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
+    """Look a model over: named checks, each with its remedy. Exit code 2 if one fails."""
+    from pyro_vi_kit.checks import check
+    from pyro_vi_kit.modelfile import load_model_file
+
+    report = check(load_model_file(model_file), verbose=False)
+    if as_json:
+        checks = [{**vars(check)} for check in report.checks]
+        print_json({"model": report.model, "ok": report.ok, "checks": checks})
+    else:
+        click.echo(str(report))
+    if not report.ok:
+        ctx.exit(WRONG_REQUEST)
+
+
+@click.command("fit", short_help="Fit a guide, with a verdict.")
+@model_argument
+@click.option("--guide", default="full_rank", show_default=True, help="See vi-kit guides.")
+@click.option("--objective", default="elbo", show_default=True, help="See vi-kit objectives.")
+@click.option("--method", default="auto", show_default=True, help="auto, lbfgs or stochastic.")
+@click.option("--engine", default="auto", show_default=True, help="auto, eager or pyro.")
+@click.option("--tol", type=float, default=0.01, show_default=True, help="Nats that count as none.")
+@click.option("--budget", type=float, help="Seconds after which to stop with what there is.")
+@seed_option
+@click.option("--batch-size", type=int, help="Rows of the data in a step (guide amortized).")
+@click.option("--particles", type=int, help="Draws per step, an option of the objective.")
+@click.option("--alpha", type=float, help="The order, an option of the objective renyi.")
+@click.option(
+    "--guide-option",
+    "guide_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An option of the guide, as in layers=4 or 'hidden=(8, 8)'. May be repeated.",
+)
+@click.option("--out", type=click.Path(), help="Write the posterior here, ArviZ netCDF (.nc).")
+@click.option(
+    "--draws",
+    type=click.IntRange(min=1),
+    default=1000,
+    show_default=True,
+    help="Draws in the file.",
+)
+@json_option
+@common_options
+@click.pass_context
+def fit_command(
+    ctx: click.Context,
+    model_file: str,
+    guide: str,
+    objective: str,
+    guide_options: tuple[str, ...],
+    particles: int | None,
+    alpha: float | None,
+    out: str | None,
+    draws: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fit a guide; print the verdict and a summary. Exit code 3 if the verdict is reject."""
+    from pyro_vi_kit import guides
+    from pyro_vi_kit.export import check_writable
+    from pyro_vi_kit.fitting import fit
+    from pyro_vi_kit.modelfile import load_model_file
+
+    spec = guides.specify(guide, **key_values("--guide-option", guide_options))
+    goal = make_objective(objective, particles, alpha)
+    target = None if out is None else check_writable(out)
+    model = load_model_file(model_file)
+    posterior = fit(model, spec, goal, progress=progress_wanted(), **options)
+    if target is not None:
+        posterior.save(target, draws)
+        message(f"wrote {relative(target)}")
+    if as_json:
+        print_json(_fit_facts(posterior, None if target is None else str(target)))
+    else:
+        click.echo(f"{posterior!r}\n")
+        print_table(posterior.summary(), "--json prints all of them")
+    if posterior.status.reason == "interrupted":
+        ctx.exit(INTERRUPTED)
+    if posterior.verdict is not None and posterior.verdict.level == "reject":
+        ctx.exit(REJECTED)
+
+
+@click.command("nuts", short_help="Sample with NUTS.")
+@model_argument
+@nuts_options
+@click.option("--cores", type=click.IntRange(min=1), help="nutpie's chains that run at once.")
+@seed_option
+@click.option("--out", type=click.Path(), help="Write the draws here, ArviZ netCDF (.nc).")
+@json_option
+@common_options
+def nuts_command(model_file: str, out: str | None, as_json: bool, **options: Any) -> None:
+    """Sample with NUTS; print whether the chains converged and a summary."""
+    from pyro_vi_kit.export import check_writable, write
+    from pyro_vi_kit.modelfile import load_model_file
+    from pyro_vi_kit.sampling import nuts
+
+    target = None if out is None else check_writable(out)
+    model = load_model_file(model_file)
+    tree = nuts(model, progress=progress_wanted(), **options)
+    if target is not None:
+        write(tree, target)
+        message(f"wrote {relative(target)}")
+    if as_json:
+        facts = {key: tree.attrs.get(key) for key in ("model", "sampler", "seed", *_REPORT)}
+        facts["converged"] = bool(tree.attrs["converged"])
+        rows = records(_draws_summary(tree).reset_index(names="parameter"))
+        print_json(facts | {"file": None if target is None else str(target), "summary": rows})
+    else:
+        click.echo(_nuts_report(tree) + "\n")
+        print_table(_draws_summary(tree), "--json prints all of them")
+
+
+def _fit_facts(posterior: Posterior, file: str | None) -> dict[str, Any]:
+    """A fit as JSON has it."""
+    verdict, evidence = posterior.verdict, posterior.log_evidence
+    return {
+        "model": posterior.model.name,
+        "guide": posterior.guide,
+        "objective": posterior.record.objective.name,
+        "verdict": None if verdict is None else vars(verdict),
+        "status": vars(posterior.status),
+        "khat": posterior.khat,
+        "elbo": posterior.elbo,
+        "elbo_se": posterior.elbo_se,
+        "bound": posterior.bound,
+        "log_evidence": None if evidence is None else evidence[0],
+        "log_evidence_se": None if evidence is None else evidence[1],
+        "method": posterior.method,
+        "engine": posterior.engine,
+        "seed": posterior.record.seed,
+        "evaluations": posterior.evaluations,
+        "seconds": posterior.seconds,
+        "file": file,
+        "summary": records(posterior.summary().reset_index(names="parameter")),
+    }
+
+
+def _nuts_report(tree: Tree) -> str:
+    """Whether to believe the chains, first of all."""
+    facts = tree.attrs
+    converged = "converged" if facts["converged"] else f"NOT converged: {facts['warnings']}"
+    return "\n".join(
+        [
+            f"NUTS posterior of {facts['model']}: {converged}",
+            f"  R-hat    {facts['max_rhat']:.4f} at the most",
+            f"  ESS      {facts['min_ess_bulk']:,.0f} bulk, {facts['min_ess_tail']:,.0f} tail, at "
+            "the least",
+            f"  diverged {facts['divergences']} transitions",
+            f"  made by  {facts['sampler']}: {facts['chains']} chains of {facts['draws']:,} draws "
+            f"after {facts['tune']:,} of warm-up, {facts['evaluations']:,} gradient evaluations in "
+            f"{facts['seconds']:.2f} s",
+        ]
+    )
+
+
+def _draws_summary(tree: Tree) -> Any:
+    """ArviZ's summary: mean, sd, interval, Monte Carlo errors, ESS and R-hat of each number."""
+    from pyro_vi_kit.export import import_arviz
+
+    arviz = import_arviz()
+    return arviz.summary(tree, round_to="none")
