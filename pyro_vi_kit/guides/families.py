@@ -222,5 +222,5 @@ class Standardised(nn.Module):
         self.layers = nn.Sequential(*layers, last)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The distribution, event shape `[D]`."""
+        """Outputs `[B, outputs]` of inputs `[B, F]`."""
         return self.layers((inputs - self.mean) / self.sd)
