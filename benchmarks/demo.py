@@ -47,9 +47,9 @@ def one_model(name):
         nuts=Nuts(chains=4, draws=500, tune=300),
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
-    rows = frame[frame["model"] == name]
+    rows = frame.loc[frame["model"] == name]
     draw(name, rows)
-    return format_results(rows), int((rows["status"] == "failed").sum())
+    return format_results(rows), rows["status"].tolist().count("failed")
 
 
 def draw(name, rows):
@@ -100,4 +100,7 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
