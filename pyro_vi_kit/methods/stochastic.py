@@ -105,10 +105,12 @@ def _run(
         stalled = 0 if gain > max(tolerance, 2.0 * se) else stalled + 1
         if bad >= _MAX_BAD_STRETCHES:
             return _diverged(engine)
-        if deadline is not None and time.monotonic() > deadline:
-            return Status(False, "budget", _budget_advice("budget", gain, se))
-        if len(losses) >= schedule.max_steps:
-            return Status(False, "budget", _budget_advice("largest number of steps", gain, se))
+        out_of_time = deadline is not None and time.monotonic() > deadline
+        if out_of_time or len(losses) >= schedule.max_steps:
+            if not best.values:
+                return _diverged(engine)
+            what = "budget" if out_of_time else "largest number of steps"
+            return Status(False, "budget", _budget_advice(what, gain, se))
         if failed or stalled >= _PATIENCE:
             rate, stalled = rate * _DECAY, 0
             if not failed and rate < schedule.rate * _DECAY**_DECAYS:

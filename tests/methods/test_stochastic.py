@@ -179,6 +179,14 @@ def test_a_bound_that_is_never_finite_diverges_and_restores_the_start(hole):
     assert float(engine.x) == 0.25
 
 
+def test_a_budget_that_ends_before_any_finite_bound_has_diverged():
+    engine = Quadratic()
+    engine.evaluate = lambda replicates: torch.full((replicates,), math.nan)
+    outcome, _ = run(engine, deadline=time.monotonic() - 1, replicates=4)
+    assert outcome.status.reason == "diverged"
+    assert "inf" not in outcome.status.advice.replace("infinite", "")
+
+
 def test_a_few_skipped_steps_are_told_of_and_no_harm():
     engine = Quadratic(noise=0.1)
     step, steps = engine.step, count()
