@@ -7,6 +7,7 @@ import pytest
 from toys import MODELS
 
 from pyro_vi_kit.bench import COLUMNS, Nuts, enumerate_cells, format_results, run, runner
+from pyro_vi_kit.bench.table import advice
 from pyro_vi_kit.errors import FileError, ModelError, OptionError, UnknownNameError
 
 LINE = MODELS / "gaussian_regression_2d.py"
@@ -187,3 +188,25 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="cannot make the folder"):
         run([LINE], ["mean_field"], ["elbo"], tmp_path / "file" / "out", nuts=None)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [
+        (("good", "resample"), ["is good: full_rank / elbo, 1.00 s.", "resample(): mean_field"]),
+        (("resample", "good"), ["is good: mean_field / elbo, 0.50 s."]),
+        (("reject", "reject"), ["None of these is to be believed"]),
+    ],
+)
+def test_advice_names_the_fastest_that_is_usable(verdicts, words):
+    facts = {"model": "m", "objective": "elbo", "status": "done", "speedup": None}
+    rows = [
+        facts | {"guide": guide, "seconds": seconds, "verdict": verdict}
+        for guide, seconds, verdict in zip(
+            ("full_rank", "mean_field"), (1.0, 0.5), verdicts, strict=True
+        )
+    ]
+    lines = advice(pd.DataFrame(rows)).splitlines()
+    assert len(lines) == len(words)
+    for line, word in zip(lines, words, strict=True):
+        assert word in line

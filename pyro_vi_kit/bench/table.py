@@ -12,10 +12,9 @@ from pyro_vi_kit.comparison import OVERALL, format_overview
 if TYPE_CHECKING:
     import pandas as pd
 
-# What a verdict allows, the best first.
-_BEST_FIRST = {
-    "good": "Believe those that are good",
-    "resample": "None is good; those that say resample are usable through posterior.resample()",
+_USABLE = {
+    "good": "The fastest that is good:",
+    "resample": "The fastest to use through posterior.resample():",
 }
 _NUMBERS = (
     "khat",
@@ -60,25 +59,33 @@ def format_results(frame: pd.DataFrame) -> str:
 
 
 def advice(frame: pd.DataFrame) -> str:
-    """Which of a model's fits to take: the fastest of those with the best verdict.
+    """Which of a model's fits to take: the fastest good one, and a faster one to resample.
 
     Args:
         frame: The rows of one model.
     """
     fits = [row for row in frame.to_dict(orient="records") if row["status"] == DONE]
-    for level, words in _BEST_FIRST.items():
-        usable = [row for row in fits if row["verdict"] == level]
-        if usable:
-            best = min(usable, key=lambda row: row["seconds"])
-            speed = best["speedup"]
-            faster = (
-                "" if _missing(speed) else f", {float(f'{speed:.2g}'):,g} times as fast as NUTS"
-            )
-            return (
-                f"{words}; the fastest of them is {best['guide']} / {best['objective']} with "
-                f"{best['seconds']:,.2f} s{faster}."
-            )
-    return "None of these is to be believed: take NUTS, or reparameterise the model."
+    taken: list[str] = []
+    seconds = math.inf
+    for level, words in _USABLE.items():
+        quickest = min(
+            (row for row in fits if row["verdict"] == level),
+            key=lambda row: row["seconds"],
+            default=None,
+        )
+        if quickest is not None and quickest["seconds"] < seconds:
+            seconds = quickest["seconds"]
+            taken.append(f"{words} {_with_time(quickest)}.")
+    return "\n".join(taken) or (
+        "None of these is to be believed: take NUTS, or reparameterise the model."
+    )
+
+
+def _with_time(row: Mapping[Any, Any]) -> str:
+    words = f"{row['guide']} / {row['objective']}, {row['seconds']:,.2f} s"
+    if row["speedup"] is None or math.isnan(row["speedup"]):
+        return words
+    return f"{words}, {float(format(row['speedup'], '.2g')):,g} times as fast as NUTS"
 
 
 def _format_model(model: str, rows: pd.DataFrame) -> str:
@@ -114,10 +121,6 @@ def _overview(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _doubted(row: Mapping[Any, Any]) -> bool:
     return row["nuts_converged"] is False
-
-
-def _missing(value: Any) -> bool:
-    return value is None or math.isnan(value)
 
 
 def _time_of_nuts(rows: pd.DataFrame) -> list[str]:
