@@ -110,7 +110,7 @@ def _overview(rows: pd.DataFrame) -> pd.DataFrame:
     frame = rows.assign(parameter=OVERALL, fit=names, verdict=rows["verdict"].fillna(""))
     frame[list(_NUMBERS)] = frame[list(_NUMBERS)].astype(float)
     frame.attrs = {"reference": "NUTS"}
-    doubts = {row["nuts_warnings"] for row in rows.to_dict(orient="records") if _doubted(row)}
+    doubts = {str(row["nuts_warnings"]) for row in rows.to_dict(orient="records") if _doubted(row)}
     if doubts:
         frame.attrs |= {"reference_converged": False, "reference_problems": sorted(doubts)}
     noise = [float(value) for value in rows["mean_error_noise"].dropna()]
