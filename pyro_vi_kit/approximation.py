@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_vi_kit.density import Density
@@ -147,6 +149,18 @@ class GuideApproximation:
         return [min(chunk, draws - i) for i in range(0, draws, chunk)]
 
 
+class _DrawObserved(Messenger):
+    """Draws what was observed. Unlike `poutine.uncondition` it leaves alone what only looks observed.
+
+    A deterministic or factor site is an observed one to Pyro.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not isinstance(msg["fn"], _Subsample) and kind_of(msg) == "observed":
+            msg["is_observed"] = False
+            msg["value"] = None
+
+
 class TraceApproximation:
     """Any Pyro guide, run by Pyro's own handlers.
 
@@ -174,7 +188,7 @@ class TraceApproximation:
         self.name = getattr(guide, "__name__", type(guide).__name__)
         self.point = False
         # A trace takes milliseconds whatever the model's size, so draws are counted as dear.
-        self.cost = 100_000
+        self.cost = 200_000
 
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
@@ -198,14 +212,11 @@ class TraceApproximation:
         with self._running(seed):
             for _ in range(draws):
                 guide = poutine.trace(self.guide).get_trace(*self.model.args, **self.model.kwargs)
-                replayed = poutine.replay(poutine.uncondition(model.fn), trace=guide)
-                trace = poutine.trace(replayed).get_trace(*model.args, **model.kwargs)
+                with _DrawObserved():
+                    replayed = poutine.replay(model.fn, trace=guide)
+                    trace = poutine.trace(replayed).get_trace(*model.args, **model.kwargs)
                 for name, node in sample_sites(trace).items():
-                    # `uncondition` un-observes deterministic and factor sites as well.
-                    infer = node["infer"]
-                    if infer.get("was_observed") and not (
-                        infer.get("_deterministic") or infer.get("is_auxiliary")
-                    ):
+                    if name not in guide.nodes and kind_of(node) != "factor":
                         values.setdefault(name, []).append(node["value"].detach())
         return {name: torch.stack(parts) for name, parts in values.items()}
 

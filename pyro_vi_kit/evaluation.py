@@ -84,6 +84,20 @@ def evaluate(approximation: Approximation, named: Named) -> Evaluation:
         return Evaluation(values, None, None)
     weighed = approximation.weigh(draws, _SEED)
     log_w = (weighed.log_p - weighed.log_q).numpy()
-    # A draw whose density is NaN is one that the model refuses: it has no weight.
+    return Evaluation(values, log_w, smooth(log_w))
+
+
+def smooth(log_w: np.ndarray) -> Psis:
+    """Pareto-smoothed weights, also where the fit went wrong.
+
+    A draw whose weight is NaN or +inf is one that model or guide refuses: it counts as weight zero. With
+    no weight left there is nothing to smooth: k-hat is infinite, and the draws are worth nothing.
+
+    Args:
+        log_w: Raw log weights, `[S]`, nats.
+    """
     usable = np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
-    return Evaluation(values, log_w, psis(usable))
+    if np.isfinite(usable).any():
+        return psis(usable)
+    nothing = np.full(len(log_w), -np.log(len(log_w)))
+    return Psis(nothing, khat=np.inf, ess=0.0, log_mean_weight=-np.inf, log_mean_weight_se=np.inf)

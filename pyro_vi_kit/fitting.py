@@ -303,8 +303,13 @@ def _run_stochastic(
     literal = isinstance(engine, PyroEngine)
     batches = engine.batches
     epoch = 0 if batches is None else batches.plate.size // batches.size
+    guide = engine.guide
+    gaussian = isinstance(guide, Guide) and fixed_draws.applies_to(guide)
     schedule = stochastic.Schedule(
+        # A user's guide is not measured in posterior sds; where it starts, they are rather large.
+        rate=0.005 if isinstance(guide, Guide) else 0.02,
         stretch=max(100, epoch),
+        patience=2 if gaussian else 4,
         # Pyro's own loss is slow to evaluate, one particle after another.
         replicates=16 if literal or batches is not None else 64,
         tolerance=request.tolerance,

@@ -60,22 +60,19 @@ def judge(values: Mapping[str, np.ndarray], smoothed: Psis, status: Status, guid
     """
     even = smoothed.ess / len(smoothed.log_weights)
     reliable = smoothed.ess >= MIN_ESS and (smoothed.khat <= MAX_KHAT or even >= EVEN_WEIGHTS)
-    shifts = {name: site_shift(draws, smoothed) for name, draws in values.items()}
     reasons = [
         f"k-hat {smoothed.khat:.2f}",
         f"importance sampling keeps {100 * even:.0f} % of the draws' worth",
     ]
-    if not reliable or status.reason == "diverged":
-        sites: dict[str, Level] = dict.fromkeys(values, "reject")
+    overflowing = [name for name, draws in values.items() if not np.isfinite(draws).all()]
+    if overflowing:
+        reasons.append(f"draws of site {overflowing[0]!r} are not finite")
+    if not reliable or overflowing or status.reason == "diverged":
         level: Level = "reject"
+        sites: dict[str, Level] = dict.fromkeys(values, level)
     else:
-        slack = 2.0 / np.sqrt(smoothed.ess)
-        sites = {
-            name: "good"
-            if mean <= MAX_MEAN_SHIFT + slack and sd <= MAX_SD_SHIFT + slack
-            else "resample"
-            for name, (mean, sd) in shifts.items()
-        }
+        shifts = {name: site_shift(draws, smoothed) for name, draws in values.items()}
+        sites = {name: _site_level(*shift, smoothed.ess) for name, shift in shifts.items()}
         level = "good" if all(s == "good" for s in sites.values()) else "resample"
         worst = max(shifts, key=lambda name: max(shifts[name]))
         mean, sd = shifts[worst]
@@ -86,6 +83,13 @@ def judge(values: Mapping[str, np.ndarray], smoothed: Psis, status: Status, guid
         reasons.append(f"the fit has not converged ({status.reason})")
         level = "resample" if level == "good" else level
     return Verdict(level, tuple(reasons), _advice(level, guide, status), sites)
+
+
+def _site_level(mean_shift: float, sd_shift: float, ess: float) -> Level:
+    # Two standard errors of a weighted mean, in sds; about those of a log sd as well.
+    slack = 2.0 / np.sqrt(ess)
+    good = mean_shift <= MAX_MEAN_SHIFT + slack and sd_shift <= MAX_SD_SHIFT + slack
+    return "good" if good else "resample"
 
 
 def site_shift(draws: np.ndarray, smoothed: Psis) -> tuple[float, float]:

@@ -29,7 +29,7 @@ def test_every_block_runs_after_the_one_before(page, tmp_path, monkeypatch):
     names = {"__name__": "readme"}
     with pyro.get_param_store().scope():
         for block in code(page):
-            exec(compile(block, page.name, "exec"), names)  # noqa: S102
+            exec(compile(block, page.name, "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

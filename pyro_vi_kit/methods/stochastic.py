@@ -24,7 +24,6 @@ NAME = "stochastic"
 
 _DECAY = 0.3
 _DECAYS = 3
-_PATIENCE = 4
 _MAX_BAD_STRETCHES = 4
 
 
@@ -35,6 +34,8 @@ class Schedule:
     Attributes:
         rate: First learning rate; parameters are measured in posterior sds.
         stretch: Steps between two looks at the bound.
+        patience: Stretches without improvement after which the rate falls. Networks go through long
+            flat stretches that lead somewhere; a Gaussian does not.
         max_steps: The most steps.
         replicates: Estimates of the bound in one look.
         tolerance: Nats per stretch below which an improvement is none; relative to the bound's size
@@ -43,6 +44,7 @@ class Schedule:
 
     rate: float = 0.005
     stretch: int = 100
+    patience: int = 4
     max_steps: int = 20_000
     replicates: int = 64
     tolerance: float = 0.01
@@ -111,7 +113,7 @@ def _run(
                 return _diverged(engine)
             what = "budget" if out_of_time else "largest number of steps"
             return Status(False, "budget", _budget_advice(what, gain, se))
-        if failed or stalled >= _PATIENCE:
+        if failed or stalled >= schedule.patience:
             rate, stalled = rate * _DECAY, 0
             if not failed and rate < schedule.rate * _DECAY**_DECAYS:
                 return Status(
