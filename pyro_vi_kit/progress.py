@@ -6,6 +6,10 @@ import sys
 from types import TracebackType
 from typing import Any
 
+_COUNT = "{desc}: {n_fmt} evaluations [{elapsed}, {rate_fmt}{postfix}]"
+# Most fits stop before their largest number of steps.
+_BAR = "{desc}: {n_fmt} steps [{elapsed}, at most {remaining} left, {rate_fmt}{postfix}]"
+
 
 class Progress:
     """A progress bar that knows the bound.
@@ -21,7 +25,14 @@ class Progress:
         if sys.stderr.isatty() if enabled is None else enabled:
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=label, total=total, leave=False, file=sys.stderr, delay=0.5)
+            self._bar = tqdm(
+                desc=label,
+                total=total,
+                leave=False,
+                file=sys.stderr,
+                delay=0.5,
+                bar_format=_COUNT if total is None else _BAR,
+            )
 
     def __enter__(self) -> Progress:
         return self

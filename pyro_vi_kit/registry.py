@@ -37,6 +37,41 @@ def build(
     return cls(**options)
 
 
+def resolve(
+    kind: str,
+    table: Mapping[str, type[Part]],
+    given: object,
+    options: Mapping[str, Any],
+    *,
+    protocol: type[Part],
+    example: str,
+) -> Part:
+    """A configured part from its name, or the configured instance that was given.
+
+    Args:
+        kind: What the table holds, and the option that names it: ``"guide"``.
+        table: Dataclasses by name.
+        given: A name or an instance.
+        options: Fields of the dataclass, with a name.
+        protocol: What an instance has to be.
+        example: How an instance is written, for messages.
+
+    Raises:
+        UnknownNameError: If the name is not known.
+        OptionError: If an option is wrong, options come with an instance, or it is neither.
+    """
+    if isinstance(given, str):
+        return build(kind, table, given, options)
+    if not isinstance(given, protocol) or isinstance(given, type):
+        raise OptionError(
+            f"{kind}= takes a name ({', '.join(table)}) or an instance such as {example}, "
+            f"got {given!r}"
+        )
+    if options:
+        raise OptionError(f"options go into the {kind} itself: {example}")
+    return given
+
+
 def first_line(cls: type) -> str:
     """The first line of a part's docstring, for listings."""
     return (cls.__doc__ or "").strip().splitlines()[0]

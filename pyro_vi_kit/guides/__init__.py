@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Draw, Guide
 from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
@@ -15,7 +14,7 @@ from pyro_vi_kit.guides.delta import Delta
 from pyro_vi_kit.guides.full_rank import FullRank
 from pyro_vi_kit.guides.mean_field import MeanField
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.registry import build, first_line
+from pyro_vi_kit.registry import first_line, resolve
 from pyro_vi_kit.runtime import RandomStream, default_dtype
 
 
@@ -72,17 +71,13 @@ def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:
         UnknownNameError: If the name is not known.
         OptionError: If an option is wrong, or options come with an instance.
     """
-    if isinstance(guide, str):
-        return build("guide", REGISTRY, guide, options)
-    if isinstance(guide, GuideSpec) and not isinstance(guide, type):
-        if options:
-            raise OptionError(
-                "options go into the guide itself: vi.guides.AffineCoupling(layers=4)"
-            )
-        return guide
-    raise OptionError(
-        f"guide= takes a name ({', '.join(REGISTRY)}), an instance such as "
-        f"vi.guides.AffineCoupling(layers=4), or a Pyro guide, got {guide!r}"
+    return resolve(
+        "guide",
+        REGISTRY,
+        guide,
+        options,
+        protocol=GuideSpec,
+        example="vi.guides.AffineCoupling(layers=4)",
     )
 
 

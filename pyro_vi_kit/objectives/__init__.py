@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.objectives.bounds import evaluate
 from pyro_vi_kit.objectives.elbo import Elbo
 from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
-from pyro_vi_kit.registry import build, first_line
+from pyro_vi_kit.registry import first_line, resolve
 from pyro_vi_kit.types import LogWeights, Objective
 
 REGISTRY: dict[str, type[Objective]] = {
@@ -49,15 +48,11 @@ def make(objective: str | Objective, **options: Any) -> Objective:
         UnknownNameError: If the name is not known.
         OptionError: If an option is wrong, or options come with an instance.
     """
-    if isinstance(objective, str):
-        return build("objective", REGISTRY, objective, options)
-    if isinstance(objective, Objective) and not isinstance(objective, type):
-        if options:
-            raise OptionError(
-                "options go into the objective itself: vi.objectives.Iwae(particles=20)"
-            )
-        return objective
-    raise OptionError(
-        f"objective= takes a name ({', '.join(REGISTRY)}) or an instance such as "
-        f"vi.objectives.Renyi(alpha=0.5), got {objective!r}"
+    return resolve(
+        "objective",
+        REGISTRY,
+        objective,
+        options,
+        protocol=Objective,
+        example="vi.objectives.Renyi(alpha=0.5)",
     )
