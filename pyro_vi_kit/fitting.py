@@ -5,50 +5,30 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vi_kit import guides, objectives
+from pyro_vi_kit import guides
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import NAMES as ENGINES
 from pyro_vi_kit.engines import Batches, EagerEngine, OptimizerFactory, PyroEngine
-from pyro_vi_kit.errors import ModelError, OptionError, UnknownNameError
+from pyro_vi_kit.errors import ModelError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.guides.families import GaussianFamily
-from pyro_vi_kit.methods import NAMES as METHODS
 from pyro_vi_kit.methods import fixed_draws, stochastic
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.posterior import Posterior, is_small
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.record import Record
-from pyro_vi_kit.runtime import RandomStream, default_dtype, fresh_seed, one_thread
+from pyro_vi_kit.request import Request, checked
+from pyro_vi_kit.runtime import RandomStream, default_dtype, one_thread
 from pyro_vi_kit.types import Objective
 
 PyroGuide = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A fit's options, checked."""
-
-    model: Model
-    objective: Objective
-    named_objective: bool
-    method: str
-    engine: str
-    tolerance: float
-    deadline: float | None
-    init: str | Mapping[str, Any]
-    optimizer: OptimizerFactory | None
-    batch_size: int | None
-    seed: int
-    progress: bool | None
 
 
 @torch.enable_grad()  # the caller may have gradients off
@@ -96,13 +76,11 @@ def fit(
         OptionError: If a name or an option is wrong, or a combination cannot work.
     """
     started = time.monotonic()
-    request = _checked(
+    request = checked(
         model, objective, method, engine, tol, budget, init, optimizer, batch_size, seed, progress
     )
-    if isinstance(guide, str | GuideSpec):
+    if isinstance(guide, str | GuideSpec) or not callable(guide):
         guide = guides.specify(guide)
-    elif not callable(guide):
-        guide = guides.specify(guide)  # raises, naming what guide= takes
     name, trainee, density = _trainee(request, guide, dtype)
     with one_thread(density is not None and is_small(density)):
         approximation, outcome, engine_name, bound = _train(request, name, trainee, density)
@@ -122,70 +100,8 @@ def fit(
     return Posterior(model, approximation, record, density, spec)
 
 
-def _checked(
-    model: Model,
-    objective: str | Objective,
-    method: str,
-    engine: str,
-    tol: float,
-    budget: float | None,
-    init: str | Mapping[str, Any],
-    optimizer: OptimizerFactory | None,
-    batch_size: int | None,
-    seed: int | None,
-    progress: bool | None,
-) -> _Request:
-    """Refuse what can be refused before the model is run."""
-    if not isinstance(model, Model):
-        raise OptionError(
-            f"fit takes a vi.Model, got {type(model).__name__}: wrap the Pyro function and its "
-            "arguments, vi.fit(vi.Model(fn, x, y))"
-        )
-    if method not in METHODS:
-        raise UnknownNameError("method", method, METHODS)
-    if engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
-    _require_positive("tol", tol)
-    if budget is not None:
-        _require_positive("budget", budget)
-    _require_integer("batch_size", batch_size, at_least=1)
-    _require_integer("seed", seed, at_least=0)
-    if not isinstance(init, Mapping) and init not in ("auto", "origin"):
-        raise OptionError(f"init= must be 'auto', 'origin' or a dict of site values, got {init!r}")
-    if optimizer is not None and not callable(optimizer):
-        raise OptionError(
-            "optimizer= must make an optimiser from parameters, e.g. "
-            "functools.partial(torch.optim.Adam, lr=1e-3)"
-        )
-    return _Request(
-        model=model,
-        objective=objectives.make(objective),
-        named_objective=isinstance(objective, str),
-        method=method,
-        engine=engine,
-        tolerance=float(tol),
-        deadline=None if budget is None else time.monotonic() + budget,
-        init=init,
-        optimizer=optimizer,
-        batch_size=batch_size,
-        seed=fresh_seed() if seed is None else seed,
-        progress=progress,
-    )
-
-
-def _require_positive(option: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise OptionError(f"{option}= must be a positive number, got {value!r}")
-
-
-def _require_integer(option: str, value: object, *, at_least: int) -> None:
-    integer = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-    if value is not None and not integer:
-        raise OptionError(f"{option}= must be an integer of at least {at_least}, got {value!r}")
-
-
 def _trainee(
-    request: _Request, guide: GuideSpec | Guide | PyroGuide, dtype: torch.dtype | None
+    request: Request, guide: GuideSpec | Guide | PyroGuide, dtype: torch.dtype | None
 ) -> tuple[str, Guide | PyroGuide, Density | None]:
     """The guide's name, the guide itself, untrained, and the model's Density where it has one."""
     if dtype not in (None, torch.float32, torch.float64):
@@ -201,7 +117,7 @@ def _trainee(
         return guide.name, guide.build(density), density
 
 
-def _density_or_none(request: _Request) -> Density | None:
+def _density_or_none(request: Request) -> Density | None:
     """For a Pyro guide of the user's: what the model is called on, where a Density can say it."""
     if request.engine == "eager":
         raise OptionError(
@@ -216,7 +132,7 @@ def _density_or_none(request: _Request) -> Density | None:
 
 
 def _train(
-    request: _Request, name: str, trainee: Guide | PyroGuide, density: Density | None
+    request: Request, name: str, trainee: Guide | PyroGuide, density: Density | None
 ) -> tuple[Approximation, Outcome, str, float | None]:
     """Train by the method that fits; the approximation, how it went, the engine and the bound."""
     if not isinstance(trainee, Guide) or density is None:
@@ -259,7 +175,7 @@ def _train(
     return approximation, outcome, engine.name, bound if request.objective.multi_sample else None
 
 
-def _with_particles(request: _Request, density: Density) -> _Request:
+def _with_particles(request: Request, density: Density) -> Request:
     """As many particles as cost next to nothing, where the objective was named and K is only noise."""
     if not request.named_objective or request.objective.multi_sample:
         return request
@@ -272,7 +188,7 @@ def _with_particles(request: _Request, density: Density) -> _Request:
 
 
 def _train_pyro_guide(
-    request: _Request, guide: PyroGuide, density: Density | None
+    request: Request, guide: PyroGuide, density: Density | None
 ) -> tuple[Approximation, Outcome, str, float | None]:
     if request.method == "lbfgs":
         raise OptionError(
@@ -298,7 +214,7 @@ def _train_pyro_guide(
 
 
 def _run_stochastic(
-    request: _Request, name: str, engine: EagerEngine | PyroEngine
+    request: Request, name: str, engine: EagerEngine | PyroEngine
 ) -> tuple[Outcome, float]:
     literal = isinstance(engine, PyroEngine)
     batches = engine.batches
@@ -319,7 +235,7 @@ def _run_stochastic(
         return stochastic.fit(engine, schedule, deadline=request.deadline, progress=progress)
 
 
-def _require_compatible(request: _Request, guide: Guide) -> None:
+def _require_compatible(request: Request, guide: Guide) -> None:
     if guide.point and request.objective.multi_sample:
         raise OptionError(
             f"guide 'delta' is a point and has no multi-sample bound: objective "
@@ -333,7 +249,7 @@ def _require_compatible(request: _Request, guide: Guide) -> None:
         )
 
 
-def _fixed_draws_possible(request: _Request, guide: Guide) -> bool:
+def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
     return (
         fixed_draws.applies_to(guide)
         and not request.objective.multi_sample
@@ -343,11 +259,11 @@ def _fixed_draws_possible(request: _Request, guide: Guide) -> bool:
     )
 
 
-def _use_fixed_draws(request: _Request, guide: Guide) -> bool:
+def _use_fixed_draws(request: Request, guide: Guide) -> bool:
     return request.method in ("auto", "lbfgs") and _fixed_draws_possible(request, guide)
 
 
-def _start(request: _Request, density: Density) -> Tensor | None:
+def _start(request: Request, density: Density) -> Tensor | None:
     """The unconstrained point that ``init=`` names, `[D]`."""
     if isinstance(request.init, Mapping):
         return density.unconstrain(request.init)
@@ -356,7 +272,7 @@ def _start(request: _Request, density: Density) -> Tensor | None:
     return None
 
 
-def _initialise(request: _Request, guide: Guide, density: Density) -> None:
+def _initialise(request: Request, guide: Guide, density: Density) -> None:
     """Start a single Gaussian-based block from the best Gaussian, or where ``init=`` says."""
     start = _start(request, density)
     family = guide.families[guide.blocks[0].name]
@@ -370,7 +286,7 @@ def _initialise(request: _Request, guide: Guide, density: Density) -> None:
     family.start_from(gaussian.loc, gaussian.scale_tril)
 
 
-def _batches(request: _Request, guide: Guide) -> Batches | None:
+def _batches(request: Request, guide: Guide) -> Batches | None:
     if request.batch_size is None:
         return None
     plates = [block.plate for block in guide.blocks if block.plate is not None]

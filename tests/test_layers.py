@@ -26,7 +26,7 @@ LAYERS = (
     ("checks", "objectives", "guides"),
     ("engines", "approximation", "summary", "verdict", "record"),
     ("methods", "evaluation", "storage"),
-    ("posterior",),
+    ("posterior", "request"),
     ("fitting", "sampling"),
     ("comparison",),
     ("plots",),
