@@ -15,7 +15,9 @@ Level = Literal["good", "resample", "reject"]
 
 # Vehtari et al. 2024: up to here the smoothed weights of feasible numbers of draws can be trusted.
 MAX_KHAT = 0.7
-# A k-hat above it means little where hardly any draw carries more weight than the others.
+# Below this the raw weights have a finite variance: above, how far they move a site is itself unsure.
+GOOD_KHAT = 0.5
+# A k-hat above these means little where hardly any draw carries more weight than the others.
 EVEN_WEIGHTS = 0.95
 MIN_ESS = 100.0
 MAX_MEAN_SHIFT = 0.1
@@ -73,7 +75,8 @@ def judge(values: Mapping[str, np.ndarray], smoothed: Psis, status: Status, guid
     else:
         shifts = {name: site_shift(draws, smoothed) for name, draws in values.items()}
         sites = {name: _site_level(*shift, smoothed.ess) for name, shift in shifts.items()}
-        level = "good" if all(s == "good" for s in sites.values()) else "resample"
+        sure = smoothed.khat <= GOOD_KHAT or even >= EVEN_WEIGHTS
+        level = "good" if sure and all(s == "good" for s in sites.values()) else "resample"
         worst = max(shifts, key=lambda name: max(shifts[name]))
         mean, sd = shifts[worst]
         reasons.append(
