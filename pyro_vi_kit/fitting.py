@@ -181,8 +181,10 @@ def _with_particles(request: Request, density: Density) -> Request:
         return request
     if request.engine == "pyro":
         particles = 4  # one after the other
+    elif density.params:
+        particles = 1
     else:
-        particles = 64 if not density.params and is_small(density) else 1
+        particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
     objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]
     return dataclasses.replace(request, objective=objective)
 
@@ -244,8 +246,8 @@ def _require_compatible(request: Request, guide: Guide) -> None:
     if request.method == "lbfgs" and not _fixed_draws_possible(request, guide):
         raise OptionError(
             "method='lbfgs' needs guide 'delta', 'mean_field' or 'full_rank', a model without learned "
-            "parameters, objective 'elbo', and neither engine='pyro' nor optimizer= nor batch_size=; "
-            "use method='stochastic'"
+            f"parameters and of at most {fixed_draws.MAX_DIM:,} dimensions, objective 'elbo', and "
+            "neither engine='pyro' nor optimizer= nor batch_size=; use method='stochastic'"
         )
 
 
@@ -280,7 +282,9 @@ def _initialise(request: Request, guide: Guide, density: Density) -> None:
         if start is not None and isinstance(request.init, Mapping):
             raise OptionError("init={site: value} needs a guide with one block for all latents")
         return
-    if request.init == "origin" or density.params:
+    if request.init == "origin" or density.params or density.dim > fixed_draws.MAX_DIM:
+        if start is not None:
+            family.centre_on(start)
         return
     gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
     family.start_from(gaussian.loc, gaussian.scale_tril)

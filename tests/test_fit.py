@@ -832,3 +832,27 @@ def test_a_path_that_cannot_be_written_is_refused(tmp_path, schools):
 def test_only_an_amortized_guide_infers(schools):
     with pytest.raises(OptionError, match="'full_rank' has no encoder to infer new data with"):
         schools.infer(torch.ones(8), torch.ones(8))
+
+
+def many_locals(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("row", len(y)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def test_a_dense_guide_of_thousands_of_dimensions_is_refused_before_its_memory_is_taken():
+    model = vi.Model(many_locals, torch.zeros(4001))
+    for guide in ("full_rank", "affine_coupling"):
+        with pytest.raises(OptionError, match=r"4,002 unconstrained dimensions.*mean_field"):
+            vi.fit(model, guide)
+
+
+def test_many_dimensions_are_left_to_stochastic_steps(short_fits):
+    model = vi.Model(many_locals, torch.ones(1100))
+    posterior = vi.fit(model, "mean_field", init={"mu": 1.0, "z": torch.ones(1100)}, seed=0)
+    assert posterior.method == "stochastic"
+    # The start is the posterior mean of every site; a few hundred steps stay near it.
+    assert abs(posterior.sample(2000, seed=0)["z"].mean() - 1.0) < 0.1
+    with pytest.raises(OptionError, match="at most 1,000 dimensions"):
+        vi.fit(model, "mean_field", method="lbfgs")

@@ -13,6 +13,7 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import CouplingFlow
+from pyro_vi_kit.guides.full_rank import require_dense
 from pyro_vi_kit.guides.mean_field import require_positive
 
 Permutations = Literal["random", "reverse", "none"]
@@ -54,7 +55,12 @@ class AffineCoupling:
             )
 
     def build(self, density: Density) -> Guide:
-        """The guide for this model; weights and permutations from torch's random state."""
+        """The guide for this model; weights and permutations from torch's random state.
+
+        Raises:
+            OptionError: If the model has too many latents for a dense covariance.
+        """
+        require_dense(self.name, density.dim)
         family = CouplingFlow(
             density.dim, self.layers, self.hidden, self._orders(density.dim), self.init_scale
         )

@@ -32,6 +32,10 @@ class GaussianFamily(Family):
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Become the member nearest to N(loc, scale_tril scale_tril^T); `[D]`, `[D, D]`."""
 
+    @abstractmethod
+    def centre_on(self, loc: Tensor) -> None:
+        """Move the mean of an untrained member to `loc`, `[D]`."""
+
 
 class PointMass(Family):
     """All mass at one point."""
@@ -77,6 +81,11 @@ class DiagonalNormal(GaussianFamily):
         self.loc.zero_()
         self.log_scale.zero_()
 
+    @torch.no_grad()
+    def centre_on(self, loc: Tensor) -> None:
+        """Move the mean, in a frame that is still the unit one."""
+        self.loc.copy_(loc)
+
 
 class DenseNormal(GaussianFamily):
     """One multivariate normal, by the Cholesky factor of its covariance in units of a fixed frame.
@@ -113,6 +122,11 @@ class DenseNormal(GaussianFamily):
         self.loc.zero_()
         self.log_diagonal.zero_()
         self.lower.zero_()
+
+    @torch.no_grad()
+    def centre_on(self, loc: Tensor) -> None:
+        """Move the mean, in a frame that is still the unit one."""
+        self.loc.copy_(loc)
 
 
 class CouplingFlow(GaussianFamily):
@@ -159,6 +173,10 @@ class CouplingFlow(GaussianFamily):
         self.affine.start_from(loc, scale_tril)
         for network in self.networks:
             _identity_start(network)
+
+    def centre_on(self, loc: Tensor) -> None:
+        """Move the mean of the affine map."""
+        self.affine.centre_on(loc)
 
 
 def _identity_start(network: nn.Module) -> nn.Module:

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import DenseNormal
 from pyro_vi_kit.guides.mean_field import require_positive
+
+# A dense factor, its gradient and Adam's two moments take 0.5 GB at 4,000 dimensions.
+MAX_DENSE = 4000
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,21 @@ class FullRank:
         require_positive(self.name, "init_scale", self.init_scale)
 
     def build(self, density: Density) -> Guide:
-        """The guide for this model, centred on the origin of unconstrained space."""
+        """The guide for this model, centred on the origin of unconstrained space.
+
+        Raises:
+            OptionError: If the model has too many latents for a dense covariance.
+        """
+        require_dense(self.name, density.dim)
         family = DenseNormal(density.dim, self.init_scale)
         return Guide(self.name, density, {density.block: family})
+
+
+def require_dense(name: str, dim: int) -> None:
+    """Refuse a dense covariance that would fill gigabytes."""
+    if dim > MAX_DENSE:
+        raise OptionError(
+            f"guide {name!r} holds a dense covariance, and this model has {dim:,} unconstrained "
+            f"dimensions (at most {MAX_DENSE:,}): use guide='mean_field', or guide='amortized' where "
+            "the latents lie in a data plate"
+        )

@@ -26,6 +26,8 @@ from pyro_vi_kit.types import Status
 
 NAME = "lbfgs"
 _MAX_DRAWS = 8192
+# The Hessian takes D points of D numbers, and draws have to outnumber dimensions.
+MAX_DIM = 1000
 
 
 @dataclass
@@ -60,15 +62,16 @@ class _Search:
 
 
 def applies_to(guide: object) -> bool:
-    """Whether a guide is one Gaussian, or a point, over all latents of a model without parameters."""
-    return (
-        isinstance(guide, Guide)
-        and not guide.density.params
-        and len(guide.blocks) == 1
-        and isinstance(
-            guide.families[guide.blocks[0].name], DiagonalNormal | DenseNormal | PointMass
-        )
-    )
+    """Whether a guide is one Gaussian, or a point, over all latents of a model without parameters.
+
+    A Gaussian of more than 1,000 dimensions is left to stochastic steps.
+    """
+    if not isinstance(guide, Guide) or guide.density.params or len(guide.blocks) > 1:
+        return False
+    family = guide.families[guide.blocks[0].name]
+    if isinstance(family, PointMass):
+        return True
+    return isinstance(family, DiagonalNormal | DenseNormal) and guide.density.dim <= MAX_DIM
 
 
 def fit(
