@@ -30,6 +30,22 @@ def clean_param_store() -> Iterator[None]:
     assert not left, f"Pyro's param store was changed: {left}. Run in get_param_store().scope()."
 
 
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Literals and new tensors in double precision, for one test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def own_param_store() -> Iterator[None]:
+    """A parameter store that a test may fill: stock SVI does."""
+    with pyro.get_param_store().scope():
+        yield
+
+
 @pytest.fixture(scope="session")
 def posteriordb() -> Callable[[str], Path]:
     """``posteriordb(name)``: the folder of a reference posterior; skips where it is not at hand."""

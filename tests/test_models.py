@@ -17,6 +17,8 @@ from torch.distributions import MultivariateNormal
 
 import pyro_vi_kit as vi
 
+pytestmark = pytest.mark.usefixtures("own_param_store")
+
 MODELS = Path(__file__).parents[1] / "models"
 NAMES = sorted(path.stem for path in MODELS.glob("*.py"))
 NEED_SCIKIT_LEARN = {"logistic_regression", "vae"}
@@ -38,12 +40,6 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
-
-
-@pytest.fixture(autouse=True)
-def own_param_store():
-    with pyro.get_param_store().scope():
-        yield
 
 
 def load(name):

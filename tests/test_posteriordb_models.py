@@ -18,17 +18,11 @@ import pyro_vi_kit as vi
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import FileError
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 FILES = Path(__file__).parents[1] / "benchmarks" / "posteriordb"
 NAMES = sorted(path.stem for path in FILES.glob("[a-z]*.py"))
 K = 3  # prime, and the size of no data
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 @pytest.fixture(params=NAMES)

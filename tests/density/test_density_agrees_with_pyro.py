@@ -14,24 +14,13 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Draw
 
+pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
+
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = sorted(path.stem for path in MODELS.glob("*.py"))
 # A dense factor of the covariance has D^2 numbers.
 DENSE = ("full_rank", "affine_coupling")
 LARGEST_DENSE = 500
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def own_param_store():
-    with pyro.get_param_store().scope():
-        yield
 
 
 def load(name):

@@ -26,6 +26,8 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError, UnknownNameError
 from pyro_vi_kit.guides import REGISTRY, AffineCoupling, Amortized, Draw, Guide, GuideSpec
 
+pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
+
 LOCAL = [name for name in REGISTRY if is_local(name)]
 GLOBAL = [name for name in REGISTRY if name not in LOCAL]
 POINT = [name for name in GLOBAL if guides.make(name, gaussian(1)[0]).point]
@@ -33,19 +35,6 @@ SPREAD = [name for name in REGISTRY if name not in POINT]
 each_guide = pytest.mark.parametrize("name", REGISTRY)
 each_global_guide = pytest.mark.parametrize("name", GLOBAL)
 each_density = pytest.mark.parametrize("name", SPREAD)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def own_param_store():
-    with pyro.get_param_store().scope():
-        yield
 
 
 def guide_and_model(name, **options):

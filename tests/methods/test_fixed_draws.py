@@ -20,12 +20,7 @@ from pyro_vi_kit.methods.laplace import find_mode, hessian, laplace, starting_po
 from pyro_vi_kit.methods.minimise import minimise
 from pyro_vi_kit.progress import Progress
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def fit(guide, *, seed=0, tolerance=0.01, deadline=None, start=None):

@@ -19,12 +19,7 @@ from pyro_vi_kit.methods.stochastic import Schedule
 from pyro_vi_kit.objectives import Elbo, Iwae
 from pyro_vi_kit.progress import Progress
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def run(engine, deadline=None, **schedule):

@@ -24,6 +24,8 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError, UnknownNameError
 from pyro_vi_kit.objectives import REGISTRY, Elbo, Iwae, LogWeights, Objective, Renyi, evaluate
 
+pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
+
 ALPHAS = (0.0, 0.5, 1.0, 2.0, -1.0)
 
 
@@ -35,19 +37,6 @@ def configured(particles):
 
 EACH = [objective for particles in (1, 5) for objective in configured(particles)]
 each_objective = pytest.mark.parametrize("objective", EACH, ids=repr)
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def own_param_store():
-    with pyro.get_param_store().scope():
-        yield
 
 
 @pytest.fixture(scope="module")
