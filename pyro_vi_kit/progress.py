@@ -53,8 +53,3 @@ class Progress:
         if bound is not None:
             self._bar.set_postfix_str(f"bound {bound:.2f} nats", refresh=False)
         self._bar.update()
-
-    def note(self, text: str) -> None:
-        """Show a short text beside the bar."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(text)

@@ -39,7 +39,6 @@ class Site:
         transform: Unconstrained to constrained, or None where it changes with other latents or is
             made of data, and so has to be rebuilt at each run.
         improper: Whether the prior is an `ImproperUniform`.
-        fn_name: Name of the distribution's class.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Site:
     unconstrained_shape: torch.Size
     transform: Any
     improper: bool
-    fn_name: str
 
     @property
     def data_plate(self) -> Plate | None:
@@ -176,7 +174,6 @@ def _site(visit: Visit) -> Site:
         unconstrained_shape=unconstrained_shape,
         transform=biject_to(visit.fn.support) if latent and _is_fixed(visit.fn.support) else None,
         improper=is_improper(visit.fn),
-        fn_name=type(_innermost(visit.fn)).__name__,
     )
 
 
