@@ -170,9 +170,11 @@ def _is_done(out: Path, cell: Cell, settings: str) -> bool:
 def _applicable(bench: _Bench, model: Model, settings: dict[Cell, str]) -> list[Cell]:
     """The cells that can be run; the others are recorded with the reason."""
     possible: list[Cell] = []
+    density: Density | None = None
     for cell, wanted in settings.items():
         try:
-            reason = obstacle(Density(model), cell.guide, cell.objective)
+            density = density or Density(model)
+            reason = obstacle(density, cell.guide, cell.objective)
         except Exception as error:  # noqa: BLE001 - whatever the model raises is the cell's result
             bench.done(cell, wanted, {"status": FAILED, "error": _words(error)})
             continue
