@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +26,9 @@ from pyro_vi_kit.groups import (
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream, isolated, private_params
+
+# The model's trace and the guide's.
+Pair = tuple[poutine.Trace, poutine.Trace]
 
 _CHUNK_NUMBERS = 4_000_000
 
@@ -58,6 +61,10 @@ class Approximation(Protocol):
 
     def weigh(self, draws: int, seed: int) -> Weighed:
         """The log densities of what `draw` gives with that seed."""
+        ...
+
+    def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
+        """What `draw` and `weigh` give with that seed, drawn once."""
         ...
 
     def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
@@ -93,28 +100,39 @@ class GuideApproximation:
 
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
-        z = self.unconstrained(draws, seed)
-        return in_chunks(lambda part: self.density.constrain(part, self.params), z, self.cost)
+        return self._constrained(self.unconstrained(draws, seed))
 
     @torch.no_grad()
     def unconstrained(self, draws: int, seed: int) -> dict[str, Tensor]:
         """Unconstrained draws by site, `[S, ...]`."""
         with RandomStream(seed):
-            parts = [self.guide.draw(size).z for size in self._sizes(draws)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            return _joined([self.guide.draw(size).z for size in self._sizes(draws)])
 
-    @torch.no_grad()
     def weigh(self, draws: int, seed: int) -> Weighed:
         """See `Approximation.weigh`."""
-        log_p, log_q = [], []
+        return self._weighed(draws, seed)[1]
+
+    def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
+        """See `Approximation.draw_and_weigh`."""
+        z, weighed = self._weighed(draws, seed)
+        return self._constrained(z), weighed
+
+    @torch.no_grad()
+    def _weighed(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
+        """Unconstrained draws by site, as `unconstrained` gives them, and their log densities."""
+        parts, log_p, log_q = [], [], []
         with RandomStream(seed):
             for size in self._sizes(draws):
                 draw = self.guide.draw(size)
-                q = draw.shared + sum(rows.sum(-1) for rows in draw.local.values())
                 terms = self.density.terms(draw.z, self.params, jacobian=not self.guide.point)
+                parts.append(draw.z)
                 log_p.append(terms.total())
-                log_q.append(q)
-        return Weighed(torch.cat(log_p).double(), torch.cat(log_q).double())
+                log_q.append(draw.shared + sum(rows.sum(-1) for rows in draw.local.values()))
+        weighed = Weighed(torch.cat(log_p).double(), torch.cat(log_q).double())
+        return _joined(parts), weighed
+
+    def _constrained(self, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return in_chunks(lambda part: self.density.constrain(part, self.params), z, self.cost)
 
     def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.predict`."""
@@ -147,6 +165,10 @@ class GuideApproximation:
     def _sizes(self, draws: int) -> list[int]:
         chunk = max(1, _CHUNK_NUMBERS // max(self.cost, 1))
         return [min(chunk, draws - i) for i in range(0, draws, chunk)]
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 class _DrawObserved(Messenger):
@@ -192,19 +214,16 @@ class TraceApproximation:
 
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
-        values: dict[str, list[Tensor]] = {}
-        for model, _ in self._traces(draws, seed):
-            for name, node in sample_sites(model).items():
-                if kind_of(node) in ("latent", "discrete", "deterministic"):
-                    values.setdefault(name, []).append(node["value"].detach())
-        return {name: torch.stack(parts) for name, parts in values.items()}
+        return _values(self._traces(draws, seed))
 
     def weigh(self, draws: int, seed: int) -> Weighed:
         """See `Approximation.weigh`."""
+        return _log_probs(self._traces(draws, seed))
+
+    def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
+        """See `Approximation.draw_and_weigh`."""
         pairs = self._traces(draws, seed)
-        log_p = torch.stack([torch.as_tensor(model.log_prob_sum()) for model, _ in pairs])
-        log_q = torch.stack([torch.as_tensor(guide.log_prob_sum()) for _, guide in pairs])
-        return Weighed(log_p.detach().double(), log_q.detach().double())
+        return _values(pairs), _log_probs(pairs)
 
     def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.predict`."""
@@ -232,7 +251,7 @@ class TraceApproximation:
         """See `Approximation.parameters`."""
         return {}
 
-    def _traces(self, draws: int, seed: int) -> list[tuple[poutine.Trace, poutine.Trace]]:
+    def _traces(self, draws: int, seed: int) -> list[Pair]:
         args, kwargs = self.model.args, self.model.kwargs
         pairs = []
         with self._running(seed):
@@ -251,3 +270,18 @@ class TraceApproximation:
             torch.no_grad(),
         ):
             yield
+
+
+def _values(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    values: dict[str, list[Tensor]] = {}
+    for model, _ in pairs:
+        for name, node in sample_sites(model).items():
+            if kind_of(node) in ("latent", "discrete", "deterministic"):
+                values.setdefault(name, []).append(node["value"].detach())
+    return {name: torch.stack(parts) for name, parts in values.items()}
+
+
+def _log_probs(pairs: Sequence[Pair]) -> Weighed:
+    log_p = torch.stack([torch.as_tensor(model.log_prob_sum()) for model, _ in pairs])
+    log_q = torch.stack([torch.as_tensor(guide.log_prob_sum()) for _, guide in pairs])
+    return Weighed(log_p.detach().double(), log_q.detach().double())

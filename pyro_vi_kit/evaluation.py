@@ -79,25 +79,28 @@ def evaluate(approximation: Approximation, named: Named) -> Evaluation:
         named: Brings values into each site's own shape.
     """
     draws = min(_MAX_DRAWS, max(_MIN_DRAWS, _NUMBERS // max(approximation.cost, 1)))
-    values = named(approximation.draw(draws, _SEED))
     if approximation.point:
-        return Evaluation(values, None, None)
-    weighed = approximation.weigh(draws, _SEED)
+        return Evaluation(named(approximation.draw(draws, _SEED)), None, None)
+    values, weighed = approximation.draw_and_weigh(draws, _SEED)
     log_w = (weighed.log_p - weighed.log_q).numpy()
-    return Evaluation(values, log_w, smooth(log_w))
+    return Evaluation(named(values), log_w, smooth(log_w))
+
+
+def usable(log_w: np.ndarray) -> np.ndarray:
+    """Log weights `[S]` in which a draw that model or guide refuses (NaN, +inf) has weight zero."""
+    return np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
 
 
 def smooth(log_w: np.ndarray) -> Psis:
     """Pareto-smoothed weights, also where the fit went wrong.
 
-    A draw whose weight is NaN or +inf is one that model or guide refuses: it counts as weight zero. With
-    no weight left there is nothing to smooth: k-hat is infinite, and the draws are worth nothing.
+    With no weight left there is nothing to smooth: k-hat is infinite, and the draws are worth nothing.
 
     Args:
         log_w: Raw log weights, `[S]`, nats.
     """
-    usable = np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
-    if np.isfinite(usable).any():
-        return psis(usable)
+    weights = usable(log_w)
+    if np.isfinite(weights).any():
+        return psis(weights)
     nothing = np.full(len(log_w), -np.log(len(log_w)))
     return Psis(nothing, khat=np.inf, ess=0.0, log_mean_weight=-np.inf, log_mean_weight_se=np.inf)

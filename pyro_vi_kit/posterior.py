@@ -14,7 +14,7 @@ from pyro_vi_kit import export, storage
 from pyro_vi_kit.approximation import Approximation, GuideApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import ModelError, OptionError, ViError
-from pyro_vi_kit.evaluation import Evaluation, evaluate
+from pyro_vi_kit.evaluation import Evaluation, evaluate, usable
 from pyro_vi_kit.groups import coords_of, dims_of, squeeze
 from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.model import Model
@@ -187,14 +187,18 @@ class Posterior:
         """Draws corrected by Pareto-smoothed importance resampling, as `sample` gives them.
 
         Chosen from at least ten times as many draws of q.
+
+        Raises:
+            OptionError: For a point estimate, or where no draw has a positive density.
         """
         _require_draws(draws)
+        self._require_spread()
         seed = fresh_seed() if seed is None else seed
-        pool = max(4000, 10 * draws)
-        values = self.sample(pool, seed)
-        smoothed = psis(self.log_weights(pool, seed))
+        with self._few_threads():
+            values, weighed = self.approximation.draw_and_weigh(max(4000, 10 * draws), seed)
+        smoothed = psis(usable((weighed.log_p - weighed.log_q).numpy()))
         chosen = resample(smoothed.log_weights, draws, np.random.default_rng(seed))
-        return {name: value[chosen] for name, value in values.items()}
+        return {name: value[chosen] for name, value in self._named(values).items()}
 
     def log_weights(self, draws: int = 1000, seed: int | None = None) -> np.ndarray:
         """Log p(x, z) - log q(z) in nats, `[draws]`, at what `sample` draws with that seed.
@@ -203,14 +207,17 @@ class Posterior:
             OptionError: For a point estimate, which has no density.
         """
         _require_draws(draws)
+        self._require_spread()
+        with self._few_threads():
+            weighed = self.approximation.weigh(draws, fresh_seed() if seed is None else seed)
+        return (weighed.log_p - weighed.log_q).numpy()
+
+    def _require_spread(self) -> None:
         if self.approximation.point:
             raise OptionError(
                 "a point estimate (guide 'delta') has no log weights: fit a guide with "
                 "spread, e.g. guide='mean_field'"
             )
-        with self._few_threads():
-            weighed = self.approximation.weigh(draws, fresh_seed() if seed is None else seed)
-        return (weighed.log_p - weighed.log_q).numpy()
 
     def predict(
         self, *args: Any, draws: int = 1000, seed: int | None = None, **kwargs: Any

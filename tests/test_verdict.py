@@ -78,3 +78,12 @@ def test_a_constant_site_does_not_move():
     draws, log_w = normal_against(1.0)
     found = judge({"x": draws, "one": np.ones((S, 2))}, smooth(log_w), CONVERGED, "full_rank")
     assert found.sites["one"] == "good"
+
+
+def test_a_draw_that_the_model_refuses_has_weight_zero():
+    _, log_w = normal_against(1.25)
+    spoilt = log_w.copy()
+    spoilt[:3] = np.nan, np.inf, -np.inf
+    expected = smooth(np.concatenate([np.full(3, -np.inf), log_w[3:]]))
+    assert smooth(spoilt).khat == expected.khat
+    np.testing.assert_array_equal(smooth(spoilt).log_weights, expected.log_weights)
