@@ -46,10 +46,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self, bound: float | None = None) -> None:
-        """One more step is done; ``bound`` in nats."""
+    def step(self, bound: float | None = None, steps: int = 1) -> None:
+        """So many more steps are done; ``bound`` in nats."""
         if self._bar is None:
             return
         if bound is not None:
             self._bar.set_postfix_str(f"bound {bound:.2f} nats", refresh=False)
-        self._bar.update()
+        self._bar.update(steps)

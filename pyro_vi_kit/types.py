@@ -37,6 +37,7 @@ class Objective(Protocol):
         name: What the registry calls it.
         particles: K, draws of the guide per step.
         multi_sample: Whether the bound depends on K, so that particles may not be averaged over.
+        order: Its order alpha among the Rényi bounds; None for a bound that is none of them.
     """
 
     name: ClassVar[str]
@@ -49,6 +50,11 @@ class Objective(Protocol):
     @property
     def multi_sample(self) -> bool:
         """Whether the bound depends on K."""
+        ...
+
+    @property
+    def order(self) -> float | None:
+        """Order among the Rényi bounds (ELBO 1, importance-weighted 0)."""
         ...
 
     def bound(self, log_w: Tensor) -> Tensor:

@@ -537,7 +537,7 @@ def test_log_weights_are_those_of_the_draws(name, fitted):
         log_q = 0.0
         sites = density.block.unpack(point[None])
         for block in guide.blocks:
-            family = guide._family(block, None)
+            family = guide.families[block.name](guide._rows(block, None))
             log_q += float(family.log_prob(block.pack(sites)).sum().detach())
         assert log_w[i] == pytest.approx(log_p - log_q, abs=1e-6)
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from pyro_vi_kit.engines.base import Engine
+from pyro_vi_kit.engines.base import Engine, Stretch
 from pyro_vi_kit.engines.batches import Batches
 from pyro_vi_kit.engines.eager import EagerEngine, OptimizerFactory
 from pyro_vi_kit.engines.pyro import PyroEngine
 
 NAMES = ("auto", "eager", "pyro")
 
-__all__ = ["NAMES", "Batches", "EagerEngine", "Engine", "OptimizerFactory", "PyroEngine"]
+__all__ = [
+    "NAMES",
+    "Batches",
+    "EagerEngine",
+    "Engine",
+    "OptimizerFactory",
+    "PyroEngine",
+    "Stretch",
+]

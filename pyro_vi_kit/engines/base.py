@@ -1,11 +1,25 @@
-"""What an engine is: the thing that executes one step of a stochastic fit."""
+"""What an engine is: the thing that executes the steps of a stochastic fit."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What a run of steps gave.
+
+    Attributes:
+        bounds: Each step's estimate of the bound, `[steps]`, nats; NaN where a step was skipped.
+        average: Mean over the run of each parameter behind every step, by name.
+    """
+
+    bounds: Tensor
+    average: dict[str, Tensor]
 
 
 class Engine(Protocol):
@@ -19,7 +33,7 @@ class Engine(Protocol):
 
     @property
     def skipped(self) -> int:
-        """Steps whose gradient was not finite, and which changed nothing."""
+        """Steps whose bound or gradient was not finite, and which changed nothing."""
         ...
 
     @property
@@ -27,8 +41,11 @@ class Engine(Protocol):
         """Draws per step, K."""
         ...
 
-    def step(self, rate: float) -> float:
-        """One update at this learning rate; the step's estimate of the bound, nats."""
+    def run(self, steps: int, rate: float) -> Stretch:
+        """So many updates, at least one, at this learning rate.
+
+        An interrupt goes through, and leaves the parameters as a finished step left them.
+        """
         ...
 
     def parameters(self) -> dict[str, Tensor]:
@@ -41,6 +58,24 @@ class Engine(Protocol):
         Every call uses the same noise, so that two calls can be compared pair by pair.
         """
         ...
+
+
+class Average:
+    """The running mean of named tensors; those that are not numbers keep their last value."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+        self._count = 0
+
+    @torch.no_grad()
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Take one more set of values into the mean."""
+        self._count += 1
+        for name, value in values.items():
+            if name not in self.values or not value.is_floating_point():
+                self.values[name] = value.detach().clone()
+            else:
+                self.values[name] += (value.detach() - self.values[name]) / self._count
 
 
 def all_finite(tensors: list[Tensor]) -> bool:

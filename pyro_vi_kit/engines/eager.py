@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
-from pyro_vi_kit.engines.base import all_finite
+from pyro_vi_kit.engines import adam
+from pyro_vi_kit.engines.base import Average, Stretch
 from pyro_vi_kit.engines.batches import Batches
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.objectives import evaluate
+from pyro_vi_kit.objectives import evaluate, surrogate
 from pyro_vi_kit.runtime import RandomStream, isolated
 from pyro_vi_kit.types import Objective
 
@@ -24,12 +25,16 @@ _EVALUATION_ROWS = 2048
 class EagerEngine:
     """Runs the bound on the model's Density, uncaptured.
 
+    What is trained lies in one flat vector, and the parameters of the guide and of the model are views
+    of it: an update is a few operations, whatever the number of parameters.
+
     Args:
         guide: The guide to train; its density's learned parameters are trained with it.
         objective: The bound.
         seed: Of the noise.
         batches: Minibatches of the data plate; the full data when None.
         optimizer: Makes a torch optimiser from parameters; Adam when None.
+        estimator: Of the gradient: ``pathwise`` or ``dreg``.
     """
 
     name: ClassVar[str] = "eager"
@@ -42,9 +47,11 @@ class EagerEngine:
         seed: int,
         batches: Batches | None = None,
         optimizer: OptimizerFactory | None = None,
+        estimator: str = "pathwise",
     ) -> None:
         self.guide = guide
         self.objective = objective
+        self.estimator = estimator
         self.params = {
             name: value.detach().clone().requires_grad_(value.requires_grad)
             for name, value in guide.density.params.items()
@@ -53,11 +60,11 @@ class EagerEngine:
         self.batches = batches
         self._stream = RandomStream(seed)
         self._evaluation_seed = seed + 1
-        self._trained = [p for p in self.parameters().values() if p.requires_grad]
-        self._optimizer = (optimizer or Adam)(self._trained)
-        self._own_rate = optimizer is not None
+        self.trained = {n: p for n, p in self.parameters().items() if p.requires_grad}
+        self.adam = adam.start(_flattened(list(self.trained.values()), guide.density.dtype))
+        self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
         # A bound per datum holds for given globals, so all its particles share one draw of them.
-        self._share = objective.multi_sample and any(b.plate for b in guide.blocks)
+        self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
 
     @property
     def particles(self) -> int:
@@ -69,24 +76,51 @@ class EagerEngine:
         guide = dict(self.guide.named_parameters())
         return guide | {f"model.{name}": value for name, value in self.params.items()}
 
-    def step(self, rate: float) -> float:
-        """One update at this learning rate; the step's estimate of the bound, nats."""
-        self._optimizer.zero_grad()
-        with self._stream, isolated(self.guide.density.dtype):
-            bound = self._bound(self.batches.next() if self.batches else None)
-        (-bound).backward()
-        if not torch.isfinite(bound) or not all_finite(self._trained):
-            self.skipped += 1
-            return float("nan")
-        if not self._own_rate:
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
-        self._optimizer.step()
-        return float(bound.detach())
+    def run(self, steps: int, rate: float) -> Stretch:
+        """So many updates at this learning rate."""
+        bounds, average = [], Average()
+        for _ in range(steps):
+            with self._stream, isolated(self.guide.density.dtype):
+                index = self.batches.next() if self.batches else None
+                bound, gradient = self.gradient(index)
+            finite = torch.isfinite(bound) & torch.isfinite(gradient).all()
+            self._move(gradient, finite, rate)
+            bounds.append(torch.where(finite, bound, torch.nan))
+            average.add({"": self.adam.x})
+        found = torch.stack(bounds).double()
+        self.skipped += int(found.isnan().sum())
+        means = _split(average.values[""], self.trained)
+        constants = {n: p.detach().clone() for n, p in self.parameters().items() if n not in means}
+        return Stretch(found, means | constants)
 
-    def _bound(self, index: dict[str, Tensor] | None) -> Tensor:
-        weights = self.guide.log_weights(self.particles, self.params, index, share=self._share)
-        return evaluate(self.objective, weights)
+    def gradient(self, index: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The bound, nats, and the loss's gradient `[P]`, on the noise that comes next."""
+        bound, loss = surrogate(
+            self.guide,
+            self.objective,
+            self.particles,
+            self.params,
+            index,
+            share=self.share,
+            estimator=self.estimator,
+        )
+        trained = list(self.trained.values())
+        gradients = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+        return bound, torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+    @torch.no_grad()
+    def _move(self, gradient: Tensor, finite: Tensor, rate: float) -> None:
+        """One update, in place."""
+        if self._optimizer is None:
+            state = adam.update(self.adam, gradient, finite, rate)
+            # Parameters are views of x, so x itself has to stay.
+            self.adam = state._replace(x=self.adam.x.copy_(state.x))
+        elif finite:
+            for parameter, part in zip(
+                self.trained.values(), _split(gradient, self.trained).values(), strict=True
+            ):
+                parameter.grad = part
+            self._optimizer.step()
 
     @torch.no_grad()
     def evaluate(self, replicates: int) -> Tensor:
@@ -105,3 +139,26 @@ class EagerEngine:
                 if p.size > _EVALUATION_ROWS
             }
             return torch.stack([self._bound(index or None) for _ in range(replicates)])
+
+    def _bound(self, index: dict[str, Tensor] | None) -> Tensor:
+        weights = self.guide.log_weights(self.particles, self.params, index, share=self.share)
+        return evaluate(self.objective, weights)
+
+
+def _flattened(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The parameters as one vector `[P]`, of which they become views."""
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters] or [torch.zeros(0, dtype=dtype)])
+    start = 0
+    for parameter in parameters:
+        parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    return flat
+
+
+def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a vector `[P]` in the shapes of these parameters."""
+    parts = flat.split([value.numel() for value in like.values()])
+    return {
+        name: part.view(value.shape)
+        for part, (name, value) in zip(parts, like.items(), strict=True)
+    }

@@ -20,7 +20,7 @@ from torch.optim import Adam
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.handlers import sample_sites
-from pyro_vi_kit.engines.base import all_finite
+from pyro_vi_kit.engines.base import Average, Stretch, all_finite
 from pyro_vi_kit.engines.batches import Batches
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
@@ -138,14 +138,18 @@ class PyroEngine:
         """What the private store holds, unconstrained, by Pyro's names."""
         return dict(self._state["params"])
 
-    def step(self, rate: float) -> float:
-        """One `SVI.step`; minus its loss, nats."""
+    def run(self, steps: int, rate: float) -> Stretch:
+        """So many calls of `SVI.step`; minus their losses, nats."""
         self._optim.rate = None if self._own_rate else rate
         args, kwargs = self._arguments()
-        before = self.skipped
-        with self._running(self._stream):
-            loss = self._svi.step(*args, **kwargs)
-        return float("nan") if self.skipped > before else -float(loss)
+        bounds, average = [], Average()
+        for _ in range(steps):
+            before = self.skipped
+            with self._running(self._stream):
+                loss = self._svi.step(*args, **kwargs)
+            bounds.append(float("nan") if self.skipped > before else -float(loss))
+            average.add(self.parameters())
+        return Stretch(torch.tensor(bounds, dtype=torch.float64), average.values)
 
     def evaluate(self, replicates: int) -> Tensor:
         """Minus `SVI.evaluate_loss`, `[replicates]`, nats, on the same noise at every call."""

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pyro
@@ -29,11 +30,14 @@ class Draw(NamedTuple):
         z: Unconstrained values `[K, *batch, *event]` by site.
         shared: log q of the global block, `[K]`, nats.
         local: log q of each local block, `[K, B]` by plate, nats.
+        flat: The same values before they were split into sites, by block: `[K, D]`, or `[1, D]` where
+            all particles share them, or `[K, B, d]`.
     """
 
     z: dict[str, Tensor]
     shared: Tensor
     local: dict[str, Tensor]
+    flat: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Guide(nn.Module):
@@ -76,7 +80,12 @@ class Guide(nn.Module):
     # -- batched draws, for the Density -------------------------------------------------------
 
     def draw(
-        self, particles: int, index: Mapping[str, Tensor] | None = None, *, share: bool = False
+        self,
+        particles: int,
+        index: Mapping[str, Tensor] | None = None,
+        *,
+        share: bool = False,
+        detached: bool = False,
     ) -> Draw:
         """K reparameterised draws, from torch's global random state.
 
@@ -84,21 +93,25 @@ class Guide(nn.Module):
             particles: K.
             index: Rows `[B]` of each local plate; all by default.
             share: Give all particles the same draw of the globals, as a bound per datum needs.
+            detached: Take log q at constant parameters, so that its gradient flows through the draws
+                alone.
         """
         values: dict[str, Tensor] = {}
         local: dict[str, Tensor] = {}
+        flats: dict[str, Tensor] = {}
         shared = torch.zeros(particles, dtype=self.density.dtype)
         for block in self.blocks:
-            family = self._family(block, index)
+            family: Any = self.families[block.name]
+            count = 1 if share and block.plate is None else particles
+            context = self._rows(block, index)
+            flat, log_q = family.draw((count,), context, detached=detached)
+            flats[block.name] = flat
             if block.plate is None:
-                flat = family.rsample((1 if share else particles,))
-                shared = shared + family.log_prob(flat)
-                flat = flat.expand(particles, -1)
+                shared = shared + log_q
             else:
-                flat = family.rsample((particles,))
-                local[block.plate.name] = family.log_prob(flat)
-            values.update(block.unpack(flat))
-        return Draw(values, shared, local)
+                local[block.plate.name] = log_q
+            values.update(block.unpack(flat if count == particles else flat.expand(particles, -1)))
+        return Draw(values, shared, local, flats)
 
     def log_weights(
         self,
@@ -128,14 +141,14 @@ class Guide(nn.Module):
                 shared = shared + terms.scale[plate] * rows.sum(-1)
         return LogWeights(shared, local, scale)
 
-    def _family(self, block: Block, index: Mapping[str, Tensor] | None) -> Any:
-        family = self.families[block.name]
+    def _rows(self, block: Block, index: Mapping[str, Tensor] | None) -> Tensor | None:
+        """What the encoder of a local block sees of these rows, `[B, F]`."""
         if block.plate is None:
-            return family()
+            return None
         context = self.context(block)
         if index and block.plate.name in index:
             context = context[index[block.plate.name]]
-        return family(context)
+        return context
 
     def context(self, block: Block) -> Tensor:
         """What the encoder of a local block sees: its plate's observations, `[N, F]`."""

@@ -13,6 +13,7 @@ from itertools import pairwise
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.util import detach
 from pyro.nn import DenseNN
 from torch import Tensor, nn
 
@@ -23,6 +24,22 @@ class Family(nn.Module, ABC):
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
         """The distribution, event shape `[D]`."""
+
+    def draw(
+        self, shape: tuple[int, ...], context: Tensor | None = None, *, detached: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Reparameterised draws `[*shape, D]` and log q at them, nats.
+
+        Args:
+            shape: Of the draws, before the rows of the context.
+            context: `[B, F]`, one distribution per row.
+            detached: Take log q at constant parameters: its gradient flows through the draws alone.
+        """
+        distribution = self(context)
+        value = distribution.rsample(shape)
+        # The copy shares no cache with the original, whose way back to the noise knows parameters.
+        density = detach(distribution) if detached else distribution
+        return value, density.log_prob(value)
 
 
 class GaussianFamily(Family):

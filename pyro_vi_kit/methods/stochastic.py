@@ -25,6 +25,7 @@ NAME = "stochastic"
 _DECAY = 0.3
 _DECAYS = 3
 _MAX_BAD_STRETCHES = 4
+_RUN_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -133,20 +134,30 @@ def _stretch(
     deadline: float | None,
     progress: Progress,
 ) -> dict[str, Tensor]:
-    """A stretch of steps; the average of its iterates."""
+    """A stretch of steps; the average of its iterates.
+
+    In runs of a fraction of a second, so that a deadline is met and an interrupt loses little.
+    """
     average: dict[str, Tensor] = {}
-    for count in range(schedule.stretch):
-        bound = engine.step(rate)
-        losses.append(-bound)
-        progress.step(bound)
-        for name, value in engine.parameters().items():
-            detached = value.detach()
-            if not average or name not in average:
-                average[name] = detached.clone()
-            elif detached.is_floating_point():
-                average[name] += (detached - average[name]) / (count + 1)
-        if deadline is not None and time.monotonic() > deadline:
+    done, steps = 0, 1
+    while done < schedule.stretch:
+        steps = min(steps, schedule.stretch - done)
+        started = time.monotonic()
+        run = engine.run(steps, rate)
+        done += steps
+        losses.extend((-run.bounds).tolist())
+        progress.step(float(run.bounds[-1]), steps)
+        for name, value in run.average.items():
+            if name not in average or not value.is_floating_point():
+                average[name] = value
+            else:
+                average[name] += (value - average[name]) * (steps / done)
+        now = time.monotonic()
+        if deadline is not None and now > deadline:
             break
+        pace = (now - started) / steps
+        left = _RUN_SECONDS if deadline is None else min(_RUN_SECONDS, deadline - now)
+        steps = max(1, min(2 * steps, int(left / max(pace, 1e-9))))
     return average
 
 

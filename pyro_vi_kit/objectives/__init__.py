@@ -6,6 +6,8 @@ from typing import Any
 
 from pyro_vi_kit.objectives.bounds import evaluate
 from pyro_vi_kit.objectives.elbo import Elbo
+from pyro_vi_kit.objectives.estimators import NAMES as ESTIMATORS
+from pyro_vi_kit.objectives.estimators import surrogate
 from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
 from pyro_vi_kit.registry import first_line, resolve
@@ -18,6 +20,7 @@ REGISTRY: dict[str, type[Objective]] = {
 }
 
 __all__ = [
+    "ESTIMATORS",
     "REGISTRY",
     "Elbo",
     "Iwae",
@@ -28,6 +31,7 @@ __all__ = [
     "evaluate",
     "make",
     "names",
+    "surrogate",
 ]
 
 

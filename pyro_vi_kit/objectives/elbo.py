@@ -34,6 +34,11 @@ class Elbo:
         """Whether the bound depends on K: its mean over particles does not."""
         return False
 
+    @property
+    def order(self) -> float:
+        """1 among the Rényi bounds."""
+        return 1.0
+
     def bound(self, log_w: Tensor) -> Tensor:
         """Mean log weight, `[K, ...] -> [...]`, nats."""
         return log_w.mean(0)

@@ -37,6 +37,11 @@ class Iwae:
         """Whether the bound depends on K: it rises with it."""
         return True
 
+    @property
+    def order(self) -> float:
+        """0 among the Rényi bounds."""
+        return 0.0
+
     def bound(self, log_w: Tensor) -> Tensor:
         """Log mean weight, `[K, ...] -> [...]`, nats."""
         return log_mean_exp(log_w)

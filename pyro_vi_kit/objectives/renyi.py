@@ -45,6 +45,11 @@ class Renyi:
         """Whether particles meet inside a logsumexp: for every order but 1."""
         return self.alpha != 1.0
 
+    @property
+    def order(self) -> float:
+        """Alpha."""
+        return float(self.alpha)
+
     def bound(self, log_w: Tensor) -> Tensor:
         """The Rényi bound over the first dimension, `[K, ...] -> [...]`, nats."""
         if not self.multi_sample:

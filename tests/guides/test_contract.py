@@ -48,9 +48,14 @@ def of_dim(name, dim, **options):
     return guide_for(name, Density(gaussian(dim)[0]), Density(local_model(n=3, dim=dim)), **options)
 
 
+def distribution_of(guide, block, index=None):
+    """The distribution of a block: one, or one per row."""
+    return guide.families[block.name](guide._rows(block, index))
+
+
 def family_of(guide):
     """The distribution of the guide's last block: one, or one per row."""
-    return guide._family(guide.blocks[-1], None)
+    return distribution_of(guide, guide.blocks[-1])
 
 
 def mean_and_se(values):
@@ -184,7 +189,7 @@ def test_shapes_of_draws_on_a_minibatch(name):
     assert draw.z["z"].shape == (4, 3, 2)
     assert draw.local["datum"].shape == (4, 3)
     rows = guide.context(guide.blocks[-1])
-    picked = guide._family(guide.blocks[-1], {"datum": torch.tensor([5, 0, 2])}).mean
+    picked = distribution_of(guide, guide.blocks[-1], {"datum": torch.tensor([5, 0, 2])}).mean
     torch.testing.assert_close(picked, family_of(guide).mean[[5, 0, 2]])
     assert rows.shape[0] == 6
 
@@ -232,7 +237,7 @@ def test_log_q_of_a_draw_is_the_log_density_there(name):
     pyro.set_rng_seed(0)
     expected = torch.zeros(4)
     for block in guide.blocks:
-        family = guide._family(block, None)
+        family = distribution_of(guide, block)
         # A copy, so that no transform can find the way it came in a cache.
         value = family.rsample((4,)).detach().clone()
         log_prob = family.log_prob(value)

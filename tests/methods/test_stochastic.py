@@ -13,7 +13,7 @@ from toys import gaussian
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import EagerEngine
+from pyro_vi_kit.engines import EagerEngine, Stretch
 from pyro_vi_kit.methods import stochastic
 from pyro_vi_kit.methods.stochastic import Schedule
 from pyro_vi_kit.objectives import Elbo, Iwae
@@ -40,6 +40,13 @@ class Quadratic:
         self.rates = []
         self._generator = torch.Generator().manual_seed(0)
         self._noise = noise
+
+    def run(self, steps, rate):
+        bounds, mean = [], 0.0
+        for count in range(steps):
+            bounds.append(self.step(rate))
+            mean = mean + (self.x - mean) / (count + 1)
+        return Stretch(torch.tensor(bounds), {"x": mean})
 
     def step(self, rate):
         self.rates.append(rate)
@@ -150,7 +157,8 @@ def test_an_interrupt_keeps_the_best():
     assert outcome.status.reason == "interrupted"
     assert not outcome.status.converged
     assert "best parameters so far were kept" in outcome.status.advice
-    assert len(outcome.losses) == 130
+    # Of the run of steps that was interrupted nothing is told.
+    assert 100 <= len(outcome.losses) <= 130
     assert bound > -0.5
     assert bound == pytest.approx(float(engine.evaluate(4).mean()))
 

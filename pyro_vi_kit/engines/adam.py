@@ -1,0 +1,55 @@
+"""Adam on one flat vector, as a pure function of tensors (Kingma & Ba 2015)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
+
+
+class AdamState(NamedTuple):
+    """Where Adam stands.
+
+    Attributes:
+        x: The parameters, `[P]`.
+        mean: Running mean of the gradient, `[P]`.
+        square: Running mean of its square, `[P]`.
+        updates: So far, a scalar.
+    """
+
+    x: Tensor
+    mean: Tensor
+    square: Tensor
+    updates: Tensor
+
+
+def start(x: Tensor) -> AdamState:
+    """The state before the first update, at these parameters `[P]`."""
+    return AdamState(x, torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(()))
+
+
+def update(state: AdamState, gradient: Tensor, finite: Tensor, rate: float | Tensor) -> AdamState:
+    """The state behind one step; the same state where the step is not ``finite``.
+
+    Nothing here looks at a value, so that a step can be captured as a graph.
+
+    Args:
+        state: Before.
+        gradient: Of the loss, `[P]`.
+        finite: Whether to take the step, a boolean scalar.
+        rate: Learning rate.
+    """
+    # A step that is not taken has weight 0; NaN times 0 would still be NaN.
+    gradient = torch.where(finite, gradient, torch.zeros_like(gradient))
+    taken = finite.to(state.x.dtype)
+    updates = state.updates + taken
+    mean = torch.lerp(state.mean, gradient, (1.0 - _BETA1) * taken)
+    square = torch.lerp(state.square, gradient * gradient, (1.0 - _BETA2) * taken)
+    # Before the first step that is taken the corrections are 0 / 0.
+    exponent = updates.clamp_min(1.0)
+    size = rate * taken / (1.0 - _BETA1**exponent)
+    scale = (square / (1.0 - _BETA2**exponent)).sqrt() + _EPSILON
+    return AdamState(state.x - size * mean / scale, mean, square, updates)
