@@ -14,6 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 # Sums in another order give other last bits; one thread keeps them in one order.
 torch.set_num_threads(1)
+# No compiler beside the tests, and no libraries in the user's cache; what needs them says so.
+os.environ["PYRO_VI_KIT_COMPILE"] = "off"
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ import pyro_vi_kit as vi
 LAYERS = (
     ("errors", "types"),
     ("runtime", "psis", "metrics", "registry", "progress"),
-    ("model", "export"),
+    ("model", "export", "capture"),
     ("density", "modelfile"),
-    ("groups",),
+    ("groups", "gradients"),
     ("checks", "objectives", "guides"),
     ("engines", "approximation", "summary", "verdict", "record"),
     ("methods", "evaluation", "storage"),

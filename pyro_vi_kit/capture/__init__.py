@@ -1,0 +1,9 @@
+"""Record a function of tensors once, and replay its operations without the Python around them."""
+
+from __future__ import annotations
+
+from pyro_vi_kit.capture.graph import Graph
+from pyro_vi_kit.capture.program import Program, capture
+from pyro_vi_kit.capture.recorder import CaptureError, record
+
+__all__ = ["CaptureError", "Graph", "Program", "capture", "record"]

@@ -1,0 +1,203 @@
+"""Graphs compiled to machine code by Inductor, in a process of their own.
+
+Compiling takes 10 to 30 seconds and imports all of `torch.compile`, so it runs beside the fit and the
+result is swapped in when it is there. What comes out is a shared library, kept on disk: the next
+process that captures the same graph loads it in a millisecond.
+
+`PYRO_VI_KIT_COMPILE=off` in the environment turns this off; `PYRO_VI_KIT_CACHE` says where libraries are
+kept (``~/.cache/pyro_vi_kit`` by default).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.capture.graph import Graph
+
+_WORKER = Path(__file__).with_name("worker.py")
+# Beyond this many operations the compiler takes minutes.
+MAX_NODES = 3000
+_MAX_KEPT = 256
+# How many threads can be inside a library at once; another waits.
+_MODELS = min(8, os.cpu_count() or 1)
+
+
+def possible(graph: Graph) -> str:
+    """Why a graph cannot be compiled here; empty if it can."""
+    if os.environ.get("PYRO_VI_KIT_COMPILE", "").lower() in ("off", "0", "no", "false"):
+        return "compilation is off (PYRO_VI_KIT_COMPILE)"
+    if len(graph.nodes) > MAX_NODES:
+        return f"{len(graph.nodes):,} operations are too many to compile (at most {MAX_NODES:,})"
+    if any(torch.Tag.nondeterministic_seeded in node.op.tags for node in graph.nodes):
+        return "it draws random numbers whose distribution depends on parameters"
+    if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
+        return "no C++ compiler was found"
+    return ""
+
+
+class Library:
+    """A compiled graph, perhaps still being made.
+
+    Args:
+        graph: What to compile.
+        inputs: An example of its inputs, noise included.
+
+    Attributes:
+        path: Where the library is or will be.
+        problem: Why there will be none, or empty.
+    """
+
+    def __init__(self, graph: Graph, inputs: Sequence[Tensor]) -> None:
+        # Constants are inputs here: data do not land in the library, and other data give the same one.
+        self._constants = list(graph.constants.values())
+        self._job = json.dumps(_job(graph, [*inputs, *self._constants]), sort_keys=True)
+        self.path = _folder() / f"{_key(self._job)}.so"
+        self.problem = possible(graph)
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the library is on disk."""
+        return self.path.exists()
+
+    def start(self) -> None:
+        """Begin to compile in another process, at low priority, unless that is done or impossible."""
+        if self.ready or self.problem or self._worker is not None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._scratch = tempfile.TemporaryDirectory(prefix="pyro_vi_kit_")
+            (Path(self._scratch.name) / "job.json").write_text(self._job)
+            self._worker = subprocess.Popen(
+                [sys.executable, str(_WORKER), self._scratch.name, str(self.path)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+            )
+        except OSError as error:
+            self.problem = f"the compiler could not be started: {error}"
+            return
+        atexit.register(self.stop)
+
+    def poll(self) -> bool:
+        """Whether the library is there; notes the problem once the compiler has failed."""
+        if self._worker is not None and self._worker.poll() is not None:
+            if not self.ready:
+                self.problem = _said(self._scratch)
+            self.stop()
+        return self.ready
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the compiler, for so long at the most; whether the library is there."""
+        end = time.monotonic() + seconds
+        while not self.poll() and not self.problem and time.monotonic() < end:
+            time.sleep(0.05)
+        return self.ready
+
+    def load(self) -> Any:
+        """A function of inputs and noise.
+
+        Raises:
+            RuntimeError: If the library does not load here.
+        """
+        aoti: Any = torch._C._aoti  # pyright: ignore[reportAttributeAccessIssue]
+        runner = aoti.AOTIModelContainerRunnerCpu(str(self.path), _MODELS)
+        run, constants = runner.run, self._constants
+        with contextlib.suppress(OSError):
+            os.utime(self.path)  # the libraries that go first are those not used for longest
+
+        def replay(*inputs: Tensor) -> Sequence[Tensor]:
+            return run([*inputs, *constants])
+
+        return replay
+
+    def discard(self) -> None:
+        """Take a library that is of no use off the disk."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """End the compiler if it is still at work."""
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.kill()
+            worker.wait()
+            atexit.unregister(self.stop)
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+        _forget_oldest(self.path.parent)
+
+
+def _job(graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """What the worker needs to know, as JSON; it imports nothing of this package."""
+    flat = Graph(graph.inputs + list(graph.constants), graph.outputs, graph.nodes, {})
+    source, names = flat.source()
+    return {
+        "source": source,
+        "names": {name: _spelled(value) for name, value in names.items()},
+        "inputs": [
+            [list(t.shape), list(t.stride()), str(t.dtype).removeprefix("torch.")] for t in tensors
+        ],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _spelled(value: Any) -> list[str]:
+    if isinstance(value, torch._ops.OpOverload):
+        return ["op", str(value)]
+    if isinstance(value, torch.device):
+        return ["device", str(value)]
+    return ["torch", str(value).removeprefix("torch.")]
+
+
+def _key(job: str) -> str:
+    """Other graphs, shapes, torch versions and processors have other libraries."""
+    processor = ""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    parts = (job, torch.__version__, torch.backends.cpu.get_cpu_capability(), processor)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _folder() -> Path:
+    chosen = os.environ.get("PYRO_VI_KIT_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyro_vi_kit"
+
+
+def _said(scratch: tempfile.TemporaryDirectory[str] | None) -> str:
+    """The last line of what the compiler said."""
+    said = ""
+    if scratch is not None:
+        with contextlib.suppress(OSError):
+            said = (Path(scratch.name) / "error.txt").read_text().strip()
+    return f"the compiler failed: {said.splitlines()[-1] if said else 'no reason given'}"
+
+
+def _forget_oldest(folder: Path) -> None:
+    """Keep the libraries that were used last."""
+    with contextlib.suppress(OSError):
+        kept = sorted(folder.glob("*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in kept[_MAX_KEPT:]:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".json").unlink(missing_ok=True)

@@ -1,0 +1,166 @@
+"""Capture a function, check the recording against it, and replay it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.capture import replay
+from pyro_vi_kit.capture.graph import Graph
+from pyro_vi_kit.capture.native import Library
+from pyro_vi_kit.capture.recorder import CaptureError, record
+from pyro_vi_kit.runtime import LOCK, RandomStream
+
+# TorchScript's set-up grows faster than the graph: 7,000 operations take 5 seconds.
+_MAX_SCRIPT = 3000
+# Seconds of replay after which a compiler is started: as long again is likely to follow, and it takes
+# no time of the fit's own.
+_PATIENCE = 3.0
+_BETWEEN_LOOKS = 0.2
+
+Function = Callable[..., Sequence[Tensor]]
+
+
+class Program:
+    """A captured function, for inputs of the shapes that it was captured on.
+
+    It begins in TorchScript. Once it has run for three seconds it has itself compiled, beside what goes
+    on, and is faster when that is done; a graph that was compiled before is compiled from the start.
+
+    Args:
+        graph: The recording.
+        inputs: An example of its inputs, noise included.
+
+    Attributes:
+        graph: The recording.
+        how: ``native``, ``script`` or ``python``: what replays it now.
+        note: Why it is not compiled, where it cannot be.
+    """
+
+    def __init__(self, graph: Graph, inputs: Sequence[Tensor]) -> None:
+        self.graph = graph
+        self.note = ""
+        self._lock = threading.Lock()
+        self._spent, self._next_look = 0.0, _PATIENCE
+        self._run: replay.Run = replay.python(graph)
+        self.how = "python"
+        self._library: Library | None = Library(graph, inputs)
+        self._adopt(inputs)
+        if self.how == "python" and len(graph.nodes) <= _MAX_SCRIPT:
+            try:
+                self._run, self.how = replay.script(graph, inputs), "script"
+            except RuntimeError as error:  # an operation that TorchScript does not know
+                self.note = f"no TorchScript: {str(error).strip().splitlines()[0]}"
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        """The function's results; noise is drawn from torch's global random state."""
+        began = time.perf_counter()
+        everything = [*inputs, *self._noise()]
+        results = self._run(*everything)
+        if self._library is not None:
+            self._spent += time.perf_counter() - began
+            if self._spent > self._next_look:
+                self._look(everything)
+        return results
+
+    def compile(self, inputs: Sequence[Tensor], seconds: float = 600.0) -> bool:
+        """Have it compiled now and wait for that; whether it is.
+
+        Args:
+            inputs: An example of its inputs.
+            seconds: How long to wait at the most.
+        """
+        if self._library is not None:
+            self._library.start()
+            self._library.wait(seconds)
+            self._adopt([*inputs, *self._noise()])
+        return self.how == "native"
+
+    def _noise(self) -> list[Tensor]:
+        return [source.draw() for source in self.graph.noise]
+
+    def _look(self, inputs: Sequence[Tensor]) -> None:
+        """Start the compiler, or see how far it is; one thread at a time."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._next_look = self._spent + _BETWEEN_LOOKS
+            if self._library is not None:
+                self._library.start()
+                self._adopt(inputs)
+        finally:
+            self._lock.release()
+
+    def _adopt(self, inputs: Sequence[Tensor]) -> None:
+        """Replay by the compiled library from now on, if it is there and computes the same."""
+        library = self._library
+        if library is None or not (library.poll() or library.problem):
+            return
+        self._library = None
+        if library.problem:
+            self.note = library.problem
+            return
+        try:
+            run = library.load()
+            pairs = zip(self._run(*inputs), run(*inputs), strict=True)
+            if all(same(a, b) for a, b in pairs):
+                self._run, self.how = run, "native"
+                return
+            self.note = "the compiled graph computes something else"
+        except RuntimeError as error:
+            self.note = f"the compiled graph does not run: {str(error).strip().splitlines()[0]}"
+        library.discard()
+
+
+def capture(
+    function: Function, inputs: Sequence[Tensor], checks: Iterable[Sequence[Tensor]]
+) -> Program:
+    """Record ``function(*inputs)``, and replay it on other inputs to see that it is the same.
+
+    Args:
+        function: From tensors to a sequence of tensors. Results are compared, not gradients: a
+            function of interest has its gradient among its results.
+        inputs: What to record on; contiguous tensors, none of which shares memory with another.
+        checks: Other inputs of the same shapes. Each also has other noise.
+
+    Raises:
+        CaptureError: If the function cannot be recorded, or a replay differs.
+    """
+    with LOCK, torch.enable_grad():
+        with RandomStream(0):
+            graph = record(function, inputs)
+        with RandomStream(0), torch.no_grad():
+            program = Program(graph, [*inputs, *[source.draw() for source in graph.noise]])
+        for seed, other in enumerate(checks, start=1):
+            _require_same(function, program, other, seed)
+    return program
+
+
+def _require_same(
+    function: Function, program: Program, inputs: Sequence[Tensor], seed: int
+) -> None:
+    with RandomStream(seed):
+        expected = function(*inputs)
+    with RandomStream(seed), torch.no_grad():
+        found = program(*inputs)
+    for a, b in zip(expected, found, strict=True):
+        if not same(a, b):
+            raise CaptureError(
+                "a replay of the recording differs from the model: it holds a value that Python "
+                "computed from latents (NumPy, torch.tensor([latent]), a branch)"
+            )
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are equal up to rounding, NaN where the other is NaN."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    tolerance = 1e-8 if a.dtype == torch.float64 else 1e-3
+    if not a.is_floating_point():
+        return bool((a == b).all())
+    size = float(a.detach().abs().nan_to_num(0.0, 0.0, 0.0).amax()) if a.numel() else 0.0
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * (1.0 + size), equal_nan=True)

@@ -1,0 +1,299 @@
+"""Record the ATen operations of a function while it runs.
+
+A `TorchDispatchMode` sees every operation below autograd and vmap, so a recording holds the
+vectorised density, its gradient and the update that follows as one flat list. Nothing of
+`torch.compile` is imported for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyro_vi_kit.capture.graph import Graph, Node, Noise, Ref
+from pyro_vi_kit.errors import ViError
+
+_READ = torch.ops.aten._local_scalar_dense.default
+_CHECK = torch.ops.aten._linalg_check_errors.default
+_CLONE = torch.ops.aten.clone.default
+_AS_STRIDED = torch.ops.aten.as_strided.default
+
+_NOTHING = torch.empty(0)
+
+
+class CaptureError(ViError):
+    """A function that cannot be replayed, and why."""
+
+
+# Beyond this many operations a replay costs as much as the model itself: the arithmetic is no longer
+# hidden behind Python, and building the replay takes seconds.
+MAX_NODES = 6000
+
+
+def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph:
+    """Run ``function(*inputs)`` and record what it does.
+
+    Args:
+        function: From tensors to a sequence of tensors; may use autograd and vmap inside.
+        inputs: What to run it on. Shapes and dtypes are those of every replay.
+
+    Raises:
+        CaptureError: If what it does depends on the values of its inputs in a way that a recording
+            cannot follow, or takes more than 6,000 operations.
+    """
+    recorder = _Recorder(inputs)
+    with recorder:
+        results = function(*inputs)
+    return recorder.graph(results)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes each operation that inputs reach, by name of the tensors that it reads.
+
+    What inputs reach is told by storage, so that a write through one view is seen through all others.
+
+    Args:
+        inputs: The tensors that replays will be given anew.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        # Tensors stay alive while recording, so that no id and no storage is ever used twice.
+        self._tensors: dict[str, Tensor] = {}
+        self._by_id: dict[int, str] = {}
+        self._by_view: dict[tuple, str] = {}
+        # Storages that inputs reach, and a tensor on each.
+        self._reached: dict[int, str] = {}
+        self._nodes: list[Node] = []
+        self._constants: dict[str, Tensor] = {}
+        self._noise: list[Noise] = []
+        self._inputs = [f"i{position}" for position in range(len(inputs))]
+        for name, tensor in zip(self._inputs, inputs, strict=True):
+            self._bind(tensor, name)
+            self._reached[_storage(tensor)] = name
+        self._read_only = set(self._reached)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Asked, torch would import all of torch.compile.
+        return False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        reached = any(_storage(tensor) in self._reached for tensor in _tensors((args, kwargs)))
+        targets = _written(func, args, kwargs)
+        if not reached:
+            return self._outside(func, args, kwargs, targets)
+        if len(self._nodes) >= MAX_NODES:
+            raise CaptureError(
+                f"it takes more than {MAX_NODES:,} operations: a long Python loop. Write observed sites "
+                "of a loop as one vector site, or use dist.DiscreteHMM or dist.GaussianHMM"
+            )
+        if func is _READ:
+            raise CaptureError(
+                "what depends on a latent is turned into a Python number (if, float(), .item())"
+            )
+        if func is _CHECK:
+            self._poison(args[0])
+            return func(torch.zeros_like(args[0]), *args[1:], **kwargs)
+        for target in targets:
+            self._make_writable(func, target)
+        references = tuple(self._reference(value) for value in args)
+        keywords = {key: self._reference(value) for key, value in kwargs.items()}
+        result = func(*args, **kwargs)
+        many = isinstance(result, tuple | list)
+        results = result if many else () if result is None else (result,)
+        _require_static(func, results)
+        names = tuple(self._new(tensor) for tensor in results)
+        self._nodes.append(Node(func, references, keywords, names, many, bool(targets)))
+        return result
+
+    def graph(self, results: Sequence[Tensor]) -> Graph:
+        """The recording, as a function of inputs and noise."""
+        outputs = [self._name(result) for result in results]
+        noise = [f"n{position}" for position in range(len(self._noise))]
+        return _pruned(
+            Graph(self._inputs + noise, outputs, self._nodes, self._constants, self._noise)
+        )
+
+    # -- what inputs do not reach -------------------------------------------------------------
+
+    def _outside(self, func: Any, args: tuple, kwargs: Mapping[str, Any], targets: list) -> Any:
+        """Run what is the same in every replay; its results become constants where they are used."""
+        result = func(*args, **kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self._note_noise(func, args, kwargs, result, targets)
+            return result
+        for target in targets:
+            self._forget(target)
+        return result
+
+    def _note_noise(
+        self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any, targets: list
+    ) -> None:
+        """Random numbers become an input of their own."""
+        if not isinstance(result, Tensor) or result.numel() != _numbers_behind(result):
+            raise CaptureError(f"random numbers fill part of a tensor ({func})")
+        rest, like = args, None
+        if targets:
+            self._forget(targets[0])
+            rest, like = args[1:], _copy(args[0])
+        name = f"n{len(self._noise)}"
+        self._noise.append(Noise(func, tuple(rest), dict(kwargs), like))
+        self._bind(result, name)
+        self._reached[_storage(result)] = name
+
+    def _forget(self, target: Tensor) -> None:
+        """A constant that was written into is another one from now on."""
+        storage = _storage(target)
+        for view in [view for view in self._by_view if view[0] == storage]:
+            del self._by_view[view]
+        for key in [k for k, n in self._by_id.items() if _storage(self._tensors[n]) == storage]:
+            del self._by_id[key]
+
+    def _make_writable(self, func: Any, target: Tensor) -> None:
+        """Before a latent is written into a constant: each replay writes into a copy of it."""
+        storage = _storage(target)
+        if storage in self._read_only:
+            raise CaptureError(f"one of its inputs is written into ({func})")
+        if storage in self._reached:
+            return
+        self._forget(target)
+        whole = target.as_strided((_numbers_behind(target),), (1,), 0)
+        constant = self._constant(whole)
+        name = f"t{len(self._tensors)}"
+        self._bind(whole, name)
+        self._reached[storage] = name
+        self._nodes.append(Node(_CLONE, (Ref(constant),), {}, (name,), False, False))
+
+    def _poison(self, info: Tensor) -> None:
+        """NaN in place of an exception where a factorisation fails, for that particle alone."""
+        name = self._name(info)
+        maker = next(node for node in reversed(self._nodes) if name in node.outputs)
+        factor = self._tensors[maker.outputs[0]]
+        with self:
+            failed = info.ne(0)
+            failed = failed.reshape(*failed.shape, *(1,) * (factor.dim() - failed.dim()))
+            fixed = torch.where(failed, torch.nan, factor)
+        self._by_id[id(factor)] = self._by_view[_view(factor)] = self._name(fixed)
+
+    # -- names --------------------------------------------------------------------------------
+
+    def _new(self, value: Any) -> str:
+        name = f"t{len(self._tensors)}"
+        if isinstance(value, Tensor):
+            self._bind(value, name)
+            self._reached.setdefault(_storage(value), name)
+        else:
+            self._tensors[name] = _NOTHING
+        return name
+
+    def _bind(self, tensor: Tensor, name: str) -> None:
+        self._tensors[name] = tensor
+        self._by_id[id(tensor)] = name
+        self._by_view[_view(tensor)] = name
+
+    def _reference(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return Ref(self._name(value))
+        if isinstance(value, tuple | list):
+            return tuple(self._reference(part) for part in value)
+        return value
+
+    def _name(self, tensor: Tensor) -> str:
+        name = self._by_id.get(id(tensor))
+        if name is None:
+            # Autograd hands back what it saved as a new object on the old memory.
+            name = self._by_view.get(_view(tensor))
+        if name is not None:
+            return name
+        base = self._reached.get(_storage(tensor))
+        if base is None:
+            return self._constant(tensor)
+        name = self._new(tensor)
+        where = (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        self._nodes.append(Node(_AS_STRIDED, (Ref(base), *where), {}, (name,), False, False))
+        return name
+
+    def _constant(self, tensor: Tensor) -> str:
+        name = f"c{len(self._constants)}"
+        self._bind(tensor, name)
+        self._constants[name] = _copy(tensor)
+        return name
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from _tensors(part)
+
+
+def _written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments that an operation writes into."""
+    if not func._schema.is_mutable:
+        return []
+    targets = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            targets.extend(_tensors(value))
+    return targets
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, so that a view of it is the same view."""
+    return tensor.detach().clone(memory_format=torch.preserve_format)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _numbers_behind(tensor: Tensor) -> int:
+    """How many elements a tensor's storage holds."""
+    return tensor.untyped_storage().nbytes() // tensor.element_size()
+
+
+def _view(tensor: Tensor) -> tuple:
+    return (
+        _storage(tensor),
+        tensor.storage_offset(),
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+    )
+
+
+def _require_static(func: Any, results: Sequence[Any]) -> None:
+    """Refuse operations whose result's shape, or whose Python value, depends on their values."""
+    if torch.Tag.dynamic_output_shape in func.tags:
+        raise CaptureError(f"the shape of a result depends on latents ({func})")
+    if any(not isinstance(value, Tensor) and value is not None for value in results):
+        raise CaptureError(f"a Python value depends on latents ({func})")
+
+
+def _pruned(graph: Graph) -> Graph:
+    """The graph without operations whose results nothing reads."""
+    needed = set(graph.outputs)
+    if any(node.writes for node in graph.nodes):
+        # What a write reaches through views is not worth following.
+        return graph
+    nodes = []
+    for node in reversed(graph.nodes):
+        if needed.isdisjoint(node.outputs):
+            continue
+        needed.update(node.reads())
+        nodes.append(node)
+    constants = {name: value for name, value in graph.constants.items() if name in needed}
+    return Graph(graph.inputs, graph.outputs, nodes[::-1], constants, graph.noise)

@@ -1,0 +1,77 @@
+"""Compile one graph to a shared library; run as a script, by `native`.
+
+    python worker.py FOLDER LIBRARY
+
+reads FOLDER/job.json and writes LIBRARY, or FOLDER/error.txt. Imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import operator
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def main(folder: Path, library: Path) -> int:
+    """Compile the job in ``folder``; the exit status."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    # Not tried out again for each graph, which takes seconds: where the compiler cannot, it says so.
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
+    with contextlib.suppress(OSError):
+        os.nice(5)
+    try:
+        made = _compile(json.loads((folder / "job.json").read_text()))
+        # Operations that have no C interface are named in a file that lies beside the library.
+        _place(made.with_suffix(".json"), library.with_suffix(".json"))
+        _place(made, library)
+    except Exception:  # noqa: BLE001  told to the parent
+        (folder / "error.txt").write_text(traceback.format_exc())
+        return 1
+    return 0
+
+
+def _place(made: Path, wanted: Path) -> None:
+    """Copy a file to its place at once, so that no other process reads half of it."""
+    if made.exists():
+        partial = wanted.with_suffix(f".{os.getpid()}.partial")
+        shutil.copyfile(made, partial)
+        partial.replace(wanted)
+
+
+def _compile(job: dict[str, Any]) -> Path:
+    import torch
+    import torch._inductor
+    from torch import fx
+
+    names = {name: _read(torch, *spelled) for name, spelled in job["names"].items()}
+    exec(compile(job["source"], "<captured graph>", "exec"), names)
+    module = fx.symbolic_trace(names["replay"])
+    inputs = tuple(
+        torch.empty_strided(shape, stride, dtype=getattr(torch, dtype)).zero_()
+        for shape, stride, dtype in job["inputs"]
+    )
+    torch.set_num_threads(job["threads"])
+    options = {
+        "compile_threads": 1,
+        "cpp.threads": job["threads"],
+    }
+    with torch.no_grad():
+        return Path(str(torch._inductor.aot_compile(module, inputs, options=options)))
+
+
+def _read(torch: Any, kind: str, text: str) -> Any:
+    if kind == "op":
+        return operator.attrgetter(text)(torch.ops)
+    if kind == "device":
+        return torch.device(text)
+    return getattr(torch, text)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

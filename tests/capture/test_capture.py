@@ -1,0 +1,260 @@
+"""A replay is the function itself, at points, noises and data that it was not recorded on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.capture import CaptureError, Program, capture, record
+from pyro_vi_kit.capture import recorder as recorder_module
+from pyro_vi_kit.runtime import RandomStream
+
+
+def points(*shape: int, seed: int = 0, count: int = 3) -> list[tuple[Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [(torch.randn(*shape, generator=generator, dtype=torch.float64),) for _ in range(count)]
+
+
+def captured(function, *shape: int) -> Program:
+    first, *others = points(*shape)
+    return capture(function, first, others)
+
+
+def gradient(function):
+    """Value and gradient of a scalar function, as the density has them."""
+
+    def both(x: Tensor):
+        x = x.detach().requires_grad_()
+        value = function(x)
+        return value.detach(), *torch.autograd.grad(value.sum(), x)
+
+    return both
+
+
+def into_a_buffer(x: Tensor) -> Tensor:
+    buffer = torch.zeros(4, dtype=x.dtype)
+    first = buffer[:2]
+    buffer[0] = x[0]
+    before = first * 2.0
+    first[1] = x[1] * buffer[0]
+    return torch.stack([buffer.sum(), before.sum(), first.sum()])
+
+
+def differentiable_buffer(x: Tensor) -> Tensor:
+    buffer = torch.ones(4, dtype=x.dtype)
+    view = buffer[1:]
+    buffer[0] = x[0].sin()
+    view[1] = x[1] ** 2
+    return (buffer * 2.0).exp().sum() + view.sum()
+
+
+def constant_changed_after_use(x: Tensor) -> Tensor:
+    constant = torch.ones(3, dtype=x.dtype)
+    one = x * constant
+    constant += 1.0
+    return one + x * constant
+
+
+def in_place_chain(x: Tensor) -> Tensor:
+    y = x.exp()
+    part = y[1:]
+    part.mul_(2.0).add_(x[:-1])
+    return y.cumsum(0)
+
+
+def fills_with_bool(x: Tensor) -> Tensor:
+    return torch.where(torch.full_like(x, True, dtype=torch.bool), x, 0.0).sum(0, keepdim=True)
+
+
+def saved_for_backward(x: Tensor) -> Tensor:
+    y = torch.sigmoid(x).sqrt()
+    return (y * torch.tanh(y) / y.exp()).sum()
+
+
+def under_vmap(x: Tensor) -> Tensor:
+    scale = torch.arange(1.0, 4.0, dtype=x.dtype)
+    return torch.func.vmap(lambda row: torch.logsumexp(row * scale, 0), randomness="different")(x)
+
+
+def matrix(x: Tensor) -> Tensor:
+    return torch.linalg.cholesky(x @ x.mT + 0.1 * torch.eye(3, dtype=x.dtype)).diagonal(0, -2, -1)
+
+
+FUNCTIONS = {
+    "buffer": (into_a_buffer, (3,)),
+    "constant": (constant_changed_after_use, (3,)),
+    "in place": (in_place_chain, (5,)),
+    "bool": (fills_with_bool, (3,)),
+}
+DIFFERENTIABLE = {
+    "saved": (saved_for_backward, (4,)),
+    "vmap": (under_vmap, (2, 3)),
+    "matrix": (matrix, (2, 3, 3)),
+    "buffer": (differentiable_buffer, (3,)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_replay_computes_the_function(name):
+    function, shape = FUNCTIONS[name]
+    program = captured(lambda x: (function(x),), *shape)
+    for (x,) in points(*shape, seed=7):
+        torch.testing.assert_close(program(x)[0], function(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_replay_computes_values_and_gradients(name):
+    function, shape = DIFFERENTIABLE[name]
+    program = captured(gradient(function), *shape)
+    for (x,) in points(*shape, seed=7):
+        for found, expected in zip(program(x), gradient(function)(x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_recording_agrees_with_make_fx(name):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    function, shape = DIFFERENTIABLE[name]
+    first, (x,), _ = points(*shape)
+    traced = make_fx(gradient(function))(*first)
+    program = captured(gradient(function), *shape)
+    for found, expected in zip(program(x), traced(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_constants_are_copies():
+    weights = torch.ones(3, dtype=torch.float64)
+    program = captured(lambda x: (x * weights,), 3)
+    weights.fill_(100.0)
+    (x,) = points(3, seed=9)[0]
+    torch.testing.assert_close(program(x)[0], x)
+
+
+def test_an_input_is_known_by_its_memory():
+    data = torch.ones(3, dtype=torch.float64)
+    x = torch.full((3,), 2.0, dtype=torch.float64)
+
+    def through_a_closure(x, given):
+        return (x * data,)  # not `given`, but the same memory
+
+    program = capture(through_a_closure, (x, data), [])
+    torch.testing.assert_close(program(x, 3.0 * data)[0], 3.0 * x)
+
+
+def test_noise_is_fresh_and_is_the_stream_that_the_function_draws():
+    def function(x):
+        noise = torch.randn(3, dtype=x.dtype)
+        more = torch.distributions.Normal(0.0, 1.0).rsample((3,)).to(x.dtype)
+        return (x + noise * more,)
+
+    program = captured(function, 3)
+    (x,) = points(3, seed=4)[0]
+    with RandomStream(11):
+        expected = [function(x)[0] for _ in range(3)]
+    with RandomStream(11):
+        found = [program(x)[0] for _ in range(3)]
+    torch.testing.assert_close(found, expected)
+    assert not torch.equal(found[0], found[1])
+
+
+def test_noise_whose_distribution_depends_on_an_input_is_drawn_in_the_graph():
+    def function(x):
+        return (torch.distributions.Gamma(x.exp(), 1.0, validate_args=False).rsample(),)
+
+    program = captured(function, 200)
+    assert not program.graph.noise
+    x = torch.full((200,), 2.0, dtype=torch.float64)
+    draws = torch.stack([program(x)[0] for _ in range(20)])
+    mean, sd = float(x[0].exp()), float(x[0].exp()) ** 0.5
+    assert abs(float(draws.mean()) - mean) < 4.0 * sd / draws.numel() ** 0.5
+    assert float(draws.std()) == pytest.approx(sd, rel=0.1)
+
+
+def test_a_failed_factorisation_is_nan_for_that_particle_alone():
+    def function(x):
+        return (torch.linalg.cholesky(x).sum((-2, -1)),)
+
+    good = torch.eye(2, dtype=torch.float64).repeat(2, 1, 1)
+    program = capture(function, (good,), [(2.0 * good,)])
+    bad = torch.stack([4.0 * good[0], -good[0]])
+    result = program(bad)[0]
+    assert float(result[0]) == 4.0
+    assert bool(result[1].isnan())
+
+
+def branches(x):
+    return (x if float(x.sum()) > 0 else -x,)
+
+
+def picks(x):
+    return (x[x > 0].sum(),)
+
+
+def compares(x):
+    return (x * float(torch.equal(x, x)),)
+
+
+def writes_into_its_input(x):
+    return (x.mul_(2.0),)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (branches, "Python number"),
+        (picks, "shape"),
+        (compares, "Python value"),
+        (writes_into_its_input, "written into"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(function, words):
+    with pytest.raises(CaptureError, match=words):
+        captured(function, 4)
+
+
+def test_a_value_computed_by_numpy_is_caught_by_the_check():
+    def function(x):
+        return (x * torch.as_tensor(np.exp(x.detach().numpy()).sum()),)
+
+    with pytest.raises(CaptureError, match="differs"):
+        captured(function, 4)
+
+
+def test_a_long_loop_is_left_alone(monkeypatch):
+    monkeypatch.setattr(recorder_module, "MAX_NODES", 50)
+
+    def function(x):
+        for _ in range(60):
+            x = torch.sin(x)
+        return (x,)
+
+    with pytest.raises(CaptureError, match="long Python loop"):
+        captured(function, 2)
+
+
+def test_operations_that_nothing_reads_are_left_out():
+    def function(x):
+        x.exp()
+        return (x + 1.0,)
+
+    graph = record(function, points(3)[0])
+    assert [str(node.op) for node in graph.nodes] == ["aten.add.Tensor"]
+
+
+def test_torch_compile_is_not_imported(tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch\n"
+        "from pyro_vi_kit.capture import capture\n"
+        "f = lambda x: (torch.randn(3) + x.exp(),)\n"
+        "p = capture(f, (torch.zeros(3),), [(torch.ones(3),)])\n"
+        "p(torch.zeros(3))\n"
+        "print(p.how, 'torch._dynamo' in sys.modules, 'sympy' in sys.modules)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["script", "False", "False"], out.stdout + out.stderr
