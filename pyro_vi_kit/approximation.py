@@ -56,7 +56,10 @@ class Approximation(Protocol):
     cost: int
 
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
-        """Draws from q of every latent and deterministic site, `{site: [S, *batch, *event]}`."""
+        """Draws from q of every latent and deterministic site, `{site: [S, *batch, *event]}`.
+
+        Discrete sites are drawn given the continuous ones and the data.
+        """
         ...
 
     def weigh(self, draws: int, seed: int) -> Weighed:
@@ -100,7 +103,7 @@ class GuideApproximation:
 
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
-        return self._constrained(self.unconstrained(draws, seed))
+        return self._constrained(self.unconstrained(draws, seed), seed)
 
     @torch.no_grad()
     def unconstrained(self, draws: int, seed: int) -> dict[str, Tensor]:
@@ -115,7 +118,7 @@ class GuideApproximation:
     def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """See `Approximation.draw_and_weigh`."""
         z, weighed = self._weighed(draws, seed)
-        return self._constrained(z), weighed
+        return self._constrained(z, seed), weighed
 
     @torch.no_grad()
     def _weighed(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
@@ -131,8 +134,10 @@ class GuideApproximation:
         weighed = Weighed(torch.cat(log_p).double(), torch.cat(log_q).double())
         return _joined(parts), weighed
 
-    def _constrained(self, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return in_chunks(lambda part: self.density.constrain(part, self.params), z, self.cost)
+    def _constrained(self, z: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+        # Discrete sites are drawn given z, with the seed that `groups` passes on.
+        with RandomStream(seed + 1):
+            return in_chunks(lambda part: self.density.constrain(part, self.params), z, self.cost)
 
     def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.predict`."""
@@ -141,7 +146,7 @@ class GuideApproximation:
             values = in_chunks(
                 lambda part: self.density.simulate(part, model, self.params), z, self.cost
             )
-        latent = {site.name for site in self.density.latents}
+        latent = {site.name for site in (*self.density.latents, *self.density.discrete)}
         return {name: value for name, value in values.items() if name not in latent}
 
     def groups(self, draws: int, seed: int) -> dict[str, Group]:

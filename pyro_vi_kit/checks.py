@@ -14,6 +14,7 @@ from pyro_vi_kit.model import Model
 
 Outcome = Literal["pass", "fail", "note"]
 
+_MANY_SITES = 200
 _MARKS: dict[Outcome, str] = {"pass": "✓", "fail": "✗", "note": "!"}
 
 
@@ -165,7 +166,23 @@ def _priors(name: str, found: Examination) -> Check:
 
 
 def _discrete(name: str, found: Examination) -> Check:
-    return _verdict(name, found.discrete_problems, "no discrete latent")
+    problems = found.discrete_problems
+    described = "; ".join([] if problems else found.summed_out)
+    message = f"summed out exactly, and drawn afterwards: {described}"
+    return _verdict(name, problems, message if described else "no discrete latent")
+
+
+def _length(name: str, found: Examination) -> Check:
+    count = len(found.visits)
+    if count <= _MANY_SITES:
+        return Check(name, "pass", f"{count} sample sites")
+    return Check(
+        name,
+        "note",
+        f"{count} sample sites, which every evaluation visits one by one",
+        "write a loop of observed sites as one vector site (stack the means, observe once); index "
+        "latents as a[..., i]; use dist.DiscreteHMM or dist.GaussianHMM for long chains",
+    )
 
 
 def _parameters(name: str, found: Examination) -> Check:
@@ -194,6 +211,7 @@ _CHECKS: dict[str, Callable[[str, Examination], Check]] = {
     "randomness": _randomness,
     "improper priors": _priors,
     "discrete sites": _discrete,
+    "length": _length,
     "parameters": _parameters,
 }
 _NEED_A_RUN = frozenset(_CHECKS) - {"model runs", "data"}

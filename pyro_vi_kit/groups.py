@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -117,26 +118,29 @@ def model_groups(
         z: Unconstrained draws `{site: [chains * draws, *batch, *event]}`, one chain after another.
         chains: How many chains the draws are of.
         params: Unconstrained learned parameters.
-        seed: Of the predictive and prior draws.
+        seed: Of the discrete, predictive and prior draws.
         prior_draws: Draws of the prior groups; left out where a prior is improper.
 
     Returns:
         posterior, unconstrained_posterior, posterior_predictive, log_likelihood, prior,
-        prior_predictive, observed_data and constant_data, those that the model has.
+        prior_predictive, observed_data and constant_data, those that the model has. Predictive and
+        prior groups are left out where a distribution cannot be sampled.
     """
     width = width_of(density)
-    values = in_chunks(lambda part: density.constrain(part, params), z, width)
+    with RandomStream(seed):  # for discrete sites
+        values = in_chunks(lambda part: density.constrain(part, params), z, width)
     groups = {
         "posterior": sampled(density, values, chains),
         "unconstrained_posterior": sampled(density, z, chains, unconstrained=True),
     }
     observed = [site.name for site in density.structure.of_kind("observed")]
     if observed:
-        with RandomStream(seed):
+        with RandomStream(seed), contextlib.suppress(ModelError):
             simulated = in_chunks(lambda part: density.simulate(part, params=params), z, width)
-        predictive = {name: simulated[name] for name in observed}
-        likelihood = in_chunks(lambda part: density.log_likelihood(part, params), z, width)
-        groups["posterior_predictive"] = sampled(density, predictive, chains)
+            predictive = {name: simulated[name] for name in observed}
+            groups["posterior_predictive"] = sampled(density, predictive, chains)
+        with RandomStream(seed):
+            likelihood = in_chunks(lambda part: density.log_likelihood(part, params), z, width)
         groups["log_likelihood"] = _log_likelihood(density, likelihood, chains)
     groups |= prior_groups(density, prior_draws, params=params, seed=seed + 1)
     return groups | data_groups(density)
@@ -166,8 +170,11 @@ def prior_groups(
     """Draws from the prior and of the data under it; none where a prior cannot be sampled."""
     if any(site.improper for site in density.latents):
         return {}
-    with RandomStream(seed):
-        values = density.simulate(None, params=params, draws=draws)
+    try:
+        with RandomStream(seed):
+            values = density.simulate(None, params=params, draws=draws)
+    except ModelError:
+        return {}
     observed = {site.name for site in density.structure.of_kind("observed")}
     inner = {name: value for name, value in values.items() if name not in observed}
     groups = {"prior": sampled(density, inner, 1)}

@@ -342,7 +342,7 @@ class Posterior:
             return {}
         return {
             site.name: dims_of(self.model, site)
-            for site in self.density.structure.of_kind("latent", "deterministic")
+            for site in self.density.structure.of_kind("latent", "discrete", "deterministic")
         }
 
     def _few_threads(self) -> Any:

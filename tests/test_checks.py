@@ -25,6 +25,7 @@ CHECKS = [
     "randomness",
     "improper priors",
     "discrete sites",
+    "length",
     "parameters",
 ]
 Y = torch.tensor([0.3, -1.2, 0.8])
@@ -137,8 +138,26 @@ def improper():
 
 
 def discrete():
-    k = pyro.sample("k", dist.Bernoulli(0.5))
+    k = pyro.sample("k", dist.Poisson(0.5))
     observe(latent() + k)
+
+
+def switch():
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    observe(latent() + (1.0 if k else 0.0))
+
+
+def mixture():
+    m = latent()
+    with pyro.plate("datum", len(Y)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(3)))
+        pyro.sample("y", dist.Normal(m + z, 1.0), obs=Y)
+
+
+def long_loop():
+    m = latent()
+    for i in range(200):
+        pyro.sample(f"y{i}", dist.Normal(m, 1.0), obs=Y[0])
 
 
 def outcomes(report):
@@ -158,7 +177,7 @@ def test_a_good_model_passes_every_check():
     [
         (raises, "model runs", "fail", "KeyError: 'lookup'", "run it once in Pyro itself"),
         (twice, "model runs", "fail", "two sites are named 'm'", "run it once"),
-        (on_a_sphere, "supports", "fail", "site 'direction'", "register one"),
+        (on_a_sphere, "supports", "fail", "site 'direction'", "ProjectedNormalReparam"),
         (nothing_latent, "supports", "fail", "no latent sites", "leave obs= out"),
         (changing, "structure", "fail", "site(s) extra", "torch.where"),
         (never_finite, "log density", "fail", "0 of 10 starting points", "bound scales"),
@@ -177,6 +196,8 @@ def test_a_good_model_passes_every_check():
         (in_vain, "randomness", "note", "without influence", "lambda: torch.randn(3)"),
         (improper, "improper priors", "note", "flat", "proper priors"),
         (discrete, "discrete sites", "fail", "site(s) k", "sum them out"),
+        (switch, "discrete sites", "fail", "site(s) k hold all", "no Python if"),
+        (long_loop, "length", "note", "201 sample sites", "dist.DiscreteHMM"),
         (in_vain, "parameters", "note", "start (3,)", ""),
     ],
 )
@@ -213,6 +234,15 @@ def test_arguments_with_nan_are_named_also_when_the_model_does_not_run():
     assert "argument 'x' holds 1" in data.message
 
 
+def test_discrete_sites_that_are_summed_out_are_named():
+    report = check(vi.Model(mixture), verbose=False)
+    assert report.ok
+    (found,) = [check for check in report.checks if check.name == "discrete sites"]
+    assert "drawn afterwards: z (3 values, plate 'datum' of 3)" in found.message
+    (density,) = [check for check in report.checks if check.name == "log density"]
+    assert "finite with its gradient at 10 of 10" in density.message
+
+
 def test_the_report_is_printed_as_marks(capsys):
     report = check(vi.Model(discrete))
     printed = capsys.readouterr().out
@@ -221,7 +251,7 @@ def test_the_report_is_printed_as_marks(capsys):
     assert lines[0] == "discrete"
     assert "✗ discrete sites: " in printed
     assert "✓ model runs: 3 sites" in printed
-    assert any(line.startswith("    → sum them out") for line in lines)
+    assert any(line.startswith("    → truncate") for line in lines)
     check(vi.Model(good), verbose=False)
     assert capsys.readouterr().out == ""
 

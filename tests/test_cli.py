@@ -38,7 +38,7 @@ MODEL = vi.Model(f, Y.log())
 """
 DISCRETE = """
 def f(y):
-    k = pyro.sample("k", dist.Bernoulli(0.5))
+    k = pyro.sample("k", dist.Poisson(0.5))
     with pyro.plate("row", 3):
         pyro.sample("y", dist.Normal(k, 1.0), obs=y)
 

@@ -7,50 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from pyro_vi_kit.density.compat import Mended
+
 Batching = Literal["vmap", "lift", "loop"]
-
-_FACTORIES = (
-    torch.zeros,
-    torch.ones,
-    torch.empty,
-    torch.full,
-    torch.tensor,
-    torch.eye,
-    torch.arange,
-    torch.linspace,
-    torch.zeros_like,
-    torch.ones_like,
-    torch.empty_like,
-    torch.full_like,
-    Tensor.new_zeros,
-    Tensor.new_ones,
-    Tensor.new_empty,
-    Tensor.new_full,
-    Tensor.new_tensor,
-)
-
-
-class _Lift(TorchFunctionMode):
-    """Makes new floating tensors depend on the particle: vmap then lets the model write into them.
-
-    Args:
-        zero: A zero that vmap sees as batched.
-    """
-
-    def __init__(self, zero: Tensor) -> None:
-        super().__init__()
-        self.zero = zero
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in _FACTORIES and isinstance(result, Tensor) and result.is_floating_point():
-            return result + self.zero.to(result.dtype)
-        return result
 
 
 def batched(
@@ -61,8 +22,8 @@ def batched(
     Args:
         single: From one point, by site name, to any nest of tensors.
         z: Points, each entry `[K, ...]`.
-        mode: ``vmap``; ``lift``, vmap for models that write into tensors they make; ``loop``, one
-            point after another: always right, and the oracle for the others.
+        mode: ``vmap``; ``lift``, vmap for models that write into tensors, with `compat.Mended`;
+            ``loop``, one point after another: always right, and the oracle for the others.
     """
     points = dict(z)
     if mode == "loop":
@@ -77,7 +38,7 @@ def batched(
 def _lifted(single: Callable[[dict[str, Tensor]], Any]) -> Callable[[dict[str, Tensor]], Any]:
     def run(point: dict[str, Tensor]) -> Any:
         zero = sum(value.reshape(-1)[:1].sum() for value in point.values()) * 0.0
-        with _Lift(zero):  # type: ignore[arg-type]
+        with Mended(zero):  # type: ignore[arg-type]
             return single(point)
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,16 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.density.batching import Batching, batched
-from pyro_vi_kit.density.handlers import Replay, Visit
+from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
+from pyro_vi_kit.density.handlers import Replay, Visit, scaled
 from pyro_vi_kit.density.layout import Block, global_block
 from pyro_vi_kit.density.problems import (
     data_problem,
     discrete_problem,
     latents_problem,
     slope_problem,
+    sum_problem,
+    sums,
 )
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.structure import Site, discover
@@ -41,6 +45,7 @@ class Density:
     Attributes:
         structure: Sites, plates and parameters, as two runs of the model met them.
         latents: The continuous latent sites, in the model's order.
+        discrete: The discrete latent sites, which are summed out exactly.
         block: Their layout in a flat vector.
         dim: D, the length of that vector.
         data: The tensors among the model's arguments, cast.
@@ -72,6 +77,9 @@ class Density:
         }
         _require_usable(visits)
         self.latents: list[Site] = self.structure.of_kind("latent")
+        self.discrete: list[Site] = self.structure.of_kind("discrete")
+        self._example = {v.name: v.value for v in visits.values() if v.kind == "discrete"}
+        self._runner.nesting = nesting_of(visits)
         self.block: Block = global_block(self.latents)
         self.dim = self.block.dim
         with RandomStream(1):
@@ -79,6 +87,7 @@ class Density:
             z = 0.3 * torch.randn(3, self.dim, dtype=dtype)
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
+            self._require_true_sum(z)
 
     # -- evaluation ---------------------------------------------------------------------------
 
@@ -105,9 +114,9 @@ class Density:
         scale: dict[str, float] = {}
 
         def single(point: Values) -> tuple[Tensor, dict[str, Tensor]]:
-            replay = Replay(unconstrained=point)
+            replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
             self._run(replay, params, data, index)
-            terms = add_up(replay.visits, jacobian, self.dtype)
+            terms = add_up(replay.visits, jacobian, self.dtype, self._enumerated(replay))
             scale.update(terms.scale)
             return terms.shared, terms.local
 
@@ -139,31 +148,61 @@ class Density:
         params: Mapping[str, Tensor] | None = None,
         data: Sequence[Tensor] | None = None,
     ) -> Values:
-        """Latent and deterministic values `{site: [K, *batch, *event]}` at K points."""
+        """Latent and deterministic values `{site: [K, *batch, *event]}` at K points.
+
+        Discrete latents are drawn, exactly, given the continuous ones, from torch's global random
+        state: enter a `runtime.RandomStream` around it where the model has any.
+        """
 
         def single(point: Values) -> Values:
-            replay = Replay(unconstrained=point)
+            replay = Replay(unconstrained=point, constrained=self._drawn(point, params, data))
             self._run(replay, params, data)
             return {
-                name: visit.value.to(self.dtype)
+                name: self._exported(visit)
                 for name, visit in replay.visits.items()
-                if visit.kind in ("latent", "deterministic")
+                if visit.kind in ("latent", "deterministic", "discrete")
             }
 
-        return self._batched(single, self._by_site(z))
+        return self._sampled(single, self._by_site(z))
 
     @torch.no_grad()
     def log_likelihood(
         self, z: Tensor | Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
     ) -> Values:
-        """Log density of each observation, `{site: [K, *batch]}`, nats."""
+        """Log density of each observation, `{site: [K, *batch]}`, nats.
+
+        Where an observation depends on discrete latents of its own plates, they are summed out. Where
+        it depends on others (a global one, the states of a chain), they are drawn given all data, from
+        torch's global random state, and held.
+        """
 
         def single(point: Values) -> Values:
-            replay = Replay(unconstrained=point)
+            replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
             self._run(replay, params)
-            return {v.name: v.log_prob() for v in replay.visits.values() if v.kind == "observed"}
+            enumerated = self._enumerated(replay)
+            observed = [v for v in replay.visits.values() if v.kind == "observed"]
+            if enumerated is None:
+                return {v.name: v.log_prob() for v in observed}
+            return self._marginal_likelihood(point, params, observed, enumerated)
 
-        return self._batched(single, self._by_site(z))
+        return self._sampled(single, self._by_site(z))
+
+    def _marginal_likelihood(
+        self,
+        point: Values,
+        params: Mapping[str, Tensor] | None,
+        observed: Sequence[Visit],
+        enumerated: Enumerated,
+    ) -> Values:
+        """The log density of each observation where discrete latents are summed out or drawn."""
+        replay = Replay(unconstrained=point, constrained=enumerated.draw()[0])
+        self._run(replay, params)
+        values = {}
+        for visit in observed:
+            rows = enumerated.likelihood(visit.name) if visit.name in enumerated.factors else None
+            given = replay.visits[visit.name]
+            values[visit.name] = given.log_prob() if rows is None else scaled(rows, visit.scale)
+        return values
 
     @torch.no_grad()
     def simulate(
@@ -176,7 +215,9 @@ class Density:
     ) -> Values:
         """Observed sites drawn anew: predictive draws at z, or from the prior where z is None.
 
-        Uses torch's global random state; enter a `runtime.RandomStream` around it.
+        Uses torch's global random state; enter a `runtime.RandomStream` around it. Discrete latents
+        are drawn given the continuous ones and the model's own data; on another model those in plates
+        of another length are drawn given the continuous ones alone, since their rows are new.
 
         Args:
             z: K unconstrained points, or None for draws of the latents from their prior.
@@ -185,7 +226,7 @@ class Density:
             draws: How many draws, where z is None.
 
         Returns:
-            `{site: [K, *shape]}` of the latent, observed and deterministic sites.
+            `{site: [K, *shape]}` of the latent, discrete, observed and deterministic sites.
 
         Raises:
             ModelError: If a prior cannot be sampled, or the model refuses the new arguments.
@@ -193,16 +234,16 @@ class Density:
         points = {"": torch.zeros(draws or 1)} if z is None else dict(self._by_site(z))
 
         def single(point: Values) -> Values:
-            replay = Replay(unconstrained=point, simulate=True, sample_latents=True)
+            drawn = {} if z is None else self._drawn(point, params)
+            replay = Replay(
+                unconstrained=point, constrained=drawn, simulate=True, sample_latents=True
+            )
             self._run(replay, params, model=model)
-            return {v.name: v.value for v in replay.visits.values() if v.kind != "factor"}
+            visits = [v for v in replay.visits.values() if v.kind != "factor"]
+            return {v.name: v.value.long() if v.kind == "discrete" else v.value for v in visits}
 
         try:
-            return self._batched(single, points)
-        except Exception:  # noqa: BLE001  vmap has no batching rule for some samplers
-            pass
-        try:
-            return self._batched(single, points, "loop")
+            return self._sampled(single, points)
         except ViError:
             raise
         except NotImplementedError as error:
@@ -222,7 +263,7 @@ class Density:
         if unknown:
             raise ModelError(f"no latent site named {unknown[0]!r}; latents: {', '.join(names)}")
         given = {name: self._shaped(name, value) for name, value in values.items()}
-        replay = Replay(constrained=given)
+        replay = Replay(constrained=given | self._example)
         with self._runner.isolated():
             self._run(replay)
             for name, value in given.items():
@@ -245,7 +286,7 @@ class Density:
         """Values of the observed sites, of the model's own data or of the same model on other."""
         if data is None:
             return self.observed
-        replay = Replay()
+        replay = Replay(constrained=self._example)
         with self._runner.isolated(), torch.no_grad():
             self._run(replay, model=data)
         return _observed(replay.visits)
@@ -258,7 +299,7 @@ class Density:
         Runs the model on these arguments under whatever handlers are active, for a Pyro guide whose
         supports depend on other latents.
         """
-        replay = Replay(unconstrained=z)
+        replay = Replay(unconstrained=z, constrained=self._example)
         with self._runner.precision or contextlib.nullcontext():
             self._run(replay, model=self.model.with_args(*args, **kwargs))
         visits = [replay.visits[site.name] for site in self.latents]
@@ -299,6 +340,37 @@ class Density:
             # One point needs no vmap, and is what NUTS and mode searches ask for.
             return batched(single, z, mode or ("loop" if size == 1 else self.batching))
 
+    def _sampled(self, single: Callable[[Values], Values], z: Mapping[str, Tensor]) -> Values:
+        """As `_batched`, for functions that may draw: vmap has no rule for some samplers."""
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return self._batched(single, z)
+        except ViError:
+            raise
+        except Exception:  # noqa: BLE001  whatever vmap cannot do, the loop may
+            return self._batched(single, z, "loop")
+
+    def _enumerated(self, replay: Replay) -> Enumerated | None:
+        """The sites of a run that depend on discrete latents, where the model has any."""
+        return Enumerated(replay.visits, self._runner.nesting) if self.discrete else None
+
+    def _drawn(
+        self,
+        point: Values,
+        params: Mapping[str, Tensor] | None,
+        data: Sequence[Tensor] | None = None,
+    ) -> Values:
+        """The discrete latents, drawn given the continuous ones and the data; `{}` where none."""
+        if not self.discrete:
+            return {}
+        replay = Replay(unconstrained=point, enumerate=True)
+        self._run(replay, params, data)
+        return Enumerated(replay.visits, self._runner.nesting).draw()[0]
+
+    def _exported(self, visit: Visit) -> Tensor:
+        return visit.value.long() if visit.kind == "discrete" else visit.value.to(self.dtype)
+
     def _by_site(self, z: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self.block.unpack(z) if isinstance(z, Tensor) else z
 
@@ -307,7 +379,14 @@ class Density:
         self.batching = "loop"
         try:
             exact = self.log_prob_and_grad(z)
-        except RuntimeError as error:
+        except ViError:
+            raise
+        except Exception as error:
+            if self.discrete:
+                names = (site.name for site in self.discrete)
+                raise ModelError(str(sum_problem(names, error=error))) from error
+            if not isinstance(error, RuntimeError):
+                raise
             raise ModelError(
                 f"the log density cannot be evaluated or differentiated: {error}"
             ) from error
@@ -331,11 +410,28 @@ class Density:
         if problem is not None:
             raise ModelError(str(problem))
 
+    def _require_true_sum(self, z: Tensor) -> None:
+        """Refuse a model that computes something else where discrete sites hold all values."""
+        if not self.discrete:
+            return
+
+        def single(point: Values) -> Tensor:
+            return sums(self._runner, point, self.params)
+
+        with torch.no_grad():
+            pairs = self._batched(single, self.block.unpack(z), "loop")
+        problem = sum_problem((site.name for site in self.discrete), pairs)
+        if problem is not None:
+            raise ModelError(str(problem))
+
     def _agrees(self, mode: Batching, z: Tensor, exact: tuple[Tensor, Tensor]) -> bool:
         tolerance = 1e-7 if self.dtype == torch.float64 else 1e-3
         self.batching = mode
         try:
-            found = self.log_prob_and_grad(z)
+            with warnings.catch_warnings():
+                # Where vmap has a slow rule only, the next way may have a fast one.
+                warnings.filterwarnings("error", message="There is a performance drop")
+                found = self.log_prob_and_grad(z)
         except Exception:  # noqa: BLE001  whatever vmap cannot do, the loop can
             return False
         return all(

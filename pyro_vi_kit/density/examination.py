@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_vi_kit.density.handlers import Replay, Visit, bijector
+from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
+from pyro_vi_kit.density.handlers import Replay, Visit
 from pyro_vi_kit.density.problems import (
     Problem,
     broadcast_problem,
@@ -22,9 +23,12 @@ from pyro_vi_kit.density.problems import (
     plateless_problem,
     repetition,
     slope_problem,
+    sum_problem,
+    sums,
 )
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.structure import is_improper, parameters_of, starts
+from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.density.terms import add_up
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.model import Model
@@ -67,6 +71,7 @@ class Examination:
             elif self.runs:
                 kinds = {visit.kind for visit in self.runs[-1].visits.values()}
                 self.draws_in_vain = drew and "discrete" not in kinds
+                self.runner.nesting = nesting_of(self.runs[-1].visits)
         # Stores are private to the runs, modules are not: what was learned is read off the run.
         learned = parameters_of(self.runs[-1]) if self.runs else {}
         self.parameters = [f"{p.name} {tuple(p.value.shape)}" for p in learned.values()]
@@ -102,7 +107,7 @@ class Examination:
         problems = [nothing] if nothing else []
         for visit in self._of_kind("latent"):
             try:
-                bijector(visit)
+                bijector(visit.name, visit.fn)
             except ModelError as error:
                 what, _, remedy = str(error).partition(". ")
                 problems.append(Problem(what, remedy[:1].lower() + remedy[1:].rstrip(".")))
@@ -116,9 +121,30 @@ class Examination:
 
     @property
     def discrete_problems(self) -> list[Problem]:
-        """Discrete latents."""
+        """Discrete latents that cannot be summed out."""
         problem = discrete_problem(self.visits)
+        if problem is None and self._unconstrained() and self._of_kind("discrete"):
+            problem = self._sum_problem()
         return [problem] if problem else []
+
+    def _sum_problem(self) -> Problem | None:
+        names = [visit.name for visit in self._of_kind("discrete")]
+        point = self._point(0.5, torch.Generator().manual_seed(20263))
+        try:
+            with self.runner.first_runs(), pyro.validation_enabled(False), torch.no_grad():
+                return sum_problem(names, sums(self.runner, point, {}).unsqueeze(0))
+        except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
+            return sum_problem(names, error=error)
+
+    @property
+    def summed_out(self) -> list[str]:
+        """Each discrete latent with its number of values and its plates."""
+        described = []
+        for visit in self._of_kind("discrete"):
+            values = visit.fn.enumerate_support(expand=False).shape[0]
+            plates = "".join(f", plate {f.name!r} of {f.size}" for f in visit.frames)
+            described.append(f"{visit.name} ({values} values{plates})")
+        return described
 
     @property
     def data_problems(self) -> list[Problem]:
@@ -197,10 +223,12 @@ class Examination:
         }
 
     def _evaluate(self, point: Mapping[str, Tensor]) -> tuple[Tensor, Replay]:
+        enumerate_ = bool(self._of_kind("discrete")) and discrete_problem(self.visits) is None
         replay = repetition(self.runs[-1])
-        replay.unconstrained = point
+        replay.unconstrained, replay.enumerate = point, enumerate_
         self.runner.run(replay, {})
-        return add_up(replay.visits, True, self.runner.dtype).total(), replay
+        enumerated = Enumerated(replay.visits, self.runner.nesting) if enumerate_ else None
+        return add_up(replay.visits, True, self.runner.dtype, enumerated).total(), replay
 
     def _culprits(self, point: dict[str, Tensor]) -> list[str]:
         """Sites with a value or gradient that is not finite."""
@@ -210,7 +238,9 @@ class Examination:
             gradients = torch.autograd.grad(total, leaves, allow_unused=True)
         except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
             return [f"(raised {type(error).__name__}: {error})"]
-        culprits = [v.name for v in replay.visits.values() if not _finite(v.log_prob())]
+        culprits = [v.name for v in replay.visits.values() if not _sound(v, replay)]
+        if not culprits and not _finite(total):
+            culprits = ["(the sum over discrete sites)"]
         for name, gradient in zip(point, gradients, strict=True):
             moved = gradient is not None and bool((gradient != 0).any())
             self._gradients[name] = self._gradients.get(name, False) or moved
@@ -245,6 +275,12 @@ class Examination:
         parts = zip(gradients, direction.values(), strict=True)
         slope = sum((g * d).sum() for g, d in parts if g is not None)
         return torch.stack([ahead.detach(), behind.detach(), torch.as_tensor(slope)])
+
+
+def _sound(visit: Visit, replay: Replay) -> bool:
+    """Whether a site's log density is finite; under enumeration single values may be impossible."""
+    log_prob = visit.log_prob()
+    return _finite(log_prob.clamp(min=-1.0)) if replay.enumerate else _finite(log_prob)
 
 
 def _finite(value: Tensor) -> bool:

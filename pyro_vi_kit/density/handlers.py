@@ -21,9 +21,10 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints, transform_to
+from torch.distributions import constraints, transform_to
 
 from pyro_vi_kit.density.modules import owner_of_param
+from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.errors import ModelError
 
 Kind = Literal["latent", "observed", "deterministic", "factor", "discrete"]
@@ -44,17 +45,22 @@ class Visit:
     frames: tuple[CondIndepStackFrame, ...]
     scale: float | Tensor
     mask: bool | Tensor | None
+    infer: Mapping[str, Any] = field(default_factory=dict)
     unconstrained: Tensor | None = None
     log_det: Tensor | None = None
 
     def log_prob(self) -> Tensor:
         """The site's log density as in Pyro's traces, scale and mask applied: [*batch], nats."""
+        return scaled(self.unscaled(), self.scale)
+
+    def unscaled(self) -> Tensor:
+        """The same without the scale."""
         log_prob = self.fn.log_prob(self.value)
         if self.mask is False:
             return torch.zeros_like(log_prob)
         if isinstance(self.mask, Tensor):
             log_prob = torch.where(self.mask, log_prob, 0.0)
-        return log_prob * self.scale
+        return log_prob
 
 
 @dataclass
@@ -74,7 +80,9 @@ class Replay(Messenger):
 
     Args:
         unconstrained: Unconstrained value of each latent, `[*batch, *event]` by name.
-        constrained: Values for latents that are given on their own scale instead.
+        constrained: Values for latents that are given on their own scale instead; discrete ones too,
+            where they have the site's shape.
+        enumerate: Leave discrete latents to an `Enumeration` around the model.
         params: Unconstrained value of each learned parameter.
         fill: Makes the unconstrained value of a latent that nothing was given for.
         simulate: Draw observed sites anew instead of using the data.
@@ -88,6 +96,7 @@ class Replay(Messenger):
 
     unconstrained: Mapping[str, Tensor] = field(default_factory=dict)
     constrained: Mapping[str, Tensor] = field(default_factory=dict)
+    enumerate: bool = False
     params: Mapping[str, Tensor] = field(default_factory=dict)
     fill: Fill = torch.zeros
     simulate: bool = False
@@ -116,11 +125,17 @@ class Replay(Messenger):
             frames=tuple(f for f in msg["cond_indep_stack"] if f.vectorized and f.size > 0),
             scale=msg["scale"],
             mask=msg["mask"],
+            infer=msg["infer"],
         )
         if kind == "latent":
             self._set_latent(visit)
-        elif kind == "discrete" or (kind == "observed" and self.simulate):
-            visit.value = self._given_or_drawn(visit)
+        elif kind == "discrete" and not self.enumerate:
+            given = self.constrained.get(visit.name)
+            # Rows of new data are other rows: theirs are drawn.
+            fits = given is not None and given.shape == visit.fn.shape()
+            visit.value = given if fits and given is not None else visit.fn.sample()
+        elif kind == "observed" and self.simulate:
+            visit.value = visit.fn.sample()
         msg["value"] = visit.value
         msg["done"] = True
         self.visits[visit.name] = visit
@@ -128,9 +143,10 @@ class Replay(Messenger):
     def _set_latent(self, visit: Visit) -> None:
         """Give the latent its value, by the first of: unconstrained, constrained, prior, fill."""
         if self.sample_latents and visit.name not in self.unconstrained:
-            visit.value = self._given_or_drawn(visit)
+            given = self.constrained.get(visit.name)
+            visit.value = visit.fn.sample() if given is None else given
             return
-        transform = bijector(visit)
+        transform: Any = bijector(visit.name, visit.fn)
         if visit.name in self.unconstrained:
             visit.unconstrained = self.unconstrained[visit.name]
         elif visit.name in self.constrained:
@@ -138,14 +154,12 @@ class Replay(Messenger):
         else:
             visit.unconstrained = self.fill(transform.inverse_shape(visit.fn.shape()))
         visit.value = transform(visit.unconstrained)
+        if self.enumerate:
+            _require_one_value(visit, transform)
         log_det = transform.log_abs_det_jacobian(visit.unconstrained, visit.value)
-        surplus = log_det.dim() - len(visit.fn.batch_shape)
+        # The value's own batch dims: under enumeration the distribution may have more of them.
+        surplus = log_det.dim() - (visit.value.dim() - visit.fn.event_dim)
         visit.log_det = log_det.flatten(-surplus).sum(-1) if surplus > 0 else log_det
-
-    def _given_or_drawn(self, visit: Visit) -> Tensor:
-        if visit.name in self.constrained:
-            return self.constrained[visit.name]
-        return visit.fn.sample()
 
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
@@ -170,21 +184,20 @@ class Replay(Messenger):
         self.param_visits[msg["name"]].value = msg["value"]
 
 
-def bijector(visit: Visit) -> Any:
-    """The map from unconstrained space to a latent's support, as it is in this run.
-
-    Raises:
-        ModelError: If there is none.
-    """
-    try:
-        return biject_to(visit.fn.support)
-    except NotImplementedError as error:
+def _require_one_value(visit: Visit, transform: Any) -> None:
+    """Refuse a support that depends on discrete latents, which hold all their values at once."""
+    inner = visit.fn.event_dim + transform.domain.event_dim - transform.codomain.event_dim
+    given = 0 if visit.unconstrained is None else visit.unconstrained.dim() - inner
+    if visit.value.dim() - visit.fn.event_dim > given:
         raise ModelError(
-            f"site {visit.name!r}: the support of {type(visit.fn).__name__}, {visit.fn.support}, "
-            "has no map from unconstrained space. Register one with "
-            "torch.distributions.biject_to.register, or build the value from sites that have one "
-            "(a covariance from LKJCholesky and a vector of scales)."
-        ) from error
+            f"the support of latent {visit.name!r} depends on discrete latents, so that it has no one "
+            "value for all of theirs: give it a fixed support"
+        )
+
+
+def scaled(log_prob: Tensor, scale: float | Tensor) -> Tensor:
+    """A log density times its scale, where that is not 1."""
+    return log_prob if isinstance(scale, int | float) and scale == 1 else log_prob * scale
 
 
 def sample_sites(trace: Any) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.density.enumeration import Enumerated, is_enumerable, log_total
 from pyro_vi_kit.density.handlers import Replay, Visit
 from pyro_vi_kit.density.runner import Runner
 
@@ -90,21 +91,80 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 
 
 def discrete_problem(visits: Mapping[str, Visit]) -> Problem | None:
-    """Discrete latents."""
-    discrete = [visit.name for visit in visits.values() if visit.kind == "discrete"]
+    """Discrete latents that cannot be summed out."""
+    discrete = [v for v in visits.values() if v.kind == "discrete" and not is_enumerable(v)]
     if not discrete:
         return None
+    names = ", ".join(visit.name for visit in discrete)
+    if all(visit.fn.has_enumerate_support for visit in discrete):
+        return Problem(
+            f"discrete latent site(s) {names} have batch dims that no plate made, and cannot be "
+            "summed out one by one",
+            "put them into a pyro.plate",
+        )
     return Problem(
-        f"discrete latent site(s) {', '.join(discrete)}, which a continuous guide cannot hold",
-        "sum them out in the model (dist.MixtureSameFamily, dist.DiscreteHMM, or a pyro.factor "
-        "with logsumexp), or pass a Pyro guide of your own as guide=",
+        f"discrete latent site(s) {names}, whose values cannot be enumerated",
+        "truncate to a dist.Categorical of finitely many values, write independent sites with a "
+        "pyro.plate in the place of .to_event, sum them out in the model (a pyro.factor with "
+        "logsumexp), or pass a Pyro guide of your own as guide=",
+    )
+
+
+def sums(runner: Runner, point: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Tensor:
+    """The log joint at one point, discrete sites summed out, in two ways `[2]`, nats; unscaled.
+
+    By elimination; and by the chain rule, log p(z) = log p(z, d) - log p(d | z) for any values d of
+    the discrete sites. They are drawn, and p(z, d) is that of a plain run. The two differ where a
+    model computes something else for discrete sites that hold all their values at once.
+    """
+    replay = Replay(unconstrained=point, enumerate=True)
+    runner.run(replay, params)
+    enumerated = Enumerated(replay.visits, runner.nesting)
+    drawn, log_q = enumerated.draw()
+    plain = Replay(unconstrained=point, constrained=drawn)
+    runner.run(plain, params)
+    return torch.stack([enumerated.total(), log_total(plain.visits) - log_q])
+
+
+def sum_problem(
+    discrete: Iterable[str], pairs: Tensor | None = None, error: Exception | None = None
+) -> Problem | None:
+    """Whether a model is right where its discrete sites hold all their values at once.
+
+    Args:
+        discrete: Those sites.
+        pairs: What `sums` says, `[K, 2]`.
+        error: What the model raised instead.
+    """
+    tolerance = 1e-8 if pairs is not None and pairs.dtype == torch.float64 else 1e-3
+    if pairs is not None and torch.allclose(
+        pairs[:, 0], pairs[:, 1], rtol=tolerance, atol=tolerance, equal_nan=True
+    ):
+        return None
+    names = ", ".join(discrete)
+    what = (
+        "gives other log densities" if error is None else f"raised {type(error).__name__} ({error})"
+    )
+    return Problem(
+        f"the model {what} where the discrete latent site(s) {names} hold all their values at "
+        "once, as summing them out needs",
+        "use them as indices, a[..., z] or Vindex(a)[..., z], or in elementwise operations and "
+        "torch.where; no Python if on them, no sums over their dims, and only sites of the same "
+        "plates may depend on them; or sum them out in the model",
     )
 
 
 def latents_problem(visits: Mapping[str, Visit]) -> Problem | None:
-    """Nothing to infer."""
-    if any(visit.kind in ("latent", "discrete") for visit in visits.values()):
+    """Nothing to infer, or nothing that a guide can hold."""
+    kinds = {visit.kind for visit in visits.values()}
+    if "latent" in kinds:
         return None
+    if "discrete" in kinds:
+        return Problem(
+            "every latent site of the model is discrete and would be summed out, so that nothing "
+            "is left to fit",
+            "their exact posterior needs no guide: pyro.infer.infer_discrete draws from it",
+        )
     return Problem(
         "the model has no latent sites, so there is nothing to infer",
         "every pyro.sample is observed or there is none; leave obs= out where a value is unknown",
@@ -119,7 +179,7 @@ def data_problem(visit: Visit) -> Problem | None:
             if found.any():
                 return Problem(
                     f"the data at site {visit.name!r} hold {int(found.sum())} {word}",
-                    "drop the rows, or fill the values and hide them with poutine.mask",
+                    "drop the rows, or fill the values and hide them with poutine.mask or obs_mask=",
                 )
     outside = _outside(visit)
     if outside:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_vi_kit.density.compat import plain
+from pyro_vi_kit.density.enumeration import Enumeration
 from pyro_vi_kit.density.handlers import Replay, subsample_indices
 from pyro_vi_kit.density.modules import swapped_parameters
 from pyro_vi_kit.density.precision import Precision
@@ -30,6 +32,7 @@ class Runner:
     Attributes:
         data: The tensors among the model's arguments, cast.
         owners: The name of each learned parameter that a module holds, by module and attribute.
+        nesting: Batch dims that plates and stray dims take; set before sites are enumerated.
         precision: Casts what the model closes over; None once that is known to need no cast.
     """
 
@@ -39,6 +42,7 @@ class Runner:
         self._leaves, self._spec = tree_flatten((model.args, dict(model.kwargs)))
         self.data = [self.cast(leaf) for leaf in self._leaves if isinstance(leaf, Tensor)]
         self.owners: dict[tuple[nn.Module, str], str] = {}
+        self.nesting = 0
         self.precision: Precision | None = Precision(dtype)
 
     def cast(self, leaf: Any) -> Any:
@@ -60,7 +64,12 @@ class Runner:
     @contextlib.contextmanager
     def isolated(self, *, validate: bool = False) -> Iterator[None]:
         """Alone with Pyro, in this precision."""
-        with isolated(self.dtype, validate=validate), self.precision or contextlib.nullcontext():
+        nothing = contextlib.nullcontext()
+        with (
+            isolated(self.dtype, validate=validate),
+            self.precision or nothing,
+            nothing if validate else plain(),
+        ):
             yield
 
     def run(
@@ -74,7 +83,9 @@ class Runner:
         """Run the model under ``replay``, which keeps what it saw. Call it inside `isolated`."""
         args, kwargs = self.arguments(data, model)
         replay.params = params
-        with self._handlers(params, index, replay.declared), replay:
+        # Inside of the replay, which sees a discrete site with all its values.
+        discrete = Enumeration(self.nesting) if replay.enumerate else contextlib.nullcontext()
+        with self._handlers(params, index, replay.declared), replay, discrete:
             self.model.fn(*args, **kwargs)
 
     def learned(self, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:

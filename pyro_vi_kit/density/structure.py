@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from pyro.distributions import ImproperUniform
 from torch import Tensor, nn
-from torch.distributions import biject_to, transform_to
+from torch.distributions import transform_to
 
 from pyro_vi_kit.density.handlers import Fill, Kind, Replay, Visit
 from pyro_vi_kit.density.problems import chance_problem, change_problem
 from pyro_vi_kit.density.runner import Runner
+from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.errors import ModelError
 
 
@@ -121,7 +122,7 @@ def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
         changes = (change_problem(run.visits, runs[-1].visits) for run in runs[:-1])
         problem = next((change for change in changes if change is not None), None)
         drew = not torch.equal(before, torch.get_rng_state())
-        if problem is None and drew and not structure.of_kind("discrete"):
+        if problem is None and drew:
             problem = chance_problem(runner, runs[-1])
     if problem is not None:
         raise ModelError(str(problem))
@@ -172,7 +173,9 @@ def _site(visit: Visit) -> Site:
         event_shape=torch.Size(event_shape),
         plates=plates,
         unconstrained_shape=unconstrained_shape,
-        transform=biject_to(visit.fn.support) if latent and _is_fixed(visit.fn.support) else None,
+        transform=bijector(visit.name, visit.fn)
+        if latent and _is_fixed(visit.fn.support)
+        else None,
         improper=is_improper(visit.fn),
     )
 

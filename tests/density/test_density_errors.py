@@ -30,8 +30,67 @@ def nothing_at_all():
 
 
 def discrete():
-    k = pyro.sample("k", dist.Bernoulli(0.5))
+    k = pyro.sample("k", dist.Poisson(0.5))
     observe(latent() + k)
+
+
+def discrete_event():
+    k = pyro.sample("k", dist.Bernoulli(torch.ones(3) / 2).to_event(1))
+    observe(latent() + k)
+
+
+def discrete_without_a_plate():
+    k = pyro.sample("k", dist.Bernoulli(torch.ones(3) / 2))
+    observe(latent() + k)
+
+
+def discrete_only():
+    observe(pyro.sample("k", dist.Bernoulli(0.5)))
+
+
+def discrete_branch():
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    observe(latent() + (1.0 if k else 0.0))
+
+
+def discrete_aggregated(keepdim=True):
+    with pyro.plate("row", 3):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+    total = k.sum(-1, keepdim=keepdim)
+    observe(latent() + total)
+
+
+def discrete_aggregated_away():
+    discrete_aggregated(keepdim=False)
+
+
+def discrete_support():
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    observe(pyro.sample("u", dist.Uniform(0.0, 1.0 + k)))
+
+
+def discrete_mean():
+    with pyro.plate("row", 3):
+        k = pyro.sample("k", dist.Bernoulli(0.3))
+        pyro.sample("x", dist.Normal(latent() + k - k.mean(), 1.0), obs=Y)
+
+
+def discrete_scales():
+    k = pyro.sample("k", dist.Bernoulli(0.5))
+    m = latent()
+    with pyro.poutine.scale(scale=0.5):
+        observe(m + k)
+
+
+def discrete_across_plates():
+    m = latent()
+    rows, columns = pyro.plate("row", 2, dim=-2), pyro.plate("column", 3, dim=-1)
+    with rows:
+        r = pyro.sample("r", dist.Bernoulli(0.3))
+    with columns:
+        c = pyro.sample("c", dist.Bernoulli(0.3))
+    with rows, columns:
+        pyro.sample("y", dist.Normal(m + r * c, 1.0), obs=Y.expand(2, 3))
 
 
 def missing_data():
@@ -92,7 +151,7 @@ def wrong_plate():
 
 
 def no_bijector():
-    observe(pyro.sample("w", dist.Wishart(torch.tensor(3.0), torch.eye(2))).sum())
+    observe(pyro.sample("w", dist.ProjectedNormal(torch.ones(2))).sum())
 
 
 def numpy_on_a_latent():
@@ -109,7 +168,17 @@ def detached():
     [
         (no_latents, "no latent sites"),
         (nothing_at_all, "no latent sites"),
-        (discrete, "discrete latent site.*k.*sum them out"),
+        (discrete, "discrete latent site.*k.*cannot be enumerated: truncate"),
+        (discrete_event, "k, whose values cannot be enumerated.*pyro.plate"),
+        (discrete_without_a_plate, "k have batch dims that no plate made.*into a pyro.plate"),
+        (discrete_only, "every latent site .* is discrete.*infer_discrete"),
+        (discrete_branch, "raised RuntimeError .*site.*k hold all their values.*no Python if"),
+        (discrete_aggregated, "'y' mixes rows of plate 'row'"),
+        (discrete_aggregated_away, "Shape mismatch.*where the discrete .*k hold all"),
+        (discrete_support, "support of latent 'u' depends on discrete latents"),
+        (discrete_mean, "gives other log densities where the discrete .*k hold all"),
+        (discrete_scales, "'k' and 'y' depend on the same .*scaled differently"),
+        (discrete_across_plates, "behind y depend on each other across the plates column, row"),
         (missing_data, "'y' hold 2 NaN: drop the rows"),
         (impossible_data, r"'y' hold 1 value.*outside the support of its Exponential"),
         (raises, "the model raised KeyError: 'lookup'"),
@@ -120,7 +189,7 @@ def detached():
         (randomness_of_a_deterministic, "outside its sample sites, site 'noise'"),
         (duplicate, "two sites are named 'm'"),
         (wrong_plate, "the model raised"),
-        (no_bijector, "'w'.*Wishart"),
+        (no_bijector, "'w'.*Sphere.*ProjectedNormalReparam"),
         (numpy_on_a_latent, "gradient of the log density.*NumPy"),
         (detached, "gradient of the log density.*detach"),
     ],

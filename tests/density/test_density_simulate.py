@@ -179,7 +179,8 @@ def test_partly_observed_data():
     assert [site.name for site in density.latents] == ["m", "y_unobserved"]
     z = points(5)
     m, y = z[:, :1], z[:, 1:]
-    parts = torch.where(seen, normal(Y64, m, 2.0), normal(y, m, 2.0))
+    # Where a row was observed, its latent stands idle and gets a density of its own.
+    parts = torch.where(seen, normal(Y64, m, 2.0) + normal(y), normal(y, m, 2.0))
     torch.testing.assert_close(density.log_prob(z), normal(z[:, 0]) + parts.sum(-1))
     torch.testing.assert_close(density.constrain(z)["y"], torch.where(seen, Y64, y))
 

@@ -1,0 +1,123 @@
+"""What Pyro's and torch's own code does that vectorised or captured runs cannot, and what it means.
+
+Nothing is changed at import: these are contexts around our own runs, and their results are compared
+with a plain loop before they are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from pyro.ops import special
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.overrides import TorchFunctionMode
+
+_FACTORIES = (
+    torch.zeros,
+    torch.ones,
+    torch.empty,
+    torch.full,
+    torch.tensor,
+    torch.eye,
+    torch.arange,
+    torch.linspace,
+    torch.zeros_like,
+    torch.ones_like,
+    torch.empty_like,
+    torch.full_like,
+    Tensor.new_zeros,
+    Tensor.new_ones,
+    Tensor.new_empty,
+    Tensor.new_full,
+    Tensor.new_tensor,
+)
+_NO_DIMS = torch.Size()
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Run without what neither vmap nor a capture can follow, and what it does not need.
+
+    An explicit ``validate_args=True`` is ignored, whose checks branch on values. Pyro's safe logarithm
+    (behind `DiscreteHMM`) is written with torch functions; its own is an autograd function of the old
+    kind. Call it under the lock of `runtime`; the first runs of a model do without.
+    """
+    init, safe_log = Distribution.__init__, special._SafeLog
+
+    def unvalidated(
+        self: Any,
+        batch_shape: torch.Size = _NO_DIMS,
+        event_shape: torch.Size = _NO_DIMS,
+        validate_args: bool | None = None,
+    ) -> None:
+        init(self, batch_shape, event_shape)
+
+    Distribution.__init__ = unvalidated
+    special._SafeLog = _SafeLog
+    try:
+        yield
+    finally:
+        Distribution.__init__ = init
+        special._SafeLog = safe_log
+
+
+class _SafeLog:
+    """The logarithm, -inf at 0 without an infinite gradient there."""
+
+    @staticmethod
+    def apply(x: Tensor) -> Tensor:
+        tiny = torch.finfo(x.dtype).tiny
+        return torch.where(x < tiny, x.detach().log(), x.clamp(min=tiny).log())
+
+
+class Mended(TorchFunctionMode):
+    """Lets `torch.func.vmap` run models, and parts of Pyro, that write in place.
+
+    New floating tensors depend on the particle, so that particles can be written into them; ``.data``
+    is a detached view; a value written where a mask holds is a `torch.where`; and in-place clamps,
+    for which vmap has no rule, write what a clamp gives.
+
+    Args:
+        zero: A zero that vmap sees as batched.
+    """
+
+    def __init__(self, zero: Tensor) -> None:
+        super().__init__()
+        self.zero = zero
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        mend = _MENDS.get(func)
+        result = NotImplemented if mend is None else mend(*args, **(kwargs or {}))
+        if result is NotImplemented:
+            result = func(*args, **(kwargs or {}))
+        if func in _FACTORIES and isinstance(result, Tensor) and result.is_floating_point():
+            return result + self.zero.to(result.dtype)
+        return result
+
+
+def _write_where(target: Tensor, mask: Any, value: Any) -> Any:
+    """``target[mask] = value`` for one value and a mask of the same shape, or of leading dims."""
+    plain = isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
+    if not (plain and isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        return NotImplemented
+    while mask.dim() < target.dim():
+        mask = mask.unsqueeze(-1)
+    target.copy_(torch.where(mask, torch.as_tensor(value, dtype=target.dtype), target))
+    return None
+
+
+def _clamp(target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return target.copy_(target.clamp(*args, **kwargs))
+
+
+_MENDS: dict[Any, Callable[..., Any]] = {
+    Tensor.data.__get__: lambda tensor: tensor.detach(),  # type: ignore[attr-defined]
+    Tensor.__setitem__: _write_where,
+    Tensor.clamp_: _clamp,
+}
