@@ -1,96 +1,66 @@
-"""Where to start: the mode of the log density, and the Gaussian of its curvature there."""
+"""The Gaussian of the log density's curvature at a point."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import ModelError
-from pyro_vi_kit.methods.minimise import Minimum, minimise
-
-_STARTS = 32
+from pyro_vi_kit.methods.search import Search
+from pyro_vi_kit.methods.shapes import Gaussian
 
 
 @dataclass(frozen=True)
 class Laplace:
-    """A Gaussian from the curvature at a mode.
+    """A Gaussian from the curvature at a point, and whether the point is a mode.
 
     Attributes:
-        loc: The mode, `[D]`.
-        scale_tril: Cholesky factor of the inverse of minus the Hessian, `[D, D]`.
-        evaluations: Single-point gradient evaluations that it cost.
-        trusted: Whether the search converged to a point where the log density is curved downwards in
-            every direction. A funnel's mode, for one, is not.
-        stopped: ``""``, ``"budget"`` or ``"interrupted"``: what cut the search short.
+        gaussian: Mean at the point; covariance minus the inverse of the Hessian, with directions in
+            which the log density is not curved downwards bent by the size of their curvature.
+        log_prob: Log density at the point, nats.
+        left: Nats that a Newton step promises; infinite where some direction is not curved downwards.
     """
 
-    loc: Tensor
-    scale_tril: Tensor
-    evaluations: int
-    trusted: bool
-    stopped: str
+    gaussian: Gaussian
+    log_prob: float
+    left: float
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the point is within 0.1 nat of a mode. A funnel, for one, has none."""
+        return self.left < 0.1
+
+    @property
+    def log_evidence(self) -> float:
+        """The integral of the density by this approximation, nats."""
+        log_det = float(self.gaussian.scale_tril.diagonal().log().sum())
+        return self.log_prob + log_det + 0.5 * len(self.gaussian.loc) * math.log(2.0 * math.pi)
 
 
-def starting_point(density: Density, seed: int) -> Tensor:
-    """The origin of unconstrained space, or the best of 32 random points where it is no good, `[D]`.
+def laplace(search: Search, z: Tensor, log_prob: float, gradient: Tensor) -> Laplace:
+    """The Laplace approximation at a point `[D]` with this log density and gradient.
 
-    Raises:
-        ModelError: If the log density is finite at none of them.
+    Where the Hessian is not finite, or its diagonal is zero, the covariance there is the identity.
     """
-    generator = torch.Generator().manual_seed(seed)
-    points = torch.randn(_STARTS, density.dim, generator=generator, dtype=torch.float64)
-    points = torch.cat([torch.zeros(1, density.dim), points]).to(density.dtype)
-    log_prob, gradient = density.log_prob_and_grad(points)
-    good = torch.isfinite(log_prob) & torch.isfinite(gradient).all(-1)
-    if not good.any():
-        raise ModelError(
-            f"the log density or its gradient is not finite at any of {_STARTS + 1} starting points: "
-            "see vi.check(model), or give a point with init={site: value}"
-        )
-    if good[0]:
-        return points[0]
-    return points[torch.where(good, log_prob, -torch.inf).argmax()]
-
-
-def find_mode(
-    density: Density, start: Tensor, *, jacobian: bool = True, deadline: float | None = None
-) -> Minimum:
-    """Maximise the log density from ``start``, `[D]`.
-
-    Args:
-        density: The model.
-        start: Where to begin, `[D]`.
-        jacobian: Whether to find the mode of the unconstrained density, or of the constrained one.
-        deadline: `time.monotonic` second at which to stop.
-    """
-    return minimise(
-        lambda z: -density.log_prob(z.unsqueeze(0), jacobian=jacobian).sum(),
-        start,
-        deadline=deadline,
-    )
-
-
-def laplace(density: Density, start: Tensor, deadline: float | None = None) -> Laplace:
-    """The Laplace approximation reached from ``start``, `[D]`."""
-    mode = find_mode(density, start, deadline=deadline)
-    precision = -hessian(density, mode.x)
-    evaluations = mode.evaluations + 2 * density.dim
-    diagonal = precision.diagonal()
-    identity = torch.eye(density.dim, dtype=density.dtype)
-    if not bool(torch.isfinite(precision).all()) or not bool((diagonal > 0).all()):
-        return Laplace(mode.x, identity, evaluations, False, mode.stopped)
+    precision = -hessian(search.density, z)
+    search.evaluations += 2 * search.density.dim
+    if not bool(torch.isfinite(precision).all()):
+        return Laplace(Gaussian(z, torch.eye(len(z), dtype=z.dtype)), log_prob, math.inf)
     # In units of the conditional sds the eigenvalues can be compared with each other.
-    unit = diagonal.rsqrt()
+    size = precision.diagonal().abs()
+    unit = torch.where(size > 1e-300, size, torch.ones_like(size)).rsqrt()
     values, vectors = torch.linalg.eigh(unit[:, None] * precision * unit)
-    trusted = bool(values[0] > 1e-10) and mode.converged
-    covariance = unit[:, None] * (vectors / values.clamp_min(1e-6)) @ vectors.T * unit
+    curved = bool(values[0] > 1e-10) and bool((precision.diagonal() > 0).all())
+    slope = vectors.T @ (unit * gradient)
+    covariance = unit[:, None] * (vectors / values.abs().clamp_min(1e-6)) @ vectors.T * unit
     scale_tril, failed = torch.linalg.cholesky_ex((covariance + covariance.T) / 2)
     if int(failed):
-        return Laplace(mode.x, unit.diag(), evaluations, False, mode.stopped)
-    return Laplace(mode.x, scale_tril, evaluations, trusted, mode.stopped)
+        scale_tril, curved = unit.diag(), False
+    left = 0.5 * float((slope.square() / values).sum()) if curved else math.inf
+    return Laplace(Gaussian(z, scale_tril), log_prob, left)
 
 
 def hessian(density: Density, z: Tensor) -> Tensor:

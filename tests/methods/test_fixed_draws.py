@@ -16,8 +16,10 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.methods import fixed_draws
 from pyro_vi_kit.methods.draws import matched_normals
-from pyro_vi_kit.methods.laplace import find_mode, hessian, laplace, starting_point
-from pyro_vi_kit.methods.minimise import minimise
+from pyro_vi_kit.methods.laplace import hessian
+from pyro_vi_kit.methods.minimise import minimise, minimise_several
+from pyro_vi_kit.methods.search import Search
+from pyro_vi_kit.methods.starts import find_frame, find_modes, starting_points
 from pyro_vi_kit.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -32,6 +34,15 @@ def fit(guide, *, seed=0, tolerance=0.01, deadline=None, start=None):
         progress=Progress("", enabled=False),
         start=start,
     )
+
+
+def search_on(density, *, seed=0, deadline=None):
+    return Search(density, seed, deadline, Progress("", enabled=False))
+
+
+def frame_of(density):
+    search = search_on(density)
+    return find_frame(search, starting_points(search))
 
 
 def moments(guide):
@@ -124,14 +135,14 @@ def test_the_hessian_falls_back_to_differences_of_gradients():
 
 def test_laplace_of_a_gaussian_is_that_gaussian():
     model, mean, covariance = gaussian(6)
-    density = Density(model)
-    found = laplace(density, starting_point(density, 0))
+    found = frame_of(Density(model))
     assert found.trusted
-    torch.testing.assert_close(found.loc, mean, rtol=0, atol=1e-4)
-    torch.testing.assert_close(
-        found.scale_tril @ found.scale_tril.T, covariance, rtol=1e-6, atol=1e-6
-    )
-    assert found.evaluations > 0
+    # A thousandth of a nat may be left: a twentieth of a sd.
+    torch.testing.assert_close(found.best.loc, mean, rtol=0, atol=0.05)
+    tril = found.best.scale_tril
+    torch.testing.assert_close(tril @ tril.T, covariance, rtol=1e-6, atol=1e-6)
+    # Its integral is 1, whatever starts it was reached from, and one mode is counted once.
+    assert found.modes == pytest.approx((0.0,), abs=2e-3)
 
 
 def test_laplace_on_scales_that_differ_by_ten_orders():
@@ -139,11 +150,11 @@ def test_laplace_on_scales_that_differ_by_ten_orders():
         pyro.sample("tiny", dist.Normal(1e-5, 1e-5))
         pyro.sample("huge", dist.Normal(1e5, 1e5))
 
-    density = Density(vi.Model(model))
-    found = laplace(density, torch.zeros(2))
-    torch.testing.assert_close(
-        found.scale_tril.diagonal(), torch.tensor([1e-5, 1e5]), rtol=1e-3, atol=0
-    )
+    found = frame_of(Density(vi.Model(model)))
+    assert found.trusted
+    expected = torch.tensor([1e-5, 1e5])
+    torch.testing.assert_close(found.best.scale_tril.diagonal(), expected, rtol=1e-3, atol=0)
+    assert bool(((found.best.loc - expected).abs() < 0.05 * expected).all())
 
 
 def test_a_funnel_has_no_mode_to_trust():
@@ -153,9 +164,12 @@ def test_a_funnel_has_no_mode_to_trust():
             pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
 
     density = Density(vi.Model(funnel))
-    found = laplace(density, torch.full((10,), 0.5))
-    assert bool(found.scale_tril.isfinite().all())
-    # Whatever it says of itself, a fit that starts from it ends, finite and below the evidence, 0.
+    found = frame_of(density)
+    assert not found.trusted
+    # Deep in its neck there is a mode, with nothing around it.
+    assert all(evidence < -50 for evidence in found.modes)
+    assert bool(found.best.scale_tril.isfinite().all())
+    # A fit that starts from there ends, finite and below the evidence, 0.
     guide = guides.make("full_rank", density)
     outcome = fit(guide)
     with torch.no_grad():
@@ -164,15 +178,37 @@ def test_a_funnel_has_no_mode_to_trust():
     assert float(elbo.mean()) < 3 * float(elbo.std()) / math.sqrt(4000)
 
 
-def test_the_start_is_the_origin_or_a_point_where_the_density_is_finite():
-    assert starting_point(Density(gaussian(3)[0]), 0).tolist() == [0.0, 0.0, 0.0]
-
+def test_a_search_passes_over_starts_where_the_density_is_not_finite():
     def hole():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        pyro.factor("f", torch.where(z.square().sum() < 0.25, -math.inf, 0.0))
+        pyro.factor("f", torch.where(z.square().sum() < 0.25, -math.inf, -z.sum()))
 
-    point = starting_point(Density(vi.Model(hole)), 0)
-    assert float(point.square().sum()) > 0.25
+    search = search_on(Density(vi.Model(hole)))
+    starts = starting_points(search)
+    assert starts[0].tolist() == [0.0, 0.0]
+    found = find_modes(search, starts)
+    assert len(found) < len(starts)
+    for mode in found:
+        torch.testing.assert_close(mode.x, -torch.ones(2), rtol=0, atol=0.1)
+
+
+def test_a_factorisation_that_fails_at_one_point_does_not_end_the_others():
+    """A covariance [[1, r], [r, 1]] with |r| > 1 has no Cholesky factor."""
+
+    def model():
+        r = pyro.sample("r", dist.Normal(0.0, 1.0))
+        row = torch.stack([torch.ones_like(r), r])
+        covariance = torch.stack([row, row.flip(-1)], -1)
+        obs = torch.tensor([1.0, 1.5])
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(2), covariance), obs=obs)
+
+    density = Density(vi.Model(model))
+    r = torch.tensor([[0.1], [2.0], [-0.3], [-4.0], [0.5]])
+    log_p, gradient = search_on(density).evaluate(r)
+    assert log_p.isnan().tolist() == [False, True, False, True, False]
+    for i in (0, 2, 4):
+        torch.testing.assert_close(log_p[i], density.log_prob(r[i : i + 1])[0])
+        assert bool(gradient[i].isfinite().all())
 
 
 def test_a_density_that_is_finite_nowhere_is_refused():
@@ -180,8 +216,9 @@ def test_a_density_that_is_finite_nowhere_is_refused():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.factor("f", -math.inf * (1 + z**2))
 
-    with pytest.raises(ModelError, match=r"not finite at any of 33 starting points.*init="):
-        starting_point(Density(vi.Model(nowhere)), 0)
+    search = search_on(Density(vi.Model(nowhere)))
+    with pytest.raises(ModelError, match=r"not finite at any of 38 starting points.*init="):
+        find_modes(search, starting_points(search))
 
 
 @pytest.mark.parametrize("jacobian", [True, False])
@@ -191,7 +228,8 @@ def test_the_mode_with_and_without_the_jacobian(jacobian):
     def model():
         pyro.sample("g", dist.Gamma(2.0, 1.0))
 
-    found = find_mode(Density(vi.Model(model)), torch.zeros(1), jacobian=jacobian)
+    search = search_on(Density(vi.Model(model)))
+    (found,) = find_modes(search, torch.zeros(1, 1), jacobian=jacobian, tolerance=1e-9)
     assert found.converged
     assert float(found.x.exp()) == pytest.approx(2.0 if jacobian else 1.0, rel=1e-5)
 
@@ -199,8 +237,23 @@ def test_the_mode_with_and_without_the_jacobian(jacobian):
 # -- the search -------------------------------------------------------------------------------
 
 
-def rosenbrock(x):
+def differentiated(function):
+    """Values and gradients of a scalar function at `[M, P]`."""
+
+    def objective(points):
+        points = points.clone().requires_grad_()
+        values = torch.stack([function(x) for x in points])
+        (gradients,) = torch.autograd.grad(values.sum(), points)
+        return values.detach(), gradients
+
+    return objective
+
+
+def banana(x):
     return (1 - x[0]) ** 2 + 100 * (x[1] - x[0] ** 2) ** 2
+
+
+rosenbrock = differentiated(banana)
 
 
 def test_minimise_finds_a_minimum():
@@ -210,32 +263,78 @@ def test_minimise_finds_a_minimum():
     assert found.stopped == ""
     assert found.evaluations == len(seen)
     assert found.value == min(seen)
-    torch.testing.assert_close(found.x, torch.ones(2), rtol=0, atol=1e-4)
+    assert torch.equal(found.path[0], torch.tensor([-1.2, 1.0]))
+    assert torch.equal(found.path[-1], found.x)
+    # A tolerance of 1e-9 where the lesser curvature is 0.4: 7e-5, and as much from the estimate of it.
+    torch.testing.assert_close(found.x, torch.ones(2), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_tolerance_is_in_units_of_the_function(scale):
+    """Whatever the units of its arguments; a quadratic of condition 10^4, minimum 0."""
+    weights = torch.logspace(0, 4, 10)
+    found = minimise(
+        differentiated(lambda x: 0.5 * (weights * (x / scale - 1).square()).sum()),
+        torch.zeros(10),
+        tolerance=1e-6,
+    )
+    assert found.converged
+    # What is left is the search's own estimate, of directions that it may not have been in yet.
+    assert 0 <= found.value < 1e-3
+
+
+def test_searches_in_one_batch_are_those_alone():
+    starts = [torch.tensor([-1.2, 1.0]), torch.tensor([2.0, 2.0]), torch.tensor([0.0, -3.0])]
+    together = minimise_several(rosenbrock, starts)
+    for start, found in zip(starts, together, strict=True):
+        alone = minimise(rosenbrock, start)
+        assert found.evaluations == alone.evaluations
+        torch.testing.assert_close(found.x, alone.x, rtol=1e-6, atol=1e-6)
+
+
+def test_a_straggler_is_given_up():
+    """Two searches on level ground agree at once; the third has far to go."""
+    calls = []
+
+    def counted(points):
+        calls.append(len(points))
+        return rosenbrock(points)
+
+    near = torch.tensor([1.0, 1.01])
+    found = minimise_several(counted, [near, near, torch.tensor([-30.0, 40.0])], patience=1.5)
+    assert [m.converged for m in found] == [True, True, False]
+    assert found[2].message == "given up"
+    assert len(calls) <= 1.5 * found[0].evaluations + 1
 
 
 def test_minimise_turns_back_from_where_the_function_is_nan():
     """Minimum of x - log x at 1; NaN for x < 0, where the first steps go."""
-    found = minimise(lambda x: (x - x.log()).sum() * 50, torch.tensor([9.0, 0.01]))
+    found = minimise(differentiated(lambda x: (x - x.log()).sum() * 50), torch.tensor([9.0, 0.01]))
     torch.testing.assert_close(found.x, torch.ones(2), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("hole", [math.nan, math.inf])
 def test_minimise_never_returns_a_point_that_is_not_finite(hole):
-    def function(x):
-        return torch.where(x.sum() > 3.0, hole, 0.0) - x.sum()
-
-    found = minimise(function, torch.zeros(2), max_iterations=50)
+    function = differentiated(lambda x: torch.where(x.sum() > 3.0, hole, 0.0) - x.sum())
+    found = minimise(function, torch.zeros(2), max_evaluations=50)
     assert math.isfinite(found.value)
     assert -3.0 <= found.value < 0
-    assert float(function(found.x)) == found.value
+    assert float(function(found.x[None])[0]) == found.value
+
+
+def test_a_function_that_is_finite_nowhere_has_no_minimum():
+    found = minimise(differentiated(lambda x: math.nan * x.sum()), torch.ones(2))
+    assert not found.converged
+    assert found.value == math.inf
+    assert torch.equal(found.x, torch.ones(2))
 
 
 def test_minimise_keeps_the_best_point_when_time_runs_out():
     seen = []
 
-    def slow(x):
+    def slow(points):
         time.sleep(0.01)
-        return rosenbrock(x)
+        return rosenbrock(points)
 
     found = minimise(
         slow, torch.tensor([-1.2, 1.0]), deadline=time.monotonic() + 0.05, on_value=seen.append
@@ -243,14 +342,14 @@ def test_minimise_keeps_the_best_point_when_time_runs_out():
     assert found.stopped == "budget"
     assert not found.converged
     assert found.value == min(seen)
-    assert float(rosenbrock(found.x)) == found.value
+    assert float(banana(found.x)) == found.value
 
 
 def test_minimise_looks_once_even_when_there_is_no_time():
     start = torch.tensor([-1.2, 1.0])
     found = minimise(rosenbrock, start, deadline=time.monotonic() - 1)
     assert found.stopped == "budget"
-    assert found.value == float(rosenbrock(start))
+    assert found.value == float(banana(start))
 
 
 def test_minimise_keeps_the_best_point_when_interrupted():
@@ -264,7 +363,7 @@ def test_minimise_keeps_the_best_point_when_interrupted():
     found = minimise(rosenbrock, torch.tensor([-1.2, 1.0]), on_value=interrupted)
     assert found.stopped == "interrupted"
     assert found.value == min(seen)
-    assert float(rosenbrock(found.x)) == found.value
+    assert float(banana(found.x)) == found.value
 
 
 # -- fits -------------------------------------------------------------------------------------
@@ -304,10 +403,10 @@ def test_losses_are_minus_the_elbo_and_evaluations_are_counted():
     with torch.no_grad():
         fresh = guide.log_weights(20_000).joint()
     se = float(fresh.std()) / math.sqrt(20_000)
-    # The fit's own tolerance between fixed and fresh draws, and the noise of these.
-    assert abs(min(outcome.losses) + float(fresh.mean())) < 0.02 + 3 * se
-    # Each loss is an average over at least 128 draws.
-    assert outcome.evaluations >= 128 * len(outcome.losses)
+    # The last loss is on the fixed draws: it is too good by what the ELBO falls short, 0.01.
+    assert abs(outcome.losses[-1] + float(fresh.mean())) < 0.03 + 3 * se
+    # Each loss is an average over at least 64 draws.
+    assert outcome.evaluations >= 64 * len(outcome.losses)
 
 
 def test_the_same_seed_gives_the_same_fit_and_seeds_agree():
@@ -318,7 +417,7 @@ def test_the_same_seed_gives_the_same_fit_and_seeds_agree():
     assert outcomes[0].losses == outcomes[1].losses
     assert not torch.equal(moments(made[0])[0], moments(made[2])[0])
     # Both within the tolerance of the optimum.
-    assert abs(min(outcomes[0].losses) - min(outcomes[2].losses)) < 0.05
+    assert abs(outcomes[0].losses[-1] - outcomes[2].losses[-1]) < 0.05
 
 
 def test_a_budget_that_is_over_still_gives_a_finite_guide():
@@ -401,12 +500,12 @@ def test_an_improper_posterior_does_not_converge():
 
 
 def test_a_curved_posterior_asks_for_more_draws():
-    """The ELBO on fresh draws is near that on the fixed ones, or the fit says that it is not."""
     density = Density(two_scales_model())
-    outcome = fit(guides.make("full_rank", density), tolerance=1e-4)
+    close = fit(guides.make("full_rank", density), tolerance=0.003)
     wide = fit(guides.make("full_rank", density), tolerance=1.0)
-    assert outcome.evaluations >= wide.evaluations
-    assert outcome.status.converged == ("within" in outcome.status.advice)
+    assert close.status.converged
+    assert wide.status.converged
+    assert close.evaluations > 2 * wide.evaluations
 
 
 def test_what_it_applies_to():

@@ -1,0 +1,101 @@
+"""What the stages of one deterministic fit share: one way to the density, and the count of its cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.methods.minimise import Minimum, Objective, minimise_several
+from pyro_vi_kit.progress import Progress
+
+Evaluator = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From points `[K, D]` to log densities `[K]` and their gradients `[K, D]`, both detached."""
+
+# Numbers that one evaluation may hold for each tensor of the model: half a gigabyte.
+_MAX_NUMBERS = 2**26
+_MAX_SEARCHES = 32
+
+
+@dataclass
+class Search:
+    """A fit under way.
+
+    Attributes:
+        density: The model.
+        seed: Of all that is drawn.
+        deadline: `time.monotonic` second at which to stop.
+        progress: Told each evaluation.
+        losses: Minus the ELBO at each evaluation, nats.
+        evaluations: Per-sample gradient evaluations so far.
+        stopped: ``""``, ``"budget"`` or ``"interrupted"``: what cut the fit short.
+    """
+
+    density: Density
+    seed: int
+    deadline: float | None
+    progress: Progress
+    losses: list[float] = field(default_factory=list)
+    evaluations: int = 0
+    stopped: str = ""
+
+    def evaluate(self, z: Tensor, *, jacobian: bool = True) -> tuple[Tensor, Tensor]:
+        """Log density `[K]` and gradient `[K, D]` at `[K, D]`, in pieces that fit into memory.
+
+        NaN at a point where the model's linear algebra fails.
+        """
+        self.evaluations += len(z)
+        data = sum(t.numel() for t in self.density.data)
+        piece = max(1, _MAX_NUMBERS // max(1, data + self.density.dim))
+        parts = [self._evaluate_piece(p, jacobian) for p in z.split(piece)]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([log_p for log_p, _ in parts]), torch.cat([grad for _, grad in parts])
+
+    def _evaluate_piece(self, z: Tensor, jacobian: bool) -> tuple[Tensor, Tensor]:
+        try:
+            return self.density.log_prob_and_grad(z, jacobian=jacobian)
+        except torch.linalg.LinAlgError:
+            # A factorisation fails at one point, and takes the batch with it. Which one matters to
+            # searches that share a batch; an average over many draws is lost anyway.
+            if len(z) == 1 or len(z) > _MAX_SEARCHES:
+                return z.new_full((len(z),), torch.nan), torch.full_like(z, torch.nan)
+            halves = [self._evaluate_piece(h, jacobian) for h in z.split((len(z) + 1) // 2)]
+            return torch.cat([log_p for log_p, _ in halves]), torch.cat([g for _, g in halves])
+
+    def minimise(
+        self,
+        function: Objective,
+        starts: Sequence[Tensor],
+        *,
+        tolerance: float,
+        curvature: Tensor | None = None,
+        max_evaluations: int = 1000,
+        patience: float = math.inf,
+        record: bool = False,
+    ) -> list[Minimum]:
+        """Minimise under this fit's deadline; see `minimise.minimise_several`.
+
+        With ``record`` the values count as losses of the fit.
+        """
+
+        def on_value(value: float) -> None:
+            self.losses.append(value)
+            self.progress.step(-value)
+
+        found = minimise_several(
+            function,
+            starts,
+            tolerance=tolerance,
+            curvature=curvature,
+            max_evaluations=max_evaluations,
+            patience=patience,
+            deadline=self.deadline,
+            on_value=on_value if record else None,
+        )
+        self.stopped = self.stopped or next((m.stopped for m in found if m.stopped), "")
+        return found
