@@ -77,7 +77,7 @@ class Library:
         return self.path.exists()
 
     def start(self) -> None:
-        """Begin to compile in another process, at low priority, unless that is done or impossible."""
+        """Begin to compile in another process, unless that is done or impossible."""
         if self.ready or self.problem or self._worker is not None:
             return
         try:

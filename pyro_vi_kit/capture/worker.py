@@ -7,7 +7,6 @@ reads FOLDER/job.json and writes LIBRARY, or FOLDER/error.txt. Imports nothing o
 
 from __future__ import annotations
 
-import contextlib
 import json
 import operator
 import os
@@ -23,8 +22,6 @@ def main(folder: Path, library: Path) -> int:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     # Not tried out again for each graph, which takes seconds: where the compiler cannot, it says so.
     os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
-    with contextlib.suppress(OSError):
-        os.nice(5)
     try:
         made = _compile(json.loads((folder / "job.json").read_text()))
         # Operations that have no C interface are named in a file that lies beside the library.

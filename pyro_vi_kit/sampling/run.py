@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -54,12 +55,16 @@ def nuts(
         chains: Independent chains. Fewer than two cannot show whether they agree.
         draws: Draws kept per chain.
         tune: Warm-up draws per chain, thrown away; 400 with nutpie and 800 with Pyro by default.
-        seed: The same seed, sampler and machine give the same draws; None for a fresh one.
+        seed: The same seed, sampler and machine give the same draws, as long as gradients are computed
+            by the same means: a compiled one, which takes over in long runs and is kept for the next,
+            rounds otherwise, and chains magnify that. ``PYRO_VI_KIT_COMPILE=off`` in the environment
+            rules it out. None for a fresh seed.
         sampler: ``nutpie``; ``pyro``, Pyro's own; ``auto``, nutpie where it is installed.
         target_accept: Mean acceptance probability to tune the step size to, between 0 and 1.
             Nearer to 1 it takes smaller steps, with fewer divergences.
-        cores: nutpie's chains that run at once. 1 by default: they share Python's interpreter, so
-            that more of them only get in each other's way.
+        cores: nutpie's chains that run at once. By default as many as there are processors where the
+            model could be captured, and else 1: uncaptured, chains share Python's interpreter and
+            only get in each other's way.
         params: Unconstrained learned parameters by name, as ``Density.params`` has them, in the
             place of the model's own.
         progress: Show progress on stderr; None for only on a terminal.
@@ -67,9 +72,9 @@ def nuts(
     Returns:
         An ArviZ object with the groups that a fit's ``to_arviz`` has and ``sample_stats``. Its
         attrs say how it was made (``sampler``, ``seed``, ``draws``, ``tune``, ``seconds`` of
-        sampling with warm-up, ``evaluations`` of the gradient, ``frozen_parameters``) and how it
-        went (``max_rhat``, ``min_ess_bulk``, ``min_ess_tail``, ``divergences``, ``converged`` as
-        1 or 0, ``warnings``); see `SamplerReport`.
+        sampling with warm-up, ``evaluations`` of the gradient, the ``engine`` that computed it,
+        ``frozen_parameters``) and how it went (``max_rhat``, ``min_ess_bulk``, ``min_ess_tail``,
+        ``divergences``, ``converged`` as 1 or 0, ``warnings``); see `SamplerReport`.
 
     Raises:
         OptionError: If an option cannot be used.
@@ -89,6 +94,8 @@ def nuts(
     # The caller may be inside torch.no_grad().
     with torch.enable_grad(), one_thread():
         target = Target(Density(model, dtype=torch.float64), params)
+        if cores is None and target.captured():
+            plan = replace(plan, cores=min(chains, _processors()))
         before = time.perf_counter()
         with Progress(f"NUTS, {chains} chains", total, progress) as bar:
             result = SAMPLERS[name](target, plan, bar)
@@ -100,6 +107,7 @@ def nuts(
         **asdict(plan),
         "seconds": seconds,
         "evaluations": target.evaluations,
+        "engine": target.gradients.how(1),
         "frozen_parameters": ", ".join(target.params),
     }
     groups = _groups(target, plan, result)
@@ -107,6 +115,12 @@ def nuts(
     for problem in report.problems:
         warnings.warn(problem, SamplerWarning, stacklevel=2)
     return to_arviz(groups, coords_of(model, groups), facts | _verdict(report))
+
+
+def _processors() -> int:
+    """How many processors this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _choose(sampler: str) -> str:

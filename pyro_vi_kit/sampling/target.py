@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import ModelError, OptionError, ViError
+from pyro_vi_kit.gradients import Gradients
 
 _TRIES = 100
 _RADIUS = 2.0
@@ -82,6 +84,8 @@ class Target:
         frozen = density.params | dict(params or {})
         self.density = density
         self.params = {name: value.detach() for name, value in frozen.items()}
+        # A sampler needs thousands of gradients: captured with the first.
+        self.gradients = Gradients(density, self.params, patience=0)
         self.evaluations = 0
         self.draws = 0
         self.error: Exception | None = None
@@ -91,24 +95,24 @@ class Target:
         """Log density in nats and its gradient `[D]` at an unconstrained point `[D]`."""
         if self._stopped:
             return -0.5 * float(point @ point), -point
-        undefined = float("nan"), np.zeros(self.density.dim)
         self.evaluations += 1
         try:
             value, gradient = self._evaluate(point)
         except torch.linalg.LinAlgError:
-            return undefined
+            return self._undefined()
         except Exception as error:  # noqa: BLE001 - raised again by `check`, in the caller's thread
             self.error = self.error or error
             self.stop()
-            return undefined
-        return (value, gradient) if np.isfinite(gradient).all() else undefined
+            return self._undefined()
+        # One number tells of all: what is not finite stays so in the sum of squares.
+        return (value, gradient) if math.isfinite(gradient @ gradient) else self._undefined()
+
+    def _undefined(self) -> tuple[float, np.ndarray]:
+        return float("nan"), np.zeros(self.density.dim)
 
     def _evaluate(self, point: np.ndarray) -> tuple[float, np.ndarray]:
-        with torch.enable_grad():
-            z = torch.tensor(point, dtype=torch.float64).unsqueeze(0).requires_grad_()
-            log_prob = self.density.log_prob(z, self.params)
-            (gradient,) = torch.autograd.grad(log_prob.sum(), z)
-        return float(log_prob.detach()), gradient[0].numpy()
+        log_prob, gradient = self.gradients(torch.tensor(point, dtype=torch.float64).unsqueeze(0))
+        return float(log_prob), gradient[0].numpy()
 
     def stop(self) -> None:
         """Answer at once from now on, with a standard normal, so that running chains end soon."""
@@ -123,6 +127,11 @@ class Target:
                 f"the model raised {type(self.error).__name__} while it was sampled: {self.error}. "
                 "It must have a density wherever its latents' supports allow."
             ) from self.error
+
+    def captured(self) -> bool:
+        """Whether gradients are replayed; captures them, at a point that any density likes."""
+        self(np.full(self.density.dim, 0.1))
+        return not self.gradients.how(1).startswith("eager")
 
     def start(self, seed: int) -> np.ndarray:
         """A starting point `[D]` with finite log density.

@@ -1,0 +1,148 @@
+"""The log density and its gradient at K points, captured as soon as that pays."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.capture import CaptureError, Program, capture
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.runtime import LOCK, RandomStream
+
+# A capture costs about as much as 30 evaluations: rent for as long, then buy.
+PATIENCE = 32
+_ATTEMPTS = 5
+
+
+@dataclass
+class _Shape:
+    """What is known about evaluating a certain number of points at once."""
+
+    calls: int = 0
+    failures: int = 0
+    program: Program | None = None
+    rest: list[Tensor] = field(default_factory=list)
+    note: str = ""
+
+
+class Gradients:
+    """A density's values and gradients, for whoever needs many: samplers, mode searches, L-BFGS.
+
+    The first calls run the model. After ``patience`` calls with the same K the evaluation is captured,
+    and checked at two other points; a model that cannot be captured goes on as before.
+
+    Args:
+        density: The model.
+        params: Unconstrained learned parameters, held fixed; `density.params` by default.
+        data: Tensors in the place of `density.data`.
+        jacobian: Whether the density is that of unconstrained or of constrained values.
+        patience: Calls with one K before a capture; 0 to capture at once, None for never.
+
+    Attributes:
+        evaluations: Single points evaluated so far.
+    """
+
+    def __init__(
+        self,
+        density: Density,
+        params: Mapping[str, Tensor] | None = None,
+        data: Sequence[Tensor] | None = None,
+        *,
+        jacobian: bool = True,
+        patience: int | None = PATIENCE,
+    ) -> None:
+        self.density = density
+        self.evaluations = 0
+        self._names = list(density.params)
+        held = density.params if params is None else params
+        # Inputs of the recording, and no constants in it: other data take the same library.
+        self._rest = _separate([*(held[name] for name in self._names), *(data or density.data)])
+        self._jacobian = jacobian
+        self._patience = patience
+        self._shapes: dict[int, _Shape] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density `[K]` in nats and its gradient `[K, D]` at unconstrained points `[K, D]`.
+
+        Both are detached. Where the density is not defined they are NaN once captured; before, a
+        matrix without a Cholesky factor raises as it does in torch.
+        """
+        self.evaluations += len(z)
+        shape = self._shapes.get(len(z))
+        if shape is None:
+            shape = self._shapes.setdefault(len(z), _Shape())
+        z = z.detach().contiguous()
+        if shape.program is None and not shape.note and self._patience is not None:
+            shape.calls += 1
+            if shape.calls > self._patience:
+                self._try_capture(shape, z)
+        if shape.program is None:
+            log_prob, gradient = self._eager(z, *self._rest)
+        else:
+            log_prob, gradient = shape.program(z, *shape.rest)
+        return log_prob, gradient
+
+    def how(self, points: int) -> str:
+        """How K points are evaluated: ``native``, ``script``, ``python``, or ``eager``, with reasons."""
+        shape = self._shapes.get(points, _Shape())
+        if shape.program is None:
+            return f"eager: {shape.note}" if shape.note else "eager"
+        note = shape.program.note
+        return f"{shape.program.how} ({note})" if note else shape.program.how
+
+    def _try_capture(self, shape: _Shape, z: Tensor) -> None:
+        with self._lock:
+            if shape.program is not None or shape.note:
+                return
+            with RandomStream(20):
+                others = [z + 0.1 * torch.randn_like(z), z - 0.05 * torch.randn_like(z)]
+            try:
+                shape.program, shape.rest = self._captured(z, others)
+            except CaptureError as error:
+                shape.note = str(error)
+            except RuntimeError as error:
+                # The density is not defined at some point nearby; elsewhere it may be.
+                shape.failures += 1
+                if shape.failures >= _ATTEMPTS:
+                    said = str(error).strip().partition("\n")[0]
+                    shape.note = f"{type(error).__name__}: {said}"
+
+    def _captured(self, z: Tensor, others: Sequence[Tensor]) -> tuple[Program, list[Tensor]]:
+        """A program, and what it takes beside points."""
+        rest = self._rest
+        try:
+            return capture(self._eager, (z.clone(), *rest), [(o, *rest) for o in others]), rest
+        except CaptureError:
+            if not rest:
+                raise
+        # Perhaps Python looks at the data alone (a mask, a number of rows): hold them fixed then.
+        return capture(
+            lambda z: self._eager(z, *rest), (z.clone(),), [(other,) for other in others]
+        ), []
+
+    def _eager(self, z: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        params = dict(zip(self._names, rest, strict=False))
+        data = rest[len(self._names) :]
+        with LOCK, torch.enable_grad():
+            z = z.detach().requires_grad_()
+            log_prob = self.density.log_prob(z, params, data, jacobian=self._jacobian)
+            (gradient,) = torch.autograd.grad(log_prob.sum(), z)
+        return log_prob.detach(), gradient
+
+
+def _separate(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous, detached, and none on another's memory; copied only where they are not so."""
+    seen: set[int] = set()
+    separate = []
+    for tensor in tensors:
+        own = tensor.detach().contiguous()
+        if own.untyped_storage()._cdata in seen or own.storage_offset():
+            own = own.clone()
+        seen.add(own.untyped_storage()._cdata)
+        separate.append(own)
+    return separate
