@@ -12,6 +12,7 @@ from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
 from pyro_vi_kit.guides.delta import Delta
 from pyro_vi_kit.guides.full_rank import FullRank
+from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.registry import first_line, resolve
@@ -32,6 +33,7 @@ class GuideSpec(Protocol):
 REGISTRY: dict[str, type[GuideSpec]] = {
     "delta": Delta,
     "mean_field": MeanField,
+    "low_rank": LowRank,
     "full_rank": FullRank,
     "affine_coupling": AffineCoupling,
     "amortized": Amortized,
@@ -46,6 +48,7 @@ __all__ = [
     "FullRank",
     "Guide",
     "GuideSpec",
+    "LowRank",
     "MeanField",
     "describe",
     "make",

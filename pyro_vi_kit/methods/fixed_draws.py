@@ -17,8 +17,16 @@ from torch import Tensor
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal, PointMass
+from pyro_vi_kit.guides.families import (
+    DenseNormal,
+    DiagonalNormal,
+    Family,
+    GaussianFamily,
+    PointMass,
+)
+from pyro_vi_kit.guides.low_rank import LowRankNormal
 from pyro_vi_kit.methods.draws import matched_normals
+from pyro_vi_kit.methods.low_rank import LowRankShape
 from pyro_vi_kit.methods.minimise import Minimum
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.search import Search
@@ -70,7 +78,8 @@ def applies_to(guide: object) -> bool:
     family = guide.families[guide.blocks[0].name]
     if isinstance(family, PointMass):
         return True
-    return isinstance(family, DiagonalNormal | DenseNormal) and guide.density.dim <= MAX_DIM
+    gaussian = isinstance(family, DiagonalNormal | DenseNormal | LowRankNormal)
+    return gaussian and guide.density.dim <= MAX_DIM
 
 
 def fit(
@@ -99,23 +108,53 @@ def fit(
     family = guide.families[guide.blocks[0].name]
     if isinstance(family, PointMass):
         return _fit_point(family, search, start.loc if isinstance(start, Gaussian) else start)
-    dense = isinstance(family, DenseNormal)
-    gaussian, status = fit_gaussian(search, start, dense=dense, tolerance=tolerance)
-    family.start_from(gaussian.loc, gaussian.scale_tril)  # type: ignore[operator]
+    frame = _frame(search, start)
+    stage = None if search.stopped else _grow(search, _shape(family, frame.best), tolerance)
+    _hand_over(family, frame.best, stage)
+    status = _status(search, stage, tolerance, frame)
     return Outcome(NAME, status, search.losses, search.evaluations)
 
 
-def prefit(density: Density, seed: int, deadline: float | None, start: Tensor | None) -> Gaussian:
+def prefit(
+    density: Density, seed: int, deadline: float | None, start: Tensor | Gaussian | None
+) -> Gaussian:
     """A good Gaussian for a flow or a multi-sample fit to start from.
 
     Raises:
         KeyboardInterrupt: If the user interrupts: of the fit that it is for, nothing is done yet.
     """
     search = Search(density, seed, deadline, Progress("start", enabled=False))
-    gaussian, _ = fit_gaussian(search, start, dense=density.dim <= 200, tolerance=0.1)
+    best = _frame(search, start).best
+    if not search.stopped:
+        stage = _grow(search, Dense(best) if density.dim <= 200 else Diagonal(best), 0.1)
+        best = stage.shape.gaussian(stage.x)
     if search.stopped == "interrupted":
         raise KeyboardInterrupt
-    return gaussian
+    return best
+
+
+def _frame(search: Search, start: Tensor | Gaussian | None) -> Found:
+    if isinstance(start, Gaussian):
+        return Found(start, True)
+    return find_frame(search, starting_points(search) if start is None else start.unsqueeze(0))
+
+
+def _shape(family: Family, frame: Gaussian) -> Shape:
+    if isinstance(family, DenseNormal):
+        return Dense(frame)
+    if isinstance(family, LowRankNormal):
+        return LowRankShape(frame, family.factor.shape[1])
+    return Diagonal(frame)
+
+
+def _hand_over(family: Family, frame: Gaussian, stage: _Stage | None) -> None:
+    """Give the family what was found; the frame's nearest member where nothing was."""
+    if isinstance(family, LowRankNormal) and stage is not None:
+        shape: LowRankShape = stage.shape  # type: ignore[assignment]
+        family.become(*shape.parts(stage.x))
+    elif isinstance(family, GaussianFamily):
+        gaussian = frame if stage is None else stage.shape.gaussian(stage.x)
+        family.start_from(gaussian.loc, gaussian.scale_tril)
 
 
 def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outcome:
@@ -139,25 +178,9 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
     return Outcome(NAME, status, search.losses, search.evaluations)
 
 
-def fit_gaussian(
-    search: Search, start: Tensor | Gaussian | None, *, dense: bool, tolerance: float
-) -> tuple[Gaussian, Status]:
-    """The ELBO-optimal Gaussian, with dense or diagonal covariance, and how the search ended."""
-    if isinstance(start, Gaussian):
-        frame = Found(start, True)
-    else:
-        starts = starting_points(search) if start is None else start.unsqueeze(0)
-        frame = find_frame(search, starts)
-    if search.stopped:
-        return frame.best, _stopped_status(search.stopped)
-    shape: Shape = Dense(frame.best) if dense else Diagonal(frame.best)
-    stage = _grow(search, shape, tolerance)
-    return stage.shape.gaussian(stage.x), _status(search, stage, tolerance, frame.modes)
-
-
 def _grow(search: Search, shape: Shape, tolerance: float) -> _Stage:
     """Optimise on few draws, ask fresh ones, and go on with those until they agree."""
-    draws = 2 ** math.ceil(math.log2(max(64, 4 * search.density.dim)))
+    draws = 2 ** math.ceil(math.log2(max(64, 4 * shape.noise)))
     x = shape.start()
     while True:
         x, found = _optimise(search, shape, x, _noise(search, shape, draws), tolerance)
@@ -215,8 +238,8 @@ def _quality(search: Search, shape: Shape, x: Tensor, noise: Tensor) -> Quality:
     return Quality(-float(loss), float(pairs.std()) / math.sqrt(half), gap)
 
 
-def _status(search: Search, stage: _Stage, tolerance: float, modes: tuple[float, ...]) -> Status:
-    if search.stopped:
+def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found) -> Status:
+    if search.stopped or stage is None:
         return _stopped_status(search.stopped)
     quality, found = stage.quality, stage.found
     if not math.isfinite(quality.elbo):
