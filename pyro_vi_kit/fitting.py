@@ -14,7 +14,7 @@ from torch import Tensor
 from pyro_vi_kit import guides
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import Batches, EagerEngine, OptimizerFactory, PyroEngine
+from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine, OptimizerFactory, PyroEngine
 from pyro_vi_kit.errors import ModelError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.guides.families import GaussianFamily
@@ -58,8 +58,10 @@ def fit(
         objective: ``"elbo"``, ``"iwae"``, ``"renyi"``, or an instance such as
             ``vi.objectives.Renyi(alpha=0.5, particles=16)``.
         method: ``"lbfgs"`` (Gaussian guides, ELBO), ``"stochastic"``, or ``"auto"``.
-        engine: ``"eager"`` steps on the vectorised density, ``"pyro"`` is a literal
-            `pyro.infer.SVI`; ``"auto"`` takes eager wherever the model and guide allow it.
+        engine: ``"captured"`` records a step on the vectorised density and replays it, compiled once
+            a fit turns out to be long; ``"compiled"`` waits for the compiler (10 to 30 seconds) first;
+            ``"eager"`` runs the model at each step; ``"pyro"`` is a literal `pyro.infer.SVI`.
+            ``"auto"`` captures wherever the model and guide allow it.
         tol: Nats: an improvement or a disagreement below it counts as none.
         budget: Seconds after which to stop with what there is.
         init: ``"auto"``: near the mode, and flows and multi-sample fits from the best Gaussian;
@@ -119,9 +121,9 @@ def _trainee(
 
 def _density_or_none(request: Request) -> Density | None:
     """For a Pyro guide of the user's: what the model is called on, where a Density can say it."""
-    if request.engine == "eager":
+    if request.engine not in ("auto", "pyro"):
         raise OptionError(
-            "engine='eager' runs the guides of this package; a Pyro guide callable needs "
+            f"engine={request.engine!r} runs the guides of this package; a Pyro guide callable needs "
             "engine='pyro' (or 'auto')"
         )
     try:
@@ -152,27 +154,27 @@ def _train(
     _initialise(request, trainee, density)
     batches = _batches(request, trainee)
     request = _with_particles(request, density)
-    if request.engine == "pyro":
-        engine = PyroEngine(
-            request.model,
-            trainee,
-            request.objective,
-            seed=request.seed,
-            density=density,
-            batches=batches,
-            optimizer=request.optimizer,
-        )
-    else:
-        engine = EagerEngine(
-            trainee,
-            request.objective,
-            seed=request.seed,
-            batches=batches,
-            optimizer=request.optimizer,
-        )
+    engine = _engine(request, trainee, density, batches)
     outcome, bound = _run_stochastic(request, name, engine)
     approximation = GuideApproximation(name, trainee, engine.params)
     return approximation, outcome, engine.name, bound if request.objective.multi_sample else None
+
+
+def _engine(
+    request: Request, guide: Guide, density: Density, batches: Batches | None
+) -> EagerEngine | PyroEngine:
+    """What executes the steps."""
+    options: dict[str, Any] = {
+        "seed": request.seed,
+        "batches": batches,
+        "optimizer": request.optimizer,
+    }
+    if request.engine == "pyro":
+        return PyroEngine(request.model, guide, request.objective, density=density, **options)
+    if request.engine == "eager":
+        return EagerEngine(guide, request.objective, **options)
+    compiled = request.engine == "compiled"
+    return CapturedEngine(guide, request.objective, compiled=compiled, **options)
 
 
 def _with_particles(request: Request, density: Density) -> Request:
@@ -255,7 +257,7 @@ def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
     return (
         fixed_draws.applies_to(guide)
         and not request.objective.multi_sample
-        and request.engine in ("auto", "eager")
+        and request.engine != "pyro"
         and request.optimizer is None
         and request.batch_size is None
     )

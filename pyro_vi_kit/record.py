@@ -16,7 +16,7 @@ class Record:
     Attributes:
         objective: What was maximised.
         method: ``lbfgs`` or ``stochastic``.
-        engine: ``eager`` or ``pyro``.
+        engine: ``captured``, ``compiled``, ``eager`` or ``pyro``.
         status: How it ended.
         losses: Minus the bound at each step, nats.
         evaluations: Per-sample gradient evaluations of the log density.

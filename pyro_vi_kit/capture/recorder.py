@@ -109,7 +109,7 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         many = isinstance(result, tuple | list)
         results = result if many else () if result is None else (result,)
-        _require_static(func, results)
+        _require_static(func, args, results)
         names = tuple(self._new(tensor) for tensor in results)
         self._nodes.append(Node(func, references, keywords, names, many, bool(targets)))
         return result
@@ -275,12 +275,19 @@ def _view(tensor: Tensor) -> tuple:
     )
 
 
-def _require_static(func: Any, results: Sequence[Any]) -> None:
+def _require_static(func: Any, args: tuple, results: Sequence[Any]) -> None:
     """Refuse operations whose result's shape, or whose Python value, depends on their values."""
-    if torch.Tag.dynamic_output_shape in func.tags:
+    if torch.Tag.dynamic_output_shape in func.tags and not _is_gather(func, args):
         raise CaptureError(f"the shape of a result depends on latents ({func})")
     if any(not isinstance(value, Tensor) and value is not None for value in results):
         raise CaptureError(f"a Python value depends on latents ({func})")
+
+
+def _is_gather(func: Any, args: tuple) -> bool:
+    """Whether this is `x[indices]`; with a mask, `x[mask]`, the result's length is the mask's."""
+    if func is not torch.ops.aten.index.Tensor:
+        return False
+    return all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
 
 
 def _pruned(graph: Graph) -> Graph:

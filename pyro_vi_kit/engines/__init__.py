@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pyro_vi_kit.engines.base import Engine, Stretch
 from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.engines.captured import CapturedEngine
 from pyro_vi_kit.engines.eager import EagerEngine, OptimizerFactory
 from pyro_vi_kit.engines.pyro import PyroEngine
 
-NAMES = ("auto", "eager", "pyro")
+NAMES = ("auto", "captured", "compiled", "eager", "pyro")
 
 __all__ = [
     "NAMES",
     "Batches",
+    "CapturedEngine",
     "EagerEngine",
     "Engine",
     "OptimizerFactory",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,13 +23,12 @@ class Stretch:
 
 
 class Engine(Protocol):
-    """Executes steps and holds the parameters they move.
+    """Executes steps and holds the parameters they move."""
 
-    Attributes:
-        name: ``eager`` or ``pyro``.
-    """
-
-    name: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """How steps are executed now: one of `engines.NAMES`."""
+        ...
 
     @property
     def skipped(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,8 +36,6 @@ class EagerEngine:
         estimator: Of the gradient: ``pathwise`` or ``dreg``.
     """
 
-    name: ClassVar[str] = "eager"
-
     def __init__(
         self,
         guide: Guide,
@@ -67,6 +64,11 @@ class EagerEngine:
         self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
 
     @property
+    def name(self) -> str:
+        """What the engine is called."""
+        return "eager"
+
+    @property
     def particles(self) -> int:
         """K."""
         return self.objective.particles
@@ -89,7 +91,7 @@ class EagerEngine:
             average.add({"": self.adam.x})
         found = torch.stack(bounds).double()
         self.skipped += int(found.isnan().sum())
-        means = _split(average.values[""], self.trained)
+        means = split(average.values[""], self.trained)
         constants = {n: p.detach().clone() for n, p in self.parameters().items() if n not in means}
         return Stretch(found, means | constants)
 
@@ -117,7 +119,7 @@ class EagerEngine:
             self.adam = state._replace(x=self.adam.x.copy_(state.x))
         elif finite:
             for parameter, part in zip(
-                self.trained.values(), _split(gradient, self.trained).values(), strict=True
+                self.trained.values(), split(gradient, self.trained).values(), strict=True
             ):
                 parameter.grad = part
             self._optimizer.step()
@@ -155,7 +157,7 @@ def _flattened(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
     return flat
 
 
-def _split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts of a vector `[P]` in the shapes of these parameters."""
     parts = flat.split([value.numel() for value in like.values()])
     return {

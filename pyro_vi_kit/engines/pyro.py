@@ -9,7 +9,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -66,10 +66,9 @@ class PyroEngine:
         optimizer: Makes a torch optimiser from parameters; Adam when None.
 
     Raises:
-        OptionError: If `RenyiELBO` would give a wrong bound or gradient for this combination.
+        OptionError: If `RenyiELBO` would give a wrong bound or gradient for this combination, or the
+            model has discrete sites that a guide of this package does not hold.
     """
-
-    name: ClassVar[str] = "pyro"
 
     def __init__(
         self,
@@ -82,6 +81,12 @@ class PyroEngine:
         batches: Batches | None = None,
         optimizer: Callable[..., Any] | None = None,
     ) -> None:
+        if isinstance(guide, Guide) and guide.density.discrete:
+            raise OptionError(
+                "engine='pyro' runs Trace_ELBO, which would draw the discrete site(s) "
+                f"{', '.join(site.name for site in guide.density.discrete)} from their prior; leave "
+                "engine= out to sum them out"
+            )
         self.model = model
         self.guide = guide
         self.objective = objective
@@ -110,6 +115,11 @@ class PyroEngine:
         if objective.multi_sample:
             with self._running(RandomStream(seed)):
                 _require_valid_multi_sample(self._traces(), objective, batches)
+
+    @property
+    def name(self) -> str:
+        """What the engine is called."""
+        return "pyro"
 
     @property
     def particles(self) -> int:
