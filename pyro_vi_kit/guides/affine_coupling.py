@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.families import CouplingFlow
+from pyro_vi_kit.guides.coupling import CouplingFlow
 from pyro_vi_kit.guides.full_rank import require_dense
 from pyro_vi_kit.guides.mean_field import require_positive
 
@@ -24,10 +24,11 @@ class AffineCoupling:
     """RealNVP flow over a Gaussian: bends what the Gaussian cannot (funnels, bananas).
 
     Args:
-        layers: Number of coupling layers.
+        layers: Number of coupling layers. In each, one half of the coordinates moves the other, and in
+            the next layer the halves change roles.
         hidden: Widths of the tanh network in each layer.
-        permutations: How coordinates change places between layers: ``random`` (drawn once, from the
-            fit's seed), ``reverse``, or ``none``.
+        permutations: How coordinates change places behind each pair of layers: ``random`` (drawn once,
+            from the fit's seed), ``reverse``, or ``none``.
         init_scale: Initial standard deviation of the Gaussian, in unconstrained units.
 
     Raises:
@@ -36,8 +37,8 @@ class AffineCoupling:
 
     name: ClassVar[str] = "affine_coupling"
 
-    layers: int = 4
-    hidden: tuple[int, ...] = (32, 32)
+    layers: int = 8
+    hidden: tuple[int, ...] = (32,)
     permutations: Permutations = "random"
     init_scale: float = 0.1
 
@@ -67,11 +68,15 @@ class AffineCoupling:
         return Guide(self.name, density, {density.block: family})
 
     def _orders(self, dim: int) -> Tensor:
-        """The coordinates' order behind each layer, `[layers, D]`."""
-        if self.permutations == "random":
-            return torch.stack([torch.randperm(dim) for _ in range(self.layers)])
+        """The coordinates' order behind each pair of layers, `[layers // 2, D]`."""
         order = torch.arange(dim)
-        return (order.flip(0) if self.permutations == "reverse" else order).repeat(self.layers, 1)
+        orders = {
+            "random": lambda: torch.randperm(dim),
+            "reverse": lambda: order.flip(0),
+            "none": lambda: order,
+        }
+        made = [orders[self.permutations]() for _ in range(self.layers // 2)]
+        return torch.stack(made) if made else order.new_zeros(0, dim)
 
 
 def require_widths(name: str, hidden: object) -> tuple[int, ...]:

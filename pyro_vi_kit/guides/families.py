@@ -14,7 +14,6 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.distributions.util import detach
-from pyro.nn import DenseNN
 from torch import Tensor, nn
 
 
@@ -144,64 +143,6 @@ class DenseNormal(GaussianFamily):
     def centre_on(self, loc: Tensor) -> None:
         """Move the mean, in a frame that is still the unit one."""
         self.loc.copy_(loc)
-
-
-class CouplingFlow(GaussianFamily):
-    """RealNVP coupling layers under an affine map (Dinh, Sohl-Dickstein & Bengio 2017).
-
-    The layers start as the identity, so at first this is the Gaussian of the affine map, and the
-    flow learns what that Gaussian lacks. With one dimension nothing can be coupled: the map is all.
-
-    Args:
-        dim: D.
-        layers: Number of coupling layers.
-        hidden: Widths of each layer's network.
-        permutations: Order of the coordinates behind each layer, `[layers, D]`.
-        scale: Initial standard deviation.
-    """
-
-    def __init__(
-        self, dim: int, layers: int, hidden: Sequence[int], permutations: Tensor, scale: float
-    ) -> None:
-        super().__init__()
-        self.affine = DenseNormal(dim, scale)
-        self.permutations: Tensor
-        self.register_buffer("permutations", permutations)
-        split = dim // 2
-        self.networks = nn.ModuleList(
-            _identity_start(DenseNN(split, list(hidden), [dim - split, dim - split], nn.Tanh()))
-            for _ in range(layers if dim > 1 else 0)
-        )
-        self._dim, self._split = dim, split
-
-    def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        """The distribution, event shape `[D]`."""
-        base = dist.Normal(self.affine.loc.new_zeros(self._dim), 1.0).to_event(1)
-        parts: list = []
-        for network, permutation in zip(self.networks, self.permutations, strict=False):
-            parts.append(dist.transforms.AffineCoupling(self._split, network))
-            parts.append(dist.transforms.Permute(permutation, cache_size=1))
-        # Every part caches, so that log_prob of a draw goes back the way that it came.
-        parts.append(dist.transforms.LowerCholeskyAffine(*self.affine.moments(), cache_size=1))
-        return dist.TransformedDistribution(base, parts)
-
-    def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Take this Gaussian as the frame; parameters go back to zero."""
-        self.affine.start_from(loc, scale_tril)
-        for network in self.networks:
-            _identity_start(network)
-
-    def centre_on(self, loc: Tensor) -> None:
-        """Move the mean of the affine map."""
-        self.affine.centre_on(loc)
-
-
-def _identity_start(network: nn.Module) -> nn.Module:
-    """Zero the last layer: shift 0 and log scale 0, whatever goes in."""
-    with torch.no_grad():
-        for parameter in network.layers[-1].parameters():  # type: ignore[union-attr,index]
-            parameter.zero_()
-    return network
 
 
 class EncodedNormal(Family):
