@@ -8,6 +8,7 @@ a support may depend on other latents, and a cached transform would silently be 
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -57,10 +58,16 @@ class Visit:
         """The same without the scale."""
         log_prob = self.fn.log_prob(self.value)
         if self.mask is False:
-            return torch.zeros_like(log_prob)
+            return torch.full_like(log_prob, self._hidden())
         if isinstance(self.mask, Tensor):
-            log_prob = torch.where(self.mask, log_prob, 0.0)
+            log_prob = torch.where(self.mask, log_prob, self._hidden())
         return log_prob
+
+    def _hidden(self) -> float:
+        """What stands where a mask hides: nothing, or for a discrete latent what sums to one."""
+        if self.kind == "discrete" and self.fn.has_enumerate_support:
+            return -math.log(self.fn.enumerate_support(expand=False).shape[0])
+        return 0.0
 
 
 @dataclass

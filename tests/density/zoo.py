@@ -29,7 +29,7 @@ def normals(*shape: int, seed: int = 0) -> Tensor:
 
 
 Y = normals(7)
-COUNTS = torch.tensor([0.0, 0.0, 3.0, 1.0, 0.0, 5.0, 2.0])
+COUNTS = torch.tensor([0.0, 0.0, 3.0, 1.0, 0.0, 5.0, 2.0], dtype=torch.float64)
 X = normals(7, 3, seed=1)
 
 
