@@ -9,7 +9,7 @@ import pytest
 import torch
 from conjugate import exact
 from pyro import poutine
-from pyro.infer import SVI, Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 from pyro.poutine.util import site_is_subsample
@@ -157,14 +157,27 @@ def test_vectorised_particles_agree_with_a_loop(name, float64):
 def test_it_runs_in_a_stock_svi(name):
     model = load(name).MODEL
     pyro.set_rng_seed(0)
-    guide = AutoNormal(model.fn)
-    elbo = Trace_ELBO(num_particles=K, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(model.fn, guide, Adam({"lr": 0.01}), loss=elbo)
+    nodes = trace(model).nodes.values()
+    discrete = [n["name"] for n in nodes if is_discrete_latent(n)]
+    guide = AutoNormal(poutine.block(model.fn, hide=discrete))
+    loss = TraceEnum_ELBO if discrete else Trace_ELBO
+    elbo = loss(num_particles=K, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(config_enumerate(model.fn), guide, Adam({"lr": 0.01}), loss=elbo)
     losses = torch.tensor([svi.step(*model.args) for _ in range(2)])
     assert torch.isfinite(losses).all()
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "vae"])
+def is_discrete_latent(site):
+    if site["type"] != "sample" or site["is_observed"] or site_is_subsample(site):
+        return False
+    return site["fn"].support.is_discrete
+
+
+# The one predicts from codes, the other has a site for each day.
+WITHOUT_Y = ("vae", "hmm")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_Y])
 def test_it_predicts_without_the_outcome(name, dtype):
     model = load(name).MODEL
     assert list(inspect.signature(model.fn).parameters)[-1] == "y"

@@ -68,7 +68,11 @@ def guides_for(density):
         yield name
 
 
-@pytest.mark.parametrize("name", NAMES)
+# Trace_ELBO does not sum out discrete sites: test_enumeration.py compares them with what does.
+DISCRETE = ("mixture_clusters", "hmm")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DISCRETE])
 def test_log_weights_of_every_guide(name):
     model = load(name)
     density = Density(model)
@@ -86,6 +90,10 @@ def test_log_weights_of_every_guide(name):
         draw, index = same_draw(guide, trace)
         with torch.no_grad():
             found = guide.weigh(draw, index=index).joint()[0]
+        if name == "missing_data":
+            # Where a row was observed, its latent stands idle and gets a density of its own.
+            idle = draw.z["y_unobserved"][0][model.args[1] > 0]
+            expected = expected + torch.distributions.Normal(0.0, 1.0).log_prob(idle).sum()
         # Sums of up to 10^5 terms in float64, in another order.
         torch.testing.assert_close(found, expected.detach(), rtol=1e-10, atol=1e-10)
         tried.append(guide_name)
