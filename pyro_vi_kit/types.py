@@ -79,8 +79,14 @@ class Status:
             ``diverged``, the bound became NaN or infinite; ``not converged``, the optimiser could
             not go on.
         advice: What happened and what to try, one or two sentences.
+        gap: Nats by which the ELBO is estimated to fall short of the guide's best, on draws that the
+            guide was not fitted to; None where that was not measured.
+        modes: Distinct modes of the log density that searches from several points ended in; None where
+            there was one search or none.
     """
 
     converged: bool
     reason: Reason
     advice: str
+    gap: float | None = None
+    modes: int | None = None

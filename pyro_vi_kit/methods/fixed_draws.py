@@ -4,7 +4,8 @@ With its noise held fixed the ELBO is an ordinary function, and L-BFGS needs ten
 stochastic gradients need thousands (Giordano, Ingram & Broderick 2024; Burroni, Domke & Sheldon
 2023). The search runs in coordinates in which the posterior is roughly round. Each optimum is put to
 fresh draws: their gradient there says how much the fixed ones misled, in nats; when that is too much,
-the fresh draws, twice as many, are the next to be held fixed.
+the fresh draws, twice as many, are the next to be held fixed. Where that would take too many of them,
+natural gradients on ever new draws do the rest.
 """
 
 from __future__ import annotations
@@ -13,30 +14,33 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.guides.families import (
-    DenseNormal,
-    DiagonalNormal,
-    Family,
-    GaussianFamily,
-    PointMass,
-)
+from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal, GaussianFamily, PointMass
 from pyro_vi_kit.guides.low_rank import LowRankNormal
 from pyro_vi_kit.methods.draws import matched_normals
 from pyro_vi_kit.methods.low_rank import LowRankShape
 from pyro_vi_kit.methods.minimise import Minimum
+from pyro_vi_kit.methods.natural import BATCH, climb, shortfall
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Dense, Diagonal, Gaussian, Shape
 from pyro_vi_kit.methods.starts import Found, find_frame, find_modes, starting_points
 from pyro_vi_kit.progress import Progress
-from pyro_vi_kit.types import Status
+from pyro_vi_kit.types import Reason, Status
 
 NAME = "lbfgs"
 _MAX_DRAWS = 8192
+# Above, new draws for each step cost less than more fixed ones: logistic regression in 500 dimensions.
+_FEW_DIMS = 50
+_MAX_STEPS = 4096
+_CHECK = 2048
+# A mode this many nats behind holds a hundredth of the mass.
+_CLOSE_CALL = 4.6
+# What is asked for is out of reach in hundreds of dimensions: nats per dimension.
+_PER_DIM = 1e-4
 # The Hessian takes D points of D numbers, and draws have to outnumber dimensions.
 MAX_DIM = 1000
 
@@ -139,7 +143,7 @@ def _frame(search: Search, start: Tensor | Gaussian | None) -> Found:
     return find_frame(search, starting_points(search) if start is None else start.unsqueeze(0))
 
 
-def _shape(family: Family, frame: Gaussian) -> Shape:
+def _shape(family: nn.Module, frame: Gaussian) -> Shape:
     if isinstance(family, DenseNormal):
         return Dense(frame)
     if isinstance(family, LowRankNormal):
@@ -147,7 +151,7 @@ def _shape(family: Family, frame: Gaussian) -> Shape:
     return Diagonal(frame)
 
 
-def _hand_over(family: Family, frame: Gaussian, stage: _Stage | None) -> None:
+def _hand_over(family: nn.Module, frame: Gaussian, stage: _Stage | None) -> None:
     """Give the family what was found; the frame's nearest member where nothing was."""
     if isinstance(family, LowRankNormal) and stage is not None:
         shape: LowRankShape = stage.shape  # type: ignore[assignment]
@@ -180,6 +184,8 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
 
 def _grow(search: Search, shape: Shape, tolerance: float) -> _Stage:
     """Optimise on few draws, ask fresh ones, and go on with those until they agree."""
+    tolerance = max(tolerance, _PER_DIM * search.density.dim)
+    many_dims = isinstance(shape, Dense) and search.density.dim > _FEW_DIMS
     draws = 2 ** math.ceil(math.log2(max(64, 4 * shape.noise)))
     x = shape.start()
     while True:
@@ -187,9 +193,32 @@ def _grow(search: Search, shape: Shape, tolerance: float) -> _Stage:
         shape, x = shape.reframed(x)
         quality = _quality(search, shape, x, _noise(search, shape, 2 * draws))
         stage = _Stage(shape, x, draws, found, quality)
-        if search.stopped or quality.gap <= tolerance or 2 * draws > _MAX_DRAWS:
+        if search.stopped or quality.gap <= tolerance or not math.isfinite(quality.elbo):
             return stage
+        if many_dims or 2 * draws > _MAX_DRAWS:
+            return _polished(search, stage, tolerance) if isinstance(shape, Dense) else stage
         draws *= 2
+
+
+def _polished(search: Search, stage: _Stage, tolerance: float) -> _Stage:
+    """Natural gradients until what they may have missed is below the tolerance."""
+    gaussian = stage.shape.gaussian(stage.x)
+    # The fixed draws count as steps taken: an average over them is what there is.
+    steps = first = max(1, stage.draws // BATCH)
+    while True:
+        gaussian = climb(search, gaussian, steps=steps, first=first)
+        first += steps
+        shape = Dense(gaussian)
+        x = shape.start()
+        if search.stopped:
+            return _Stage(shape, x, stage.draws, stage.found, stage.quality)
+        gap, se = shortfall(search, gaussian, _CHECK)
+        quality = _quality(search, shape, x, _noise(search, shape, _CHECK))
+        quality = Quality(quality.elbo, quality.se, max(gap, 0.0) + 2.0 * se)
+        stage = _Stage(shape, x, _CHECK // 2, stage.found, quality)
+        if quality.gap <= tolerance or first >= _MAX_STEPS:
+            return stage
+        steps = min(first, _MAX_STEPS - first)
 
 
 def _noise(search: Search, shape: Shape, draws: int) -> Tensor:
@@ -251,23 +280,42 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
         )
     said = (
         f"ELBO {quality.elbo:.3f} nats (s.e. {quality.se:.3f}) on {2 * stage.draws} fresh draws, "
-        f"within {quality.gap:.3f} of the guide's best"
+        f"within {max(quality.gap, 0.001):.3f} of the guide's best"
     )
+    if len(frame.modes) > 1:
+        said += f". {_modes_words(frame.modes)}"
+    tolerance = max(tolerance, _PER_DIM * search.density.dim)
+
+    def status(reason: Reason, advice: str) -> Status:
+        modes = len(frame.modes) or None
+        return Status(reason == "converged", reason, advice, quality.gap, modes)
+
     if not found.converged:
-        return Status(
-            False,
+        return status(
             "not converged",
             f"L-BFGS stopped ({found.message}); {said}. The posterior may have no end in some "
             "direction: look at vi.check(model) for improper priors, or try method='stochastic'.",
         )
     if quality.gap > tolerance:
-        return Status(
-            False,
+        return status(
             "not converged",
-            f"{said}, tolerance {tolerance:g}: the draws held fixed are too few for this posterior. "
-            "Try guide='affine_coupling', or method='stochastic'.",
+            f"{said}, tolerance {tolerance:g}: this posterior needs more draws than were spent. "
+            "Give a larger tol=, or try guide='affine_coupling'.",
         )
-    return Status(True, "converged", f"{said}.")
+    return status("converged", f"{said}.")
+
+
+def _modes_words(modes: tuple[float, ...]) -> str:
+    lead = modes[0] - modes[1]
+    if lead < _CLOSE_CALL:
+        return (
+            f"Searches from several points ended in {len(modes)} modes, and Laplace's log evidence of "
+            f"the best is only {lead:.1f} nats above the next: this guide covers one of them"
+        )
+    return (
+        f"Searches from several points ended in {len(modes)} modes; this is the best, by "
+        f"{lead:.1f} nats of Laplace's log evidence"
+    )
 
 
 def _stopped_status(stopped: str) -> Status:

@@ -66,16 +66,19 @@ def laplace(search: Search, z: Tensor, log_prob: float, gradient: Tensor) -> Lap
 def hessian(density: Density, z: Tensor) -> Tensor:
     """Hessian of the log density at `[D]`, `[D, D]`: D gradients of gradients in one batch.
 
-    Falls back to central differences of gradients where an operation cannot be differentiated twice.
+    Falls back to central differences of gradients where an operation cannot be differentiated twice, or
+    its second derivative is not finite (`logaddexp` far from a tie).
     """
     points = z.detach().expand(density.dim, -1).clone().requires_grad_()
     try:
         (gradient,) = torch.autograd.grad(density.log_prob(points).sum(), points, create_graph=True)
         (rows,) = torch.autograd.grad(gradient.diagonal().sum(), points)
     except RuntimeError:
+        rows = torch.full_like(points, torch.nan)
+    if not bool(rows.isfinite().all()):
         step = 1e-4 * (1.0 + z.abs())
         shifts = step.diag()
         _, forward = density.log_prob_and_grad(z + shifts)
         _, backward = density.log_prob_and_grad(z - shifts)
         rows = (forward - backward) / (2.0 * step[:, None])
-    return (rows + rows.T) / 2
+    return ((rows + rows.T) / 2).detach()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -82,11 +83,6 @@ class Search:
 
         With ``record`` the values count as losses of the fit.
         """
-
-        def on_value(value: float) -> None:
-            self.losses.append(value)
-            self.progress.step(-value)
-
         found = minimise_several(
             function,
             starts,
@@ -95,7 +91,17 @@ class Search:
             max_evaluations=max_evaluations,
             patience=patience,
             deadline=self.deadline,
-            on_value=on_value if record else None,
+            on_value=self.record if record else None,
         )
         self.stopped = self.stopped or next((m.stopped for m in found if m.stopped), "")
         return found
+
+    def record(self, loss: float) -> None:
+        """Take note of minus the ELBO, in nats."""
+        self.losses.append(loss)
+        self.progress.step(-loss)
+
+    def check_time(self) -> None:
+        """Stop the fit when its budget is over."""
+        if not self.stopped and self.deadline is not None and time.monotonic() > self.deadline:
+            self.stopped = "budget"

@@ -214,7 +214,7 @@ def _best_on_the_way(search: Search, found: list[Minimum], modes: list[Laplace])
 def _elbo(search: Search, gaussian: Gaussian) -> float:
     """The ELBO on a few draws, nats; minus infinity where it is not finite."""
     shape = Dense(gaussian)
-    draws = max(32, 2 * search.density.dim + 2)
+    draws = min(max(32, 2 * search.density.dim + 2), 128)
     noise = matched_normals(draws, shape.noise, search.seed).to(search.density.dtype)
     x = shape.start()
     loss, _ = shape.loss(x, noise, *search.evaluate(shape.place(x, noise)))

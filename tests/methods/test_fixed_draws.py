@@ -19,6 +19,7 @@ from pyro_vi_kit.methods.draws import matched_normals
 from pyro_vi_kit.methods.laplace import hessian
 from pyro_vi_kit.methods.low_rank import LowRankShape
 from pyro_vi_kit.methods.minimise import minimise, minimise_several
+from pyro_vi_kit.methods.natural import BATCH, climb, shortfall
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Dense, Diagonal, Gaussian
 from pyro_vi_kit.methods.starts import find_frame, find_modes, starting_points
@@ -574,3 +575,92 @@ def test_what_it_applies_to():
     )
     assert not fixed_draws.applies_to(guides.make("affine_coupling", density))
     assert not fixed_draws.applies_to(lambda: None)
+
+
+# -- natural gradients, and what is left to gain ----------------------------------------------
+
+
+def frame_and_search(dim):
+    model, mean, covariance = gaussian(dim)
+    return search_on(Density(model)), mean, covariance
+
+
+def test_natural_gradients_find_a_gaussian_without_noise():
+    """With the score of q left out every draw of a Gaussian target says the same."""
+    search, mean, covariance = frame_and_search(5)
+    start = Gaussian(mean + 1.0, 2.0 * torch.linalg.cholesky(covariance))
+    found = climb(search, start, steps=60)
+    torch.testing.assert_close(found.loc, mean, rtol=0, atol=1e-3)
+    tril = found.scale_tril
+    torch.testing.assert_close(tril @ tril.T, covariance, rtol=1e-3, atol=1e-3)
+    assert len(search.losses) == 60
+    assert search.evaluations == 60 * BATCH
+
+
+def test_the_shortfall_is_the_kl_from_the_best_gaussian():
+    """Of a Gaussian target, to second order: KL of N(d, I) is d^2 / 2, of sds 1 + e about e^2 D."""
+    search, mean, covariance = frame_and_search(4)
+    tril = torch.linalg.cholesky(covariance)
+    for shift, scale, expected in ((0.2, 1.0, 0.08), (0.0, 1.05, 4 * 0.05**2)):
+        near = Gaussian(mean + tril @ torch.full((4,), shift), scale * tril)
+        gap, se = shortfall(search, near, 4096)
+        # Third order terms: scale^2 - 1 is 0.1025 where 2 e is 0.1.
+        assert gap == pytest.approx(expected, rel=0.1, abs=3 * se)
+
+
+def test_a_logistic_regression_in_sixty_dimensions_is_told_its_gap_honestly():
+    """Against natural gradients of 200,000 draws more; D > 50 takes the path of many dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(150, 60, generator=generator)
+    y = (torch.rand(150, generator=generator) < torch.sigmoid(x[:, :5].sum(-1))).double()
+
+    def model(x, y):
+        beta = pyro.sample("beta", dist.Normal(torch.zeros(60), 1.0).to_event(1))
+        pyro.sample("y", dist.Bernoulli(logits=x @ beta).to_event(1), obs=y)
+
+    density = Density(vi.Model(model, x, y))
+    guide = guides.make("full_rank", density)
+    outcome = fit(guide, tolerance=0.05)
+    assert outcome.status.converged
+    assert outcome.status.gap is not None
+    assert outcome.status.modes == 1
+    assert outcome.status.gap <= 0.05
+    loc, scale_tril = (t.detach() for t in guide.families["latent"].moments())
+    best = climb(search_on(density, seed=9), Gaussian(loc, scale_tril), steps=1500, first=500)
+    # The same normals for both: the ELBOs' difference has little noise.
+    noise = torch.randn(10_000, 60, generator=generator)
+    weights = [
+        density.log_prob(g.loc + noise @ g.scale_tril.T) + g.scale_tril.diagonal().log().sum()
+        for g in (best, Gaussian(loc, scale_tril))
+    ]
+    difference = weights[0] - weights[1]
+    se = float(difference.std()) / 100.0
+    assert -3 * se < float(difference.mean()) < outcome.status.gap + 3 * se
+
+
+def test_two_modes_are_reported_and_the_heavier_one_taken():
+    """0.8 N(-4, 1) + 0.2 N(6, 1/16), both as high as the other; second derivatives of logaddexp fail."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 10.0))
+        near = math.log(0.8) - 0.5 * (z + 4.0) ** 2
+        far = math.log(0.2 * 4.0) - 8.0 * (z - 6.0) ** 2
+        pyro.factor("f", torch.logaddexp(near, far) + z**2 / 200.0)
+
+    search = search_on(Density(vi.Model(model)))
+    found = find_frame(search, torch.tensor([[-1.0], [5.0], [-6.0], [9.0]]))
+    assert len(found.modes) == 2
+    # The factor takes the prior out again: log(0.8 / 0.2) is left.
+    assert found.modes[0] - found.modes[1] == pytest.approx(math.log(4.0), abs=0.01)
+    assert float(found.best.loc) == pytest.approx(-4.0, abs=0.05)
+
+
+def test_starts_that_end_in_different_modes_are_said():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("f", -20.0 * (z**2 - 1.0) ** 2)
+
+    outcome = fit(guides.make("full_rank", Density(vi.Model(model))))
+    assert outcome.status.modes == 2
+    assert "ended in 2 modes" in outcome.status.advice
+    assert "covers one of them" in outcome.status.advice
