@@ -51,7 +51,7 @@ def nuts(
     parameter store are left alone.
 
     Args:
-        model: The model and its data; its latents must be continuous.
+        model: The model and its data. Discrete latents are summed out, and drawn afterwards.
         chains: Independent chains. Fewer than two cannot show whether they agree.
         draws: Draws kept per chain.
         tune: Warm-up draws per chain, thrown away; 400 with nutpie and 800 with Pyro by default.
@@ -111,7 +111,8 @@ def nuts(
         "frozen_parameters": ", ".join(target.params),
     }
     groups = _groups(target, plan, result)
-    report = diagnose(to_arviz({name: groups[name] for name in ("posterior", "sample_stats")}))
+    judged = {"posterior": _sampled_group(target, groups), "sample_stats": groups["sample_stats"]}
+    report = diagnose(to_arviz(judged))
     for problem in report.problems:
         warnings.warn(problem, SamplerWarning, stacklevel=2)
     return to_arviz(groups, coords_of(model, groups), facts | _verdict(report))
@@ -167,6 +168,14 @@ def _groups(target: Target, plan: Plan, result: Draws) -> dict[str, Group]:
         target.density, z, chains=plan.chains, params=target.params, seed=plan.seed
     )
     return groups | {"sample_stats": Group(result.stats)}
+
+
+def _sampled_group(target: Target, groups: Mapping[str, Group]) -> Group:
+    """The posterior without discrete sites, which are drawn afresh at each draw of the chains."""
+    discrete = {site.name for site in target.density.discrete}
+    variables = groups["posterior"].variables
+    kept = {name: values for name, values in variables.items() if name not in discrete}
+    return replace(groups["posterior"], variables=kept)
 
 
 def _verdict(report: SamplerReport) -> dict[str, Any]:

@@ -134,3 +134,45 @@ def test_draws_have_the_shapes_of_the_sites(name):
         if site.kind == "observed":
             assert likelihood[site.name].shape == (K, *site.batch_shape)
             assert name in UNSAMPLED or simulated[site.name].shape == shape
+
+
+# One of each kind, for tests that take longer.
+FITTED = [
+    "lkj_cholesky",
+    "wishart",
+    "von_mises",
+    "ordered",
+    "simplex_rows",
+    "dynamic_support",
+    "obs_mask",
+    "zero_inflated_negative_binomial",
+    "truncated",
+    "ar",
+    "garch",
+    "discrete_hmm",
+    "gaussian_hmm",
+    "chains_of_different_lengths",
+    "nested",
+    "global_switch",
+]
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_it_is_fitted_and_exported(name):
+    entry = (zoo.CONTINUOUS | zoo.DISCRETE)[name]
+    posterior = vi.fit(vi.Model(entry.fn, *entry.args), "mean_field", seed=0)
+    assert posterior.status.reason == "converged"
+    assert posterior.elbo is not None
+    # An ELBO is at most the evidence; standard errors of both.
+    evidence, se = posterior.log_evidence
+    assert posterior.elbo <= evidence + 5 * (posterior.elbo_se + se)
+    groups = posterior.groups(7, seed=0)
+    structure = posterior.density.structure
+    assert ("posterior_predictive" in groups) == (name not in UNSAMPLED)
+    for group in ("posterior", "posterior_predictive", "log_likelihood", "prior"):
+        for site, values in groups[group].variables.items() if group in groups else ():
+            known = structure.sites[site]
+            event = () if group == "log_likelihood" else known.event_shape
+            plates = tuple(p.size for p in sorted(known.plates, key=lambda p: p.dim))
+            assert values.shape[2:] == (*plates, *event), (group, site)
+            assert len(groups[group].dims[site]) == values.ndim - 2
