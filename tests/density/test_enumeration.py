@@ -95,7 +95,7 @@ def test_a_minibatch_has_one_unscaled_number_per_row():
 def test_a_minibatch_of_a_plate_inside_a_discrete_site_is_refused():
     density = density_of(rows, True)
     z, index = density.block.unpack(points(density)), torch.tensor([4, 0, 33, 17])
-    with pytest.raises(ModelError, match=r"x and z .*minibatches only of plates that enclose"):
+    with pytest.raises(ModelError, match=r"'x' and 'z' .*minibatches only of plates that enclose"):
         density.terms({"m": z["m"], "x": z["x"][:, index]}, index={"datum": index})
 
 
