@@ -108,7 +108,7 @@ class GuideApproximation:
     @torch.no_grad()
     def unconstrained(self, draws: int, seed: int) -> dict[str, Tensor]:
         """Unconstrained draws by site, `[S, ...]`."""
-        with RandomStream(seed):
+        with RandomStream(seed), isolated(self.guide.density.dtype):
             return _joined([self.guide.draw(size).z for size in self._sizes(draws)])
 
     def weigh(self, draws: int, seed: int) -> Weighed:
@@ -124,7 +124,7 @@ class GuideApproximation:
     def _weighed(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """Unconstrained draws by site, as `unconstrained` gives them, and their log densities."""
         parts, log_p, log_q = [], [], []
-        with RandomStream(seed):
+        with RandomStream(seed), isolated(self.guide.density.dtype):
             for size in self._sizes(draws):
                 draw = self.guide.draw(size)
                 terms = self.density.terms(draw.z, self.params, jacobian=not self.guide.point)

@@ -17,13 +17,15 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import xarray as xr
 
 from pyro_vi_kit import __version__
 from pyro_vi_kit.errors import FileError, ModelError
+
+if TYPE_CHECKING:
+    import xarray as xr  # a second of start-up, and a fit does without
 
 Tree: TypeAlias = Any  # arviz.InferenceData (ArviZ 0.x) or xarray.DataTree (ArviZ 1.x)
 
@@ -100,6 +102,8 @@ def to_arviz(
 
 def datasets(tree: Tree) -> dict[str, xr.Dataset]:
     """The groups of an ArviZ object, of either kind, by name."""
+    import xarray as xr
+
     if isinstance(tree, xr.DataTree):
         return {name: node.to_dataset() for name, node in tree.children.items()}
     return {name: tree[name] for name in tree.groups()}
@@ -120,6 +124,8 @@ def write(tree: Tree, path: str | os.PathLike[str]) -> Path:
     Raises:
         FileError: If the file cannot be written.
     """
+    import xarray as xr
+
     target = check_writable(path)
     groups = {f"/{name}": dataset.drop_encoding() for name, dataset in datasets(tree).items()}
     whole = xr.DataTree.from_dict({"/": xr.Dataset(attrs=tree.attrs), **groups})
@@ -153,6 +159,8 @@ def read(path: str | os.PathLike[str]) -> Tree:
     if not source.is_file():
         raise FileError(f"no file {source}: check the path, it must be a netCDF file (.nc)")
     try:
+        import xarray as xr
+
         with xr.open_datatree(source, engine=_ENGINE) as tree:
             groups = {name: dataset.load() for name, dataset in datasets(tree).items()}
             attrs = _native_attrs(tree.attrs)
@@ -209,6 +217,8 @@ def import_arviz() -> ModuleType:
 
 def _assemble(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Tree:
     """The installed ArviZ's kind of object. Nothing else here depends on ArviZ's version."""
+    import xarray as xr
+
     if arviz_major() < 1:
         make = import_arviz().InferenceData
         return make(attrs=dict(attrs), warn_on_custom_groups=False, **groups)
@@ -220,6 +230,8 @@ def _dataset(
     name: str, group: Group, coords: Mapping[str, Sequence[Any]], taken: set[str]
 ) -> xr.Dataset:
     """One group's dataset: every variable with named dimensions, every dimension with a coord."""
+    import xarray as xr
+
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {}
     labels: dict[str, np.ndarray] = {}
     owners: dict[str, str] = {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -72,13 +72,31 @@ def isolated(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
             first run has them; the hot loop does not.
     """
     with LOCK:
-        outer = torch.get_default_dtype()
+        outer, broadcast_shapes = torch.get_default_dtype(), torch.broadcast_shapes
         torch.set_default_dtype(dtype)
+        torch.broadcast_shapes = _broadcast_shapes
         try:
             with pyro.validation_enabled(validate):
                 yield
         finally:
+            torch.broadcast_shapes = broadcast_shapes
             torch.set_default_dtype(outer)
+
+
+def _broadcast_shapes(*shapes: int | Sequence[int]) -> torch.Size:
+    """`torch.broadcast_shapes` for plain sizes; torch's own imports SymPy, a second of start-up."""
+    sizes = [(shape,) if isinstance(shape, int) else tuple(shape) for shape in shapes]
+    common = [1] * max(map(len, sizes), default=0)
+    for shape in sizes:
+        for position, size in enumerate(reversed(shape), start=1):
+            if size != 1 and common[-position] not in (1, size):
+                raise RuntimeError(
+                    "Shape mismatch: objects cannot be broadcast to a single shape: "
+                    + ", ".join(map(str, sizes))
+                )
+            if size != 1:
+                common[-position] = size
+    return torch.Size(common)
 
 
 @contextlib.contextmanager
