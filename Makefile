@@ -1,12 +1,14 @@
 # `make demo` and `make test` do all set-up themselves, in .venv of this checkout.
 #   PYTHON=python3.12 make .venv      another interpreter (>= 3.11)
 #   make test PYTEST_ARGS="-k layers -m 'not slow'"
+#   make bench BENCH_ARGS="--only speed_svi --resume"
 
 SHELL := /bin/sh
 BIN := .venv/bin
 STAMP := .venv/.installed
 PYTHON ?=
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test lint bench clean
@@ -47,9 +49,12 @@ lint: $(STAMP) ## ruff, ruff format, pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(STAMP) ## a short benchmark over two models; resumes where it stopped
-	$(BIN)/vi-kit bench models/eight_schools.py models/logistic_regression.py \
-	    --guides mean_field,full_rank --objectives elbo --resume --out results/bench
+bench: $(STAMP) ## all benchmarks beside their peers, the short version; writes docs/BENCHMARKS.md
+	@$(BIN)/python -c "import numpyro" 2>/dev/null || { \
+	    echo "Installing NumPyro, a peer (600 MB)"; \
+	    $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]' \
+	        || echo "NumPyro could not be installed; going on without it"; }
+	$(BIN)/python -m benchmarks.report --quick $(BENCH_ARGS)
 
 clean: ## remove caches and build outputs; keeps .venv and results/
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,47 @@
+"""Results as they come: one JSON line per cell, and one CSV of them all."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Records:
+    """The rows of one script, each written as soon as it is there.
+
+    Args:
+        out: The folder.
+        name: The script's name: rows go to ``name.jsonl`` and ``name.csv``.
+        resume: Keep what an earlier run has written; otherwise it is thrown away.
+    """
+
+    def __init__(self, out: Path, name: str, resume: bool) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._lines, self._table = out / f"{name}.jsonl", out / f"{name}.csv"
+        self.rows: list[dict[str, Any]] = []
+        if resume and self._lines.exists():
+            self.rows = [json.loads(line) for line in self._lines.read_text().splitlines()]
+        else:
+            self._lines.write_text("")
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row of an earlier run that was measured with exactly this, unless it failed."""
+        for row in self.rows:
+            if row.get("error") is None and all(row.get(k) == v for k, v in key.items()):
+                return row
+        return None
+
+    def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a row, all of whose values JSON can hold."""
+        self.rows.append(dict(row))
+        with self._lines.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row) + "\n")
+        names = dict.fromkeys(name for known in self.rows for name in known)
+        with self._table.open("w", encoding="utf-8", newline="") as table:
+            writer = csv.DictWriter(table, list(names))
+            writer.writeheader()
+            writer.writerows(self.rows)
+        return self.rows[-1]

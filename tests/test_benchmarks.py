@@ -1,0 +1,423 @@
+"""The benchmarks measure what they say: their arithmetic, their peers' models, their command lines."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from benchmarks import accuracy, growth, imports, speed_nuts, speed_steps, speed_svi
+from benchmarks.lib import machine, race, references
+from benchmarks.lib.clock import pace
+from benchmarks.lib.options import chosen
+from benchmarks.lib.oracle import Oracle
+from benchmarks.lib.processes import call
+from benchmarks.lib.records import Records
+from benchmarks.lib.tables import Measured, first_within, markdown, median_of, number, slope
+from pyro_vi_kit import guides
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.model import Model
+from pyro_vi_kit.modelfile import load_model_file
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = (
+    "accuracy",
+    "engines_table",
+    "growth",
+    "imports",
+    "report",
+    "speed_nuts",
+    "speed_steps",
+    "speed_svi",
+)
+needs_numpyro = pytest.mark.skipif(
+    machine.numpyro_missing() is not None, reason=str(machine.numpyro_missing())
+)
+
+
+# -- tables -----------------------------------------------------------------------------------
+
+
+def test_a_power_law_has_its_exponent_for_slope():
+    sizes = [10.0, 100.0, 1000.0]
+    assert slope(sizes, [3 * size**1.7 for size in sizes]) == pytest.approx(1.7)
+    assert slope(sizes, [5.0, 5.0, 5.0]) == pytest.approx(0.0)
+
+
+def test_one_size_has_no_slope():
+    with pytest.raises(ValueError, match="two different sizes"):
+        slope([10.0, 10.0], [1.0, 2.0])
+
+
+def test_the_first_time_within():
+    times, values = [1.0, 2.0, 3.0, 4.0], [-9.0, -5.04, -5.2, -5.0]
+    assert first_within(times, values, target=-5.0, within=0.05) == 2.0
+    assert first_within(times, values, target=-5.0, within=0.01) == 4.0
+    assert first_within(times, values, target=0.0, within=0.05) is None
+
+
+def test_the_ratio_of_a_lower_bound_is_one():
+    ratio = Measured(60.0, at_least=True).over(Measured(2.0))
+    assert ratio == Measured(30.0, at_least=True)
+    assert str(ratio) == "≥ 30.0"
+    with pytest.raises(ValueError, match="lower bound"):
+        Measured(1.0).over(Measured(60.0, at_least=True))
+
+
+def test_a_median_is_a_lower_bound_only_where_one_could_move_it():
+    low, high = Measured(1.0), Measured(9.0)
+    assert median_of([low, high, Measured(20.0, at_least=True)]) == Measured(9.0)
+    assert median_of([low, Measured(5.0, at_least=True), high]) == Measured(5.0, at_least=True)
+    assert median_of([]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "–"),
+        (math.nan, "–"),
+        (0.0, "0"),
+        (1234567, "1,234,567"),
+        (1234.567, "1,230"),
+        (0.012345, "0.0123"),
+        (-31.5678, "-31.6"),
+        (9.999, "10.0"),
+        (True, "yes"),
+        ("words", "words"),
+    ],
+)
+def test_numbers_in_few_digits(value, text):
+    assert number(value) == text
+
+
+def test_a_markdown_table_keeps_its_columns():
+    table = markdown({"a": "name", "b": "value"}, [{"a": "x|y", "b": 1.5}, {"a": "z"}])
+    lines = table.splitlines()
+    assert len(lines) == 4
+    assert "x\\|y" in lines[2]
+    assert lines[1].endswith("-: |")  # numbers to the right
+    assert "–" in lines[3]
+
+
+# -- what a script does with what it measured ----------------------------------------------------
+
+
+def test_records_survive_and_failures_are_tried_again(tmp_path):
+    first = Records(tmp_path, "x", resume=False)
+    first.add({"name": "a", "value": 1, "error": None})
+    first.add({"name": "b", "error": "it broke"})
+    again = Records(tmp_path, "x", resume=True)
+    assert again.find({"name": "a"}) == {"name": "a", "value": 1, "error": None}
+    assert again.find({"name": "b"}) is None
+    assert len((tmp_path / "x.csv").read_text().splitlines()) == 3
+    assert Records(tmp_path, "x", resume=False).rows == []
+
+
+def test_choosing_by_the_beginning_of_a_name():
+    known = ["ark_ark", "dogs_dogs", "eight_schools", "eight_schools_centered"]
+    assert chosen(["ark", "eight_schools"], known, "posterior") == ["ark_ark", "eight_schools"]
+    assert chosen(["eight"], known, "posterior") == known[2:]
+    assert chosen(["all"], known, "posterior") == known
+    with pytest.raises(SystemExit, match="no posterior 'cats'"):
+        chosen(["cats"], known, "posterior")
+
+
+def accurate(**changes):
+    row = {
+        "posterior": "ark_ark",
+        "guide": "full_rank",
+        "seed": 0,
+        "error": None,
+        "log_joint_error": 1e-12,
+        "gap": 0.01,
+        "kl": 0.03,
+        "mean_error": 0.02,
+        "sd_error": 0.03,
+        "seconds": 1.0,
+        "evaluations": 4000,
+    }
+    return row | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({}, None),
+        ({"gap": 0.03}, "KL above the optimum's"),
+        ({"mean_error": 0.06}, "max mean error"),
+        ({"sd_error": math.nan}, "max sd error"),
+        ({"posterior": "eight_schools_eight_schools_centered", "gap": 0.03, "sd_error": 1.0}, None),
+        ({"guide": "mean_field", "gap": 0.04, "sd_error": 1.0}, None),
+        ({"guide": "mean_field", "gap": 0.06}, "ELBO below the optimum"),
+        ({"log_joint_error": 0.1}, "log joint"),
+        ({"error": "it broke"}, "it broke"),
+    ],
+)
+def test_what_is_required_of_a_fit(changes, complaint):
+    found = accuracy.shortcomings(accurate(**changes))
+    assert found == [] if complaint is None else complaint in "; ".join(found)
+
+
+def test_the_flow_has_its_own_limits():
+    centred = {"posterior": accuracy.FLOW_ON[0], "guide": "affine_coupling", "gap": None}
+    assert accuracy.shortcomings(accurate(**centred, kl=0.06)) == []
+    assert len(accuracy.shortcomings(accurate(**centred, kl=0.08, seconds=200.0))) == 2
+
+
+def test_a_peer_that_never_arrived_gives_a_lower_bound():
+    row = {"warm": 0.5, "gap": 0.01, "pyro_warm": 60.0, "pyro_reached": False}
+    assert speed_svi.ratio(row, "pyro", "warm") == Measured(120.0, at_least=True)
+    assert speed_svi.ratio(row, "numpyro", "warm") is None
+    # We have no time to a place where we did not arrive.
+    assert speed_svi.ratio(row | {"gap": 0.2}, "pyro", "warm") is None
+
+
+def test_steps_are_compared_with_the_faster_of_stock_pyro():
+    rows = [
+        {"who": who, "first": 1.0, "early": early, "late": early, "error": None}
+        for who, early in (("ours, eager", 10.0), (speed_steps.STOCK[0], 80.0))
+    ]
+    rows += [rows[1] | {"who": speed_steps.STOCK[1], "early": 50.0}, rows[0] | {"early": 99.0}]
+    line = speed_steps.table(rows)[0]
+    assert (line["early_ratio"], line["late_ratio"]) == (5.0, 8.0)
+
+
+def test_nuts_is_compared_by_effective_samples_a_second():
+    numbers = {"ess": 1.0, "rhat": 1.0, "warm_seconds": 1.0, "cold_seconds": 1.0, "error": None}
+    rows = [
+        numbers | {"who": "ours", "warm": 300.0, "cold": 50.0},
+        numbers | {"who": "Pyro", "warm": 10.0, "cold": 8.0},
+        {"who": "NumPyro, sequential", "error": "it broke"},
+    ]
+    ours, stock, broken = speed_nuts.table(rows)
+    assert ours["warm_ratio"] == 1.0
+    assert stock["warm_ratio"] == 30.0
+    assert "cold_ratio" not in broken
+    assert [line["met"] for line in speed_nuts.aims("eight_schools", [ours, stock, broken])] == [
+        True
+    ]
+
+
+def test_a_slow_machine_is_given_more_time_to_import():
+    seconds = {"python -c pass": 0.04, "import pyro": 5.0, "import pyro, pyro_vi_kit": 5.5}
+    assert "0.600 | yes |" in imports.report(seconds)
+    assert "**no**" not in imports.report(seconds)
+    assert "**no**" in imports.report(seconds | {"python -c pass": 0.02})
+
+
+def test_growth_counts_every_kind_of_cell():
+    assert [cell["kind"] for cell in growth.cells("particles", 16)] == ["ours", "by_hand"]
+    assert sum(cell["guide"] == "full_rank" for cell in growth.cells("dims", 500)) == 1
+    assert not any(cell["guide"] == "full_rank" for cell in growth.cells("dims", 1000))
+    rows = [
+        {"axis": "data", "size": size, "ms": 2.0 * size, "peak_mib": 1.0, "error": None}
+        | {"kind": "ours", "guide": "mean_field", "family": "logistic"}
+        for size in (10, 100, 1000)
+    ]
+    assert "| slope        |          1.00 |" in growth.table("data", rows, "ms")
+
+
+# -- clocks, races and workers ---------------------------------------------------------------------
+
+
+def test_a_pace_counts_every_step():
+    made = []
+    found = pace(lambda: made.append, seconds=0.01, stretch=7)
+    assert found["steps"] == sum(made)
+    assert found["early"] > 0
+    assert found["late"] > 0
+
+
+def normal():
+    pyro.sample(
+        "x", pyro.distributions.Normal(torch.zeros(3, dtype=torch.float64), 2.0).to_event(1)
+    )
+
+
+def test_the_oracle_knows_the_elbo_of_a_gaussian():
+    """KL(N(m, s^2) || N(0, 4)) = log(2 / s) + (s^2 + m^2) / 8 - 1/2, and the evidence is 1."""
+    oracle = Oracle(Density(Model(normal)))
+    loc, scale = torch.tensor([0.5, 0.0, -1.0]).double(), torch.tensor([1.0, 2.0, 3.0]).double()
+    kl = (2 / scale).log() + (scale**2 + loc**2) / 8 - 0.5
+    # Draws are antithetic: only E[noise^2] is estimated.
+    noise = 4 * math.sqrt(2 / 8192) * float((scale**2 / 8).sum())
+    assert oracle.look(loc, scale.diag(), target=0.0) == pytest.approx(-float(kl.sum()), abs=noise)
+
+
+def test_a_race_ends_at_the_target_or_at_the_cap():
+    oracle = Oracle(Density(Model(normal)))
+    sd = 8.0
+
+    def advance(steps):
+        nonlocal sd
+        sd = 2.0 + (sd - 2.0) * 0.5**steps
+
+    def read():
+        return torch.zeros(3).double(), sd * torch.eye(3).double()
+
+    found = race.run(advance, read, oracle, -0.01, cap=100.0, least=1, head_start=1.0)
+    assert found["reached"]
+    assert found["elbo"] >= -0.01
+    assert 1.0 < found["seconds"] < 100.0
+    never = race.run(advance, read, oracle, 1.0, cap=1.0, least=1, head_start=1.0)
+    assert not never["reached"]
+    assert never["steps"] == 1
+
+
+def test_a_worker_gives_its_value_or_its_exception():
+    done = call("math:gcd", {}, cap=10)
+    assert done.value == 0
+    assert done.peak_mib > 1
+    failed = call("math:factorial", {"nonsense": 1}, cap=10)
+    assert failed.value is None
+    assert failed.error is not None
+    assert failed.error.startswith("TypeError")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_explains_itself(script):
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{script}", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--quick" in done.stdout
+    assert f"python -m benchmarks.{script}" in done.stdout
+
+
+# -- the peers run the same models -------------------------------------------------------------------
+
+
+@pytest.fixture
+def density(request, posteriordb):
+    reference = references.Reference(request.param)
+    posteriordb(reference.posterior)
+    return reference.name, Density(reference.module().MODEL), reference
+
+
+@needs_numpyro
+@pytest.mark.slow
+@pytest.mark.parametrize("density", references.names(), indirect=True)
+def test_numpyros_log_joints_are_ours(density):
+    from benchmarks.peers.numpyro_svi import log_joint
+
+    name, ours, reference = density
+    facts = reference.facts["unconstrained"]
+    mean, sd = np.array(facts["mean"]), np.array(facts["sd"])
+    generator, theirs = np.random.default_rng(0), log_joint(name)
+    for _ in range(3):
+        # In the reference's order, which is that of UNCONSTRAINED.
+        z = torch.tensor(mean + 0.3 * sd * generator.standard_normal(len(mean)))
+        parts, start = {}, 0
+        sites = {site.name: site for site in ours.latents}
+        for site in reference.module().UNCONSTRAINED:
+            shape = sites[site].unconstrained_shape
+            parts[site] = z[start : start + shape.numel()].reshape(1, *shape)
+            start += shape.numel()
+        expected = float(ours.log_prob(ours.block.pack(parts)))
+        values = {site: part[0].numpy() for site, part in parts.items()}
+        assert theirs(values) == pytest.approx(expected, rel=1e-9)
+
+
+@needs_numpyro
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", ["mean_field", "full_rank"])
+@pytest.mark.parametrize("density", ["eight_schools_eight_schools_noncentered"], indirect=True)
+def test_numpyros_gaussian_is_read_in_our_order(density, guide):
+    """Its guide's own density at its own draws is that of the mean and covariance that were read."""
+    from jax import random
+
+    from benchmarks.peers import numpyro_svi
+
+    name, ours, _ = density
+    svi, autoguide, arguments = numpyro_svi.set_up(name, guide)
+    state = svi.init(random.PRNGKey(0), *arguments)
+    state = numpyro_svi.stepper(svi, arguments)(state, 50)
+    loc, scale_tril = numpyro_svi.gaussian(svi, autoguide, state, ours.block)
+    median = autoguide.median(svi.get_params(state))
+    known = {site.name: np.array(median[site.name]) for site in ours.latents}
+    torch.testing.assert_close(loc, ours.unconstrain(known), rtol=1e-8, atol=1e-8)
+    assert (scale_tril.diagonal() > 0).all()
+
+
+@pytest.mark.usefixtures("float64", "own_param_store")
+@pytest.mark.parametrize("guide", ["mean_field", "full_rank"])
+@pytest.mark.parametrize("density", ["eight_schools_eight_schools_noncentered"], indirect=True)
+def test_pyros_gaussian_is_read_in_our_order(density, guide):
+    from benchmarks.peers import pyro_svi
+
+    name, ours, _ = density
+    svi, autoguide, model = pyro_svi.set_up(name, guide, seed=0)
+    for _ in range(5):
+        svi.step(*model.args)
+    loc, scale_tril = pyro_svi.gaussian(autoguide, ours.block)
+    median = {site: value.detach() for site, value in autoguide.median().items()}
+    torch.testing.assert_close(loc, ours.unconstrain(median), rtol=1e-8, atol=1e-8)
+    assert (scale_tril.diagonal() > 0).all()
+
+
+@pytest.mark.usefixtures("float64")
+def test_the_hand_written_density_is_ours():
+    from benchmarks.peers import schools, steps_torch
+
+    ours = Density(load_model_file(ROOT / "models" / "eight_schools.py"))
+    z = torch.randn(5, 10, generator=torch.Generator().manual_seed(0))
+    by_hand = steps_torch.log_density(z, torch.tensor(schools.SIGMA), torch.tensor(schools.Y))
+    torch.testing.assert_close(by_hand, ours.log_prob(z), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("guide", ["mean_field", "affine_coupling"])
+def test_the_hand_written_guides_have_as_many_parameters_as_ours(guide):
+    from benchmarks.peers import steps_torch
+
+    ours = guides.make(guide, load_model_file(ROOT / "models" / "eight_schools.py"))
+    kinds = {"mean_field": steps_torch.MeanField, "affine_coupling": steps_torch.Coupling}
+    counts = [sum(p.numel() for p in q.parameters()) for q in (kinds[guide](), ours)]
+    assert counts[0] == counts[1]
+    z, log_q = kinds[guide]()(4)
+    assert z.shape == (4, 10)
+    assert log_q.shape == (4,)
+
+
+@pytest.mark.parametrize("name", ["numpyro_models", "numpyro_svi", "nuts_numpyro", "steps_numpyro"])
+def test_a_cold_peer_does_not_load_torch(name):
+    """Its process is timed, and what it does not need is not its time."""
+    if machine.numpyro_missing():
+        pytest.skip(str(machine.numpyro_missing()))
+    code = f"import sys, benchmarks.peers.{name}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_accuracy_of_one_posterior(posteriordb):
+    posteriordb("gp_pois_regr-gp_regr")
+    row = accuracy.one("gp_pois_regr_gp_regr", "full_rank", seed=0, draws=20_000)
+    assert row["log_joint_error"] < 1e-6
+    # 20,000 draws: three standard errors of the ELBO, and of a standard deviation.
+    assert row["gap"] < 0.02 + 3 * math.hypot(row["elbo_se"], row["optimum_se"])
+    assert row["mean_error"] < 0.05 + 3 / math.sqrt(20_000)
+    assert row["sd_error"] < 0.06 + 3 / math.sqrt(40_000)
+
+
+def test_quick_is_a_part_of_the_whole():
+    assert set(references.QUICK) <= set(references.names())
+    assert set(accuracy.NEAR_GAUSSIAN) | set(accuracy.FLOW_ON) <= set(references.names())
+    for axis, sizes in growth.QUICK.items():
+        assert all(a < b for a, b in pairwise(sizes))
+        assert sizes[0] == growth.SIZES[axis][0]
+
+
+def test_every_script_is_in_the_report():
+    report = importlib.import_module("benchmarks.report")
+    assert set(report.SCRIPTS) == set(SCRIPTS) - {"report"}
