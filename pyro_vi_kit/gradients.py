@@ -13,8 +13,8 @@ from pyro_vi_kit.capture import CaptureError, Program, capture
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.runtime import LOCK, RandomStream
 
-# A capture costs about as much as 30 evaluations: rent for as long, then buy.
-PATIENCE = 32
+# A capture costs about as much as 60 evaluations: rent for as long, then buy.
+PATIENCE = 60
 _ATTEMPTS = 5
 
 

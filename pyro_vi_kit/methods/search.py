@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.gradients import Gradients
 from pyro_vi_kit.methods.minimise import Minimum, Objective, minimise_several
 from pyro_vi_kit.progress import Progress
 
@@ -43,6 +44,7 @@ class Search:
     losses: list[float] = field(default_factory=list)
     evaluations: int = 0
     stopped: str = ""
+    _ways: dict[bool, Gradients] = field(default_factory=dict, repr=False)
 
     def evaluate(self, z: Tensor, *, jacobian: bool = True) -> tuple[Tensor, Tensor]:
         """Log density `[K]` and gradient `[K, D]` at `[K, D]`, in pieces that fit into memory.
@@ -57,9 +59,15 @@ class Search:
             return parts[0]
         return torch.cat([log_p for log_p, _ in parts]), torch.cat([grad for _, grad in parts])
 
+    def _gradients(self, jacobian: bool) -> Gradients:
+        """The density, which captures itself in long searches."""
+        if jacobian not in self._ways:
+            self._ways[jacobian] = Gradients(self.density, jacobian=jacobian)
+        return self._ways[jacobian]
+
     def _evaluate_piece(self, z: Tensor, jacobian: bool) -> tuple[Tensor, Tensor]:
         try:
-            return self.density.log_prob_and_grad(z, jacobian=jacobian)
+            return self._gradients(jacobian)(z)
         except torch.linalg.LinAlgError:
             # A factorisation fails at one point, and takes the batch with it. Which one matters to
             # searches that share a batch; an average over many draws is lost anyway.
