@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pyro.ops import special
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, transforms
 from torch.overrides import TorchFunctionMode
 
 _FACTORIES = (
@@ -36,6 +36,7 @@ _FACTORIES = (
     Tensor.new_tensor,
 )
 _NO_DIMS = torch.Size()
+_original_triangle = transforms.vec_to_tril_matrix
 
 
 @contextlib.contextmanager
@@ -44,9 +45,28 @@ def plain() -> Iterator[None]:
 
     An explicit ``validate_args=True`` is ignored, whose checks branch on values. Pyro's safe logarithm
     (behind `DiscreteHMM`) is written with torch functions; its own is an autograd function of the old
-    kind. Call it under the lock of `runtime`; the first runs of a model do without.
+    kind. Triangular matrices (behind `LKJCholesky`) are filled and read by integer indices; torch's
+    boolean ones have a number of results that no graph can know. Call it under the lock of `runtime`;
+    the first runs of a model do without.
     """
-    init, safe_log = Distribution.__init__, special._SafeLog
+    swaps = [
+        (Distribution, "__init__", _unvalidated(Distribution.__init__)),
+        (special, "_SafeLog", _SafeLog),
+        (transforms, "tril_matrix_to_vec", _below_diagonal),
+        (transforms, "vec_to_tril_matrix", _triangular),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in swaps]
+    for owner, name, new in swaps:
+        setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        for (owner, name, _), old in zip(swaps, before, strict=True):
+            setattr(owner, name, old)
+
+
+def _unvalidated(init: Callable[..., None]) -> Callable[..., None]:
+    """A distribution's constructor that leaves validation to the global switch."""
 
     def unvalidated(
         self: Any,
@@ -56,13 +76,23 @@ def plain() -> Iterator[None]:
     ) -> None:
         init(self, batch_shape, event_shape)
 
-    Distribution.__init__ = unvalidated
-    special._SafeLog = _SafeLog
-    try:
-        yield
-    finally:
-        Distribution.__init__ = init
-        special._SafeLog = safe_log
+    return unvalidated
+
+
+def _below_diagonal(mat: Tensor, diag: int = 0) -> Tensor:
+    """The entries on and below a diagonal, row by row: `[..., n, n] -> [..., m]`."""
+    row, column = torch.tril_indices(mat.shape[-1], mat.shape[-1], diag)
+    return mat[..., row, column]
+
+
+def _triangular(vec: Tensor, diag: int = 0) -> Tensor:
+    """The inverse of `_below_diagonal`, zero above."""
+    below = _original_triangle(torch.ones(vec.shape[-1]), diag) > 0
+    if vec.shape[-1] == 0:
+        return vec.new_zeros(*vec.shape[:-1], *below.shape)
+    place = (below.flatten().cumsum(0) - 1).clamp(min=0)
+    matrix = vec[..., place].reshape(*vec.shape[:-1], *below.shape)
+    return torch.where(below, matrix, torch.zeros_like(matrix))
 
 
 class _SafeLog:

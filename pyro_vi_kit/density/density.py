@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.density.batching import Batching, batched
+from pyro_vi_kit.density.batching import Batching, batched, first_that_agrees
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled
 from pyro_vi_kit.density.layout import Block, global_block
 from pyro_vi_kit.density.problems import (
-    data_problem,
-    discrete_problem,
-    latents_problem,
+    require_inside,
+    require_usable,
     slope_problem,
     sum_problem,
     sums,
@@ -75,7 +74,7 @@ class Density:
             for name, p in self.structure.parameters.items()
             if p.owner is not None
         }
-        _require_usable(visits)
+        require_usable(visits)
         self.latents: list[Site] = self.structure.of_kind("latent")
         self.discrete: list[Site] = self.structure.of_kind("discrete")
         self._example = {v.name: v.value for v in visits.values() if v.kind == "discrete"}
@@ -267,7 +266,7 @@ class Density:
         with self._runner.isolated():
             self._run(replay)
             for name, value in given.items():
-                _require_inside(replay.visits[name], value)
+                require_inside(replay.visits[name], value)
         points = {name: replay.visits[name].unconstrained for name in names}
         return self.block.pack({n: p.unsqueeze(0) for n, p in points.items() if p is not None})[0]
 
@@ -392,11 +391,12 @@ class Density:
             ) from error
         if self._runner.precision and not self._runner.precision.met:
             self._runner.precision = None
-        modes: tuple[Batching, ...] = ("vmap", "lift")
-        for mode in modes:
-            if self._agrees(mode, z, exact):
-                return mode
-        return "loop"
+
+        def found(mode: Batching) -> tuple[Tensor, Tensor]:
+            self.batching = mode
+            return self.log_prob_and_grad(z)
+
+        return first_that_agrees(found, exact)
 
     def _require_true_gradient(self, z: Tensor) -> None:
         """Refuse a model that cuts a latent off from autograd; float32 cannot tell."""
@@ -424,41 +424,6 @@ class Density:
         if problem is not None:
             raise ModelError(str(problem))
 
-    def _agrees(self, mode: Batching, z: Tensor, exact: tuple[Tensor, Tensor]) -> bool:
-        tolerance = 1e-7 if self.dtype == torch.float64 else 1e-3
-        self.batching = mode
-        try:
-            with warnings.catch_warnings():
-                # Where vmap has a slow rule only, the next way may have a fast one.
-                warnings.filterwarnings("error", message="There is a performance drop")
-                found = self.log_prob_and_grad(z)
-        except Exception:  # noqa: BLE001  whatever vmap cannot do, the loop can
-            return False
-        return all(
-            torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
-            for a, b in zip(found, exact, strict=True)
-        )
-
 
 def _observed(visits: Mapping[str, Visit]) -> Values:
     return {v.name: v.value.detach() for v in visits.values() if v.kind == "observed"}
-
-
-def _require_inside(visit: Visit, value: Tensor) -> None:
-    point = visit.unconstrained
-    inside = point is not None and bool(point.isfinite().all())
-    # Not the transform alone: a sigmoid's inverse clamps what lies outside.
-    if not inside or not bool(visit.fn.support.check(value).all()):
-        raise ModelError(
-            f"the value given for site {visit.name!r} is not inside its support, {visit.fn.support}"
-        )
-
-
-def _require_usable(visits: Mapping[str, Visit]) -> None:
-    problem = discrete_problem(visits) or latents_problem(visits)
-    if problem is not None:
-        raise ModelError(str(problem))
-    for visit in visits.values():
-        problem = data_problem(visit) if visit.kind == "observed" else None
-        if problem is not None:
-            raise ModelError(str(problem))

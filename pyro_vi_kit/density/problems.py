@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_vi_kit.density.enumeration import Enumerated, is_enumerable, log_total
 from pyro_vi_kit.density.handlers import Replay, Visit
 from pyro_vi_kit.density.runner import Runner
+from pyro_vi_kit.errors import ModelError
 
 
 class Problem(NamedTuple):
@@ -258,3 +259,34 @@ def plateless_problem(visit: Visit) -> Problem | None:
         f"site {visit.name!r} has batch dims that no plate made ({sizes})",
         "put the site into a pyro.plate if they are independent, or declare them .to_event(1)",
     )
+
+
+def require_inside(visit: Visit, value: Tensor) -> None:
+    """Refuse a value outside a latent's support.
+
+    Raises:
+        ModelError: If it is.
+    """
+    point = visit.unconstrained
+    inside = point is not None and bool(point.isfinite().all())
+    # Not the transform alone: a sigmoid's inverse clamps what lies outside.
+    if not inside or not bool(visit.fn.support.check(value).all()):
+        raise ModelError(
+            f"the value given for site {visit.name!r} is not inside its support, {visit.fn.support}"
+        )
+
+
+def require_usable(visits: Mapping[str, Visit]) -> None:
+    """Refuse a run's sites where a density cannot hold them.
+
+    Raises:
+        ModelError: If there is nothing to infer, a discrete latent cannot be summed out, or data are
+            no numbers or cannot occur.
+    """
+    problem = discrete_problem(visits) or latents_problem(visits)
+    if problem is not None:
+        raise ModelError(str(problem))
+    for visit in visits.values():
+        problem = data_problem(visit) if visit.kind == "observed" else None
+        if problem is not None:
+            raise ModelError(str(problem))
