@@ -151,7 +151,10 @@ def requirements(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def report(rows: Sequence[dict[str, Any]], draws: int) -> str:
     """All of it as Markdown."""
-    shown = [row | {"ok": not shortcomings(row)} for row in rows]
+    shown = [
+        row | {"ok": not shortcomings(row), "elbo": f"{row['elbo']:.3f}" if "elbo" in row else None}
+        for row in rows
+    ]
     missed = [
         f"- {row['posterior']}, {row['guide']}, seed {row['seed']}: {'; '.join(gaps)}"
         for row in rows

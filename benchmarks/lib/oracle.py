@@ -8,6 +8,8 @@ from torch import Tensor
 from pyro_vi_kit.density import Density
 
 _CHUNK = 4096
+# Draws, and nats below the target from which on more of them are worth their time.
+_STAGES = ((256, 2.0), (2048, 0.2))
 
 
 class Oracle:
@@ -16,12 +18,10 @@ class Oracle:
     Args:
         density: The model.
         draws: How many draws a full look takes.
-        near: Nats from the target within which a full look is worth its time.
     """
 
-    def __init__(self, density: Density, draws: int = 16_384, near: float = 3.0) -> None:
+    def __init__(self, density: Density, draws: int = 16_384) -> None:
         self.density = density
-        self._near = near
         half = torch.randn(
             draws // 2,
             density.dim,
@@ -32,10 +32,11 @@ class Oracle:
         self._noise = torch.stack([half, -half], 1).flatten(0, 1)
 
     def look(self, loc: Tensor, scale_tril: Tensor, target: float) -> float:
-        """The ELBO, nats: on 256 draws where these already say that it is far from the target."""
-        rough = self._elbo(loc, scale_tril, self._noise[:256])
-        if not rough > target - self._near:
-            return rough
+        """The ELBO, nats: on few draws where these already say that it is far from the target."""
+        for draws, near in _STAGES:
+            rough = self._elbo(loc, scale_tril, self._noise[:draws])
+            if not rough > target - near:
+                return rough
         return self._elbo(loc, scale_tril, self._noise)
 
     @torch.no_grad()

@@ -66,8 +66,9 @@ def call(
         cap: Seconds that its measured part may take; the process gets some minutes more.
         env: More environment variables.
     """
-    with tempfile.TemporaryDirectory() as cache:
-        # Nothing that an earlier process has compiled is found.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        # Nothing that an earlier process has compiled is found. A compiler that this one has started
+        # may still be writing when it ends.
         return _call(target, arguments, cap, ONE_THREAD | {CACHE: cache} | dict(env or {}))
 
 

@@ -76,6 +76,8 @@ def number(value: Any, digits: int = 3) -> str:
         return str(value)
     if value == 0:
         return "0"
+    if abs(value) < 1e-4:
+        return f"{value:.1e}"
     rounded = float(f"{value:.{digits}g}")
     places = digits - 1 - math.floor(math.log10(abs(rounded)))
     return f"{rounded:,.{max(0, min(places, 6))}f}"
@@ -109,4 +111,8 @@ def markdown(columns: Mapping[str, str] | Sequence[str], rows: Iterable[Mapping[
 
 
 def _numeric(text: str) -> bool:
-    return text == DASH or text.lstrip("≥ +-").replace(",", "").replace(".", "").isdigit()
+    try:
+        float(text.removeprefix("≥ ").replace(",", ""))
+    except ValueError:
+        return text == DASH
+    return True
