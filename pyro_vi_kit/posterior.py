@@ -172,7 +172,9 @@ class Posterior:
     # -- draws --------------------------------------------------------------------------------
 
     def sample(self, draws: int = 1000, seed: int | None = None) -> dict[str, np.ndarray]:
-        """Draws from q, `{site: [draws, *site shape]}`, deterministic sites too.
+        """Draws from q, `{site: [draws, *site shape]}`, deterministic and discrete sites too.
+
+        Discrete sites are drawn exactly given the continuous ones and the data, as integers.
 
         Args:
             draws: How many.

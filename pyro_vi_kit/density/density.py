@@ -53,8 +53,9 @@ class Density:
         batching: How K points are evaluated: see `batching.batched`.
 
     Raises:
-        ModelError: If the model raises, has no continuous latent, has discrete latents, changes its
-            structure, holds NaN in its data, or draws random numbers outside its sample sites.
+        ModelError: If the model raises, has no continuous latent, has discrete latents that cannot be
+            summed out, changes its structure, holds NaN in its data, or draws random numbers outside
+            its sample sites.
     """
 
     @torch.enable_grad()  # a caller may have gradients off; what follows differentiates
