@@ -24,6 +24,8 @@ class Record:
         seed: What the fit's random numbers started from.
         bound: The trained objective's value at the end, nats; None where it is the ELBO.
         skipped: Steps whose gradient was not finite.
+        estimator: Of the gradient, where steps were stochastic: ``pathwise`` or ``dreg``.
+        batch_size: Rows of the data plate in each step; all when None.
     """
 
     objective: Objective
@@ -36,6 +38,8 @@ class Record:
     seed: int
     bound: float | None = None
     skipped: int = 0
+    estimator: str | None = None
+    batch_size: int | None = None
 
     def attrs(self) -> dict[str, str | int | float]:
         """What an exported file says of it."""

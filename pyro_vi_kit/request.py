@@ -16,6 +16,8 @@ from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import fresh_seed
 from pyro_vi_kit.types import Objective
 
+_TOLERANCE = 0.01
+
 
 @dataclass(frozen=True)
 class Request:
@@ -24,6 +26,9 @@ class Request:
     Attributes:
         named_objective: Whether the objective was named, so that its particles are ours to choose.
         tolerance: Nats.
+        own_tolerance: Whether the user gave it, so that it is absolute.
+        steps: The most stochastic steps.
+        resumed: Whether the guide is trained already.
         deadline: `time.monotonic` second at which to stop.
     """
 
@@ -33,12 +38,16 @@ class Request:
     method: str
     engine: str
     tolerance: float
+    own_tolerance: bool
     deadline: float | None
+    steps: int | None
+    estimator: str
     init: str | Mapping[str, Any]
     optimizer: OptimizerFactory | None
     batch_size: int | None
     seed: int
     progress: bool | None
+    resumed: bool
 
 
 def checked(
@@ -46,13 +55,16 @@ def checked(
     objective: str | Objective,
     method: str,
     engine: str,
-    tol: float,
+    tol: float | None,
     budget: float | None,
+    steps: int | None,
+    estimator: str,
     init: str | Mapping[str, Any],
     optimizer: OptimizerFactory | None,
     batch_size: int | None,
     seed: int | None,
     progress: bool | None,
+    resumed: bool,
 ) -> Request:
     """The request for these options.
 
@@ -68,11 +80,19 @@ def checked(
         raise UnknownNameError("method", method, METHODS)
     if engine not in ENGINES:
         raise UnknownNameError("engine", engine, ENGINES)
-    _require_positive("tol", tol)
+    if estimator not in objectives.ESTIMATORS:
+        raise UnknownNameError("estimator", estimator, objectives.ESTIMATORS)
+    if tol is not None:
+        _require_positive("tol", tol)
+    _require_integer("steps", steps, at_least=1)
     if budget is not None:
         _require_positive("budget", budget)
     _require_integer("batch_size", batch_size, at_least=1)
     _require_integer("seed", seed, at_least=0)
+    if resumed and init != "auto":
+        raise OptionError(
+            "init= does not go with resume=, which starts where the earlier fit ended"
+        )
     if not isinstance(init, Mapping) and init not in ("auto", "origin"):
         raise OptionError(f"init= must be 'auto', 'origin' or a dict of site values, got {init!r}")
     if optimizer is not None and not callable(optimizer):
@@ -86,13 +106,17 @@ def checked(
         named_objective=isinstance(objective, str),
         method=method,
         engine=engine,
-        tolerance=float(tol),
+        tolerance=_TOLERANCE if tol is None else float(tol),
+        own_tolerance=tol is not None,
+        steps=steps,
+        estimator=estimator,
         deadline=None if budget is None else time.monotonic() + budget,
         init=init,
         optimizer=optimizer,
         batch_size=batch_size,
         seed=fresh_seed() if seed is None else seed,
         progress=progress,
+        resumed=resumed,
     )
 
 

@@ -58,12 +58,22 @@ def guide_group(
         "status": dataclasses.asdict(record.status),
         "record": {
             key: getattr(record, key)
-            for key in ("method", "engine", "evaluations", "seconds", "seed", "bound", "skipped")
+            for key in (
+                "method",
+                "engine",
+                "evaluations",
+                "seconds",
+                "seed",
+                "bound",
+                "skipped",
+                "estimator",
+                "batch_size",
+            )
         },
     }
     if isinstance(approximation, GuideApproximation):
         header["guide"] = approximation.name
-        header["latents"] = _latents(approximation.density)
+        header["latents"] = latents_of(approximation.density)
     variables = {f"tensor_{i}": t.numpy() for i, t in enumerate(tensors.values())}
     variables["losses"] = record.losses
     return export.Group(variables, sampled=False, attrs={"header": json.dumps(header)})
@@ -90,10 +100,10 @@ def restore(
     if header["guide"] is None:
         return Restored(_traced(path, model, guide, tensors, dtype), record, None, None)
     density = Density(model, dtype=dtype)
-    if header["latents"] != _latents(density):
+    if header["latents"] != latents_of(density):
         raise ModelError(
-            f"{path} is a posterior of latents {_words(header['latents'])}; this model has "
-            f"{_words(_latents(density))}: load it with the model and data that it was fitted to"
+            f"{path} is a posterior of latents {words(header['latents'])}; this model has "
+            f"{words(latents_of(density))}: load it with the model and data that it was fitted to"
         )
     spec = guide if isinstance(guide, GuideSpec) else _spec(path, header)
     built = guides.make(spec, density)
@@ -127,7 +137,8 @@ def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _latents(density: Density) -> list[list[Any]]:
+def latents_of(density: Density) -> list[list[Any]]:
+    """Name and unconstrained shape of each latent, as JSON holds them."""
     return [[site.name, list(site.unconstrained_shape)] for site in density.latents]
 
 
@@ -175,7 +186,8 @@ def _record(header: Mapping[str, Any], losses: np.ndarray) -> Record:
     )
 
 
-def _words(latents: list[list[Any]]) -> str:
+def words(latents: list[list[Any]]) -> str:
+    """Names and shapes, for messages."""
     return ", ".join(f"{name}{tuple(shape)}" for name, shape in latents)
 
 

@@ -300,7 +300,8 @@ def test_the_users_state_is_as_it_was(outcome, engine, short_fits):
     torch.set_num_threads(2)
     rng, generator = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     try:
-        arguments = {"method": "stochastic", "engine": engine, "seed": 0}
+        # From the origin: at the optimum no step would be made.
+        arguments = {"method": "stochastic", "engine": engine, "init": "origin", "seed": 0}
         if outcome == "error":
             with pytest.raises((BrokenError, ModelError)):
                 vi.fit(vi.Model(model, torch.tensor(1.0)), "mean_field", **arguments)
@@ -347,8 +348,10 @@ def recording():
         ({"tol": 0}, "tol= must be a positive number"),
         ({"tol": math.nan}, "tol= must be a positive number"),
         ({"tol": True}, "tol= must be a positive number"),
-        ({"tol": None}, "tol= must be a positive number"),
         ({"tol": "0.1"}, "tol= must be a positive number"),
+        ({"steps": 0}, "steps= must be an integer of at least 1"),
+        ({"steps": 2.5}, "steps= must be an integer of at least 1"),
+        ({"estimator": "dregs"}, "Did you mean 'dreg'"),
         ({"budget": -1}, "budget= must be a positive number"),
         ({"budget": "1"}, "budget= must be a positive number"),
         ({"seed": -1}, "seed= must be an integer of at least 0"),
@@ -454,7 +457,7 @@ def test_an_optimiser_of_the_users(short_fits):
 
     optimizer = functools.partial(Recording, lr=1e-6)
     for engine in ("eager", "pyro"):
-        posterior = vi.fit(gaussian(2)[0], optimizer=optimizer, engine=engine, seed=0)
+        posterior = vi.fit(gaussian(2)[0], "mean_field", optimizer=optimizer, engine=engine, seed=0)
         assert posterior.method == "stochastic"
         assert set(rates) == {1e-6}
         rates.clear()

@@ -27,6 +27,7 @@ LAYERS = (
     ("engines", "approximation", "summary", "verdict", "record"),
     ("methods", "evaluation", "storage"),
     ("posterior", "request"),
+    ("resuming", "training"),
     ("fitting", "sampling"),
     ("comparison",),
     ("plots",),

@@ -49,12 +49,17 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 
 @click.command("fit", short_help="Fit a guide, with a verdict.")
 @model_argument
-@click.option("--guide", default="full_rank", show_default=True, help="See vi-kit guides.")
-@click.option("--objective", default="elbo", show_default=True, help="See vi-kit objectives.")
+@click.option("--guide", show_default="full_rank", help="See vi-kit guides.")
+@click.option("--objective", show_default="elbo", help="See vi-kit objectives.")
 @click.option("--method", default="auto", show_default=True, help="auto, lbfgs or stochastic.")
 @click.option("--engine", default="auto", show_default=True, help="auto, eager or pyro.")
-@click.option("--tol", type=float, default=0.01, show_default=True, help="Nats that count as none.")
+@click.option("--estimator", default="auto", show_default=True, help="auto, pathwise or dreg.")
+@click.option(
+    "--tol", type=float, show_default="0.01", help="Nats that the bound may fall short by."
+)
 @click.option("--budget", type=float, help="Seconds after which to stop with what there is.")
+@click.option("--steps", type=click.IntRange(min=1), help="The most stochastic steps.")
+@click.option("--resume", type=click.Path(), help="A fit written by --out, to go on from.")
 @seed_option
 @click.option("--batch-size", type=int, help="Rows of the data in a step (guide amortized).")
 @click.option("--particles", type=int, help="Draws per step, an option of the objective.")
@@ -80,8 +85,8 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 def fit_command(
     ctx: click.Context,
     model_file: str,
-    guide: str,
-    objective: str,
+    guide: str | None,
+    objective: str | None,
     guide_options: tuple[str, ...],
     particles: int | None,
     alpha: float | None,
@@ -96,8 +101,12 @@ def fit_command(
     from pyro_vi_kit.fitting import fit
     from pyro_vi_kit.modelfile import load_model_file
 
-    spec = guides.specify(guide, **key_values("--guide-option", guide_options))
-    goal = make_objective(objective, particles, alpha)
+    fresh = options["resume"] is None
+    given = key_values("--guide-option", guide_options)
+    spec = guides.specify(guide or "full_rank", **given) if guide or given else None
+    goal = None
+    if fresh or objective is not None or particles is not None or alpha is not None:
+        goal = make_objective(objective or "elbo", particles, alpha)
     target = None if out is None else check_writable(out)
     model = load_model_file(model_file)
     posterior = fit(model, spec, goal, progress=progress_wanted(), **options)

@@ -64,6 +64,7 @@ class PyroEngine:
             learned parameters, so that the user's modules are not trained in place.
         batches: Minibatches of the data plate; the full data when None.
         optimizer: Makes a torch optimiser from parameters; Adam when None.
+        state: The parameter store to start from, as `ParamStoreDict.get_state` gives it.
 
     Raises:
         OptionError: If `RenyiELBO` would give a wrong bound or gradient for this combination, or the
@@ -80,6 +81,7 @@ class PyroEngine:
         density: Density | None = None,
         batches: Batches | None = None,
         optimizer: Callable[..., Any] | None = None,
+        state: dict[str, Any] | None = None,
     ) -> None:
         if isinstance(guide, Guide) and guide.density.discrete:
             raise OptionError(
@@ -94,7 +96,7 @@ class PyroEngine:
         self._dtype = density.dtype if density is not None else default_dtype()
         self._stream = RandomStream(seed)
         self._evaluation_seed = seed + 1
-        self._state: dict[str, Any] = {"params": {}, "constraints": {}}
+        self._state: dict[str, Any] = state or {"params": {}, "constraints": {}}
         self._own_rate = optimizer is not None
         self._optim = _GuardedOptim(optimizer or Adam, {})
         self._loss = objective.stock_loss()

@@ -1,4 +1,4 @@
-"""RealNVP coupling layers under an affine map, in few operations (Dinh, Sohl-Dickstein & Bengio 2017)."""
+"""RealNVP in few operations (Dinh, Sohl-Dickstein & Bengio 2017)."""
 
 from __future__ import annotations
 

@@ -43,9 +43,9 @@ class Quadratic:
 
     def run(self, steps, rate):
         bounds, mean = [], 0.0
-        for count in range(steps):
+        for made in range(steps):
             bounds.append(self.step(rate))
-            mean = mean + (self.x - mean) / (count + 1)
+            mean = mean + (self.x - mean) / (made + 1)
         return Stretch(torch.tensor(bounds), {"x": mean})
 
     def step(self, rate):
@@ -65,19 +65,22 @@ class Quadratic:
 # -- the schedule, on an engine without a model -----------------------------------------------
 
 
-def test_it_stops_at_the_optimum_after_three_decays():
+def test_it_stops_at_the_optimum_by_itself():
     engine = Quadratic(noise=0.3)
     outcome, bound = run(engine, rate=0.1, stretch=50, replicates=8)
     assert outcome.status.converged
     assert outcome.status.reason == "converged"
-    assert "stopped improving" in outcome.status.advice
+    # The stated meaning: nats still to gain, with their error, and the bound with its own.
+    assert "Smaller steps would gain about" in outcome.status.advice
+    assert outcome.status.advice.count("s.e.") == 2
     # The stationary sd of x at rate r is 0.3 sqrt(r / 2) = 0.07 and averaging cuts it further.
     assert abs(float(engine.x) - 1) < 0.1
     assert bound == pytest.approx(float(engine.evaluate(8).mean()))
     assert outcome.method == "stochastic"
     assert outcome.evaluations == 3 * len(outcome.losses) == 3 * len(engine.rates)
     rates = sorted(set(engine.rates), reverse=True)
-    assert rates == pytest.approx([0.1, 0.03, 0.009, 0.0027])
+    assert 2 <= len(rates) <= 4
+    assert rates == pytest.approx([0.1 * 0.3**i for i in range(len(rates))])
     assert engine.rates == sorted(engine.rates, reverse=True)
 
 
@@ -85,8 +88,8 @@ def test_the_end_of_the_steps_is_told_as_budget():
     outcome, _ = run(Quadratic(start=100.0), rate=1e-4, stretch=10, max_steps=40, replicates=4)
     assert outcome.status.reason == "budget"
     assert not outcome.status.converged
-    assert "largest number of steps" in outcome.status.advice
-    assert "larger budget=" in outcome.status.advice
+    assert "number of steps ran out" in outcome.status.advice
+    assert "more steps=" in outcome.status.advice
     assert len(outcome.losses) == 40
 
 
@@ -161,6 +164,54 @@ def test_an_interrupt_keeps_the_best():
     assert 100 <= len(outcome.losses) <= 130
     assert bound > -0.5
     assert bound == pytest.approx(float(engine.evaluate(4).mean()))
+
+
+def test_slow_progress_is_given_time_in_proportion():
+    """Far away and without noise each stretch gains little of the whole; it must not stop early."""
+    engine = Quadratic(start=-30.0)
+    outcome, bound = run(engine, rate=0.003, stretch=20, replicates=4, tolerance=0.01)
+    assert outcome.status.converged
+    assert bound > -0.05
+
+
+def test_the_tolerance_is_absolute_unless_it_is_asked_to_follow_the_size():
+    class Large(Quadratic):
+        def evaluate(self, replicates):
+            return super().evaluate(replicates) - 1e6
+
+    fine, coarse = Large(start=-3.0), Large(start=-3.0)
+    run(fine, rate=0.003, stretch=20, replicates=4, tolerance=0.01)
+    run(coarse, rate=0.003, stretch=20, replicates=4, tolerance=0.01, relative=1e-4)
+    assert abs(float(fine.x) - 1) < 0.3
+    assert len(coarse.rates) < len(fine.rates)
+
+
+def test_even_weights_at_the_start_end_the_fit_after_one_look():
+    engine = Quadratic(start=1.0)
+    outcome, bound = run(engine, replicates=16, tight=True)
+    assert outcome.status.converged
+    assert "even to within" in outcome.status.advice
+    assert engine.rates == outcome.losses == []
+    assert bound == 0.0
+    # Uneven ones do not: half their variance, times the particles of a replicate, is a nat and more.
+    assert run(Quadratic(start=1.0, noise=1.0), replicates=64, tight=True)[0].losses
+
+
+def test_gains_that_go_on_at_the_smallest_rate_are_no_convergence():
+    """A nat is gained whenever the rate falls, and none in between."""
+    engine = Quadratic()
+
+    def step(rate):
+        engine.rates.append(rate)
+        engine.x = torch.tensor([float(len(set(engine.rates)))])
+        return 0.0
+
+    engine.step = step
+    engine.evaluate = lambda replicates: engine.x.repeat(replicates)
+    outcome, bound = run(engine, stretch=5, replicates=4)
+    assert outcome.status.reason == "not converged"
+    assert bound == 6.0
+    assert "0.43 nats" in outcome.status.advice
 
 
 @pytest.mark.parametrize("hole", [math.nan, -math.inf])

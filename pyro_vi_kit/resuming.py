@@ -1,0 +1,129 @@
+"""Going on from an earlier fit: what it was, whether it fits the request, and both told as one."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.approximation import GuideApproximation
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.guides import Guide, GuideSpec
+from pyro_vi_kit.model import Model
+from pyro_vi_kit.posterior import Posterior, load
+from pyro_vi_kit.record import Record
+from pyro_vi_kit.storage import latents_of, words
+from pyro_vi_kit.types import Objective
+
+
+def earlier_fit(resume: object, model: Model, guide: object) -> Posterior:
+    """The posterior that ``resume=`` names.
+
+    Args:
+        resume: A posterior, or the path of a saved one.
+        model: The model to go on with.
+        guide: What ``guide=`` says, None where it says nothing.
+
+    Raises:
+        OptionError: If it is neither, or its guide is another one.
+        FileError: If the file cannot be read.
+        ModelError: If the latents are not those of the model.
+    """
+    if isinstance(resume, str | Path):
+        return load(resume, model, guide=None if isinstance(guide, str) else guide)  # type: ignore[arg-type]
+    if not isinstance(resume, Posterior):
+        raise OptionError(
+            f"resume= takes a posterior, or the path of a saved one, got {type(resume).__name__}"
+        )
+    return resume
+
+
+def same_guide(earlier: Posterior, guide: object) -> GuideSpec | Guide | Callable[..., Any]:
+    """The earlier fit's guide, before training.
+
+    Raises:
+        OptionError: If ``guide=`` names another one.
+    """
+    trained = earlier.approximation.guide  # type: ignore[attr-defined]
+    own = earlier.spec if earlier.spec is not None else trained
+    if guide is None or guide is trained:
+        return own
+    if isinstance(guide, str):
+        if guides.specify(guide).name == earlier.guide:
+            return own
+    elif guide == earlier.spec:
+        return own
+    described = earlier.guide if earlier.spec is None else repr(earlier.spec)
+    raise OptionError(
+        f"resume= goes on with the guide of the earlier fit, {described}, and not with guide={guide!r}: "
+        "leave guide= out, or start anew without resume="
+    )
+
+
+def trained_again(
+    earlier: Posterior, model: Model, dtype: torch.dtype | None
+) -> tuple[Guide | Callable[..., Any], Density | None]:
+    """The earlier fit's guide with its parameters, over this model, and the model's Density.
+
+    Raises:
+        ModelError: If the model's latents or learned parameters are not those of the earlier fit.
+    """
+    approximation = earlier.approximation
+    if not isinstance(approximation, GuideApproximation):
+        return approximation.guide, earlier.density  # type: ignore[attr-defined]
+    density = Density(model, dtype=dtype or approximation.dtype)
+    _require_same("latents", latents_of(approximation.density), latents_of(density))
+    before = {name: value.to(density.dtype) for name, value in approximation.params.items()}
+    _require_same("learned parameters", _shapes(before), _shapes(density.params))
+    density.params = {
+        name: before[name].clone().requires_grad_(value.requires_grad)
+        for name, value in density.params.items()
+    }
+    return approximation.guide.moved_to(density), density
+
+
+def state_of(earlier: Posterior) -> dict[str, Any]:
+    """A copy of the parameter store that a Pyro guide was trained in."""
+    return copy.deepcopy(earlier.approximation.state)  # type: ignore[attr-defined]
+
+
+def objective_of(record: Record) -> str | Objective:
+    """What was maximised; by name where its options were those of the name."""
+    objective = record.objective
+    known = objective.name in objectives.REGISTRY
+    return objective.name if known and objective == objectives.make(objective.name) else objective
+
+
+def seed_after(earlier: Posterior) -> int:
+    """A seed that follows from the earlier fit, and gives other numbers than it had."""
+    return (earlier.record.seed + 1 + len(earlier.record.losses)) % 2**31
+
+
+def told_as_one(earlier: Record, record: Record) -> Record:
+    """The record of both fits: what each has cost, and how the later one ended."""
+    return dataclasses.replace(
+        record,
+        losses=np.concatenate([earlier.losses, record.losses]),
+        evaluations=earlier.evaluations + record.evaluations,
+        seconds=earlier.seconds + record.seconds,
+        skipped=earlier.skipped + record.skipped,
+    )
+
+
+def _shapes(params: dict[str, Any]) -> list[list[Any]]:
+    return sorted([name, list(value.shape)] for name, value in params.items())
+
+
+def _require_same(what: str, before: list[list[Any]], now: list[list[Any]]) -> None:
+    if before != now:
+        raise ModelError(
+            f"resume= is a fit of {what} {words(before) or 'none'}; this model has "
+            f"{words(now) or 'none'}: go on with the model and data that it was fitted to"
+        )
