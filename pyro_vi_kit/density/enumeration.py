@@ -115,11 +115,13 @@ class Enumerated:
         latents that the site depends on lie in exactly its plates, else None.
         """
         visit = self._visits[name]
+        if not visit.frames:
+            return None
         hidden = [f for n, f in self.factors.items() if self._visits[n].kind != "observed"]
         with_it = next(
             m for m in self._marginals([*hidden, self.factors[name]]) if name in m.sources
         )
-        if not visit.frames or len(with_it.frames) != len(visit.frames):
+        if len(with_it.frames) != len(visit.frames):
             return None
         rows = with_it.value
         for part in self._marginals([f for f in hidden if f.sources <= with_it.sources]):
