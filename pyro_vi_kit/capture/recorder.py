@@ -76,6 +76,8 @@ class _Recorder(TorchDispatchMode):
             self._bind(tensor, name)
             self._reached[_storage(tensor)] = name
         self._read_only = set(self._reached)
+        # Storages that came to be during the recording, and so belong to one run of it.
+        self._made: set[int] = set()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -126,13 +128,24 @@ class _Recorder(TorchDispatchMode):
 
     def _outside(self, func: Any, args: tuple, kwargs: Mapping[str, Any], targets: list) -> Any:
         """Run what is the same in every replay; its results become constants where they are used."""
+        for target in targets:
+            self._require_made(func, target)
         result = func(*args, **kwargs)
+        self._made.update(_storage(tensor) for tensor in _tensors(result))
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._note_noise(func, args, kwargs, result, targets)
             return result
         for target in targets:
             self._forget(target)
         return result
+
+    def _require_made(self, func: Any, target: Tensor) -> None:
+        """Refuse a write into what outlives the run: replays would not do it."""
+        if _storage(target) not in self._made:
+            raise CaptureError(
+                "a tensor that outlives the step is written into (a counter, the running statistics of "
+                f"a BatchNorm in training mode: call module.eval()) ({func})"
+            )
 
     def _note_noise(
         self, func: Any, args: tuple, kwargs: Mapping[str, Any], result: Any, targets: list
@@ -164,6 +177,7 @@ class _Recorder(TorchDispatchMode):
             raise CaptureError(f"one of its inputs is written into ({func})")
         if storage in self._reached:
             return
+        self._require_made(func, target)
         self._forget(target)
         whole = target.as_strided((_numbers_behind(target),), (1,), 0)
         constant = self._constant(whole)

@@ -201,6 +201,19 @@ def writes_into_its_input(x):
     return (x.mul_(2.0),)
 
 
+COUNTER = torch.zeros((), dtype=torch.float64)
+NORM = torch.nn.BatchNorm1d(4, dtype=torch.float64)
+
+
+def counts(x):
+    COUNTER.add_(1.0)
+    return (x * 2.0,)
+
+
+def keeps_statistics(x):
+    return (NORM(x.expand(3, 4) * torch.arange(3.0, dtype=x.dtype).unsqueeze(-1)).detach(),)
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [
@@ -208,6 +221,8 @@ def writes_into_its_input(x):
         (picks, "shape"),
         (compares, "Python value"),
         (writes_into_its_input, "written into"),
+        (counts, "outlives"),
+        (keeps_statistics, "outlives"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(function, words):
