@@ -172,8 +172,8 @@ class Density:
         """Log density of each observation, `{site: [K, *batch]}`, nats.
 
         Where an observation depends on discrete latents of its own plates, they are summed out. Where
-        it depends on others (a global one, a chain outside of plates), they are drawn given all data, from
-        torch's global random state, and held.
+        it depends on others (a global one, a chain outside of plates), they are drawn given all data,
+        from torch's global random state, and held.
         """
 
         def single(point: Values) -> Values:
