@@ -82,7 +82,7 @@ class Status:
         gap: Nats by which the ELBO is estimated to fall short of the guide's best, on draws that the
             guide was not fitted to; None where that was not measured.
         modes: Distinct modes of the log density that searches from several points ended in; None where
-            there was one search or none.
+            none was found, or none looked for.
     """
 
     converged: bool

@@ -69,7 +69,10 @@ class LowRankShape(Shape):
         # Woodbury: (D^2 + F F^T)^-1 F = D^-2 F (I + F^T D^-2 F)^-1.
         scaled = factor / sd[:, None]
         inner = torch.eye(self.rank, dtype=x.dtype) + scaled.T @ scaled
-        root = torch.linalg.cholesky(inner)
+        root, failed = torch.linalg.cholesky_ex(inner)
+        if int(failed):
+            # A line search went where the sds overflow: it turns back from infinity.
+            return log_p.new_tensor(math.inf), torch.zeros_like(x)
         solved = torch.cholesky_solve(scaled.T, root).T
         entropy = sd.log().sum() + root.diagonal().log().sum()
         entropy = entropy + 0.5 * dim * (1.0 + math.log(2.0 * math.pi))

@@ -133,7 +133,8 @@ def minimise_several(
                 list(points), values.tolist(), gradients.double().numpy(), strict=True
             ):
                 try:
-                    points[i] = asking[i].send((value, gradient))
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        points[i] = asking[i].send((value, gradient))
                 except StopIteration:
                     del points[i]
                 if on_value is not None and math.isfinite(value):
