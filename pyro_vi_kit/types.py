@@ -81,8 +81,8 @@ class Status:
         advice: What happened and what to try, one or two sentences.
         gap: Nats by which the ELBO is estimated to fall short of the guide's best, on draws that the
             guide was not fitted to; None where that was not measured.
-        modes: Distinct modes of the log density that searches from several points ended in; None where
-            none was found, or none looked for.
+        modes: Distinct modes of the log density that searches from several points ended in, those more
+            than 30 nats below the highest left out; None where none was found, or none looked for.
     """
 
     converged: bool
