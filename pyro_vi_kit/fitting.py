@@ -64,7 +64,7 @@ def fit(
             reparameterised (for the ELBO: stick-the-landing), which has no variance where the guide is
             exact; ``"auto"`` takes the latter wherever it is defined.
         tol: Nats that the bound may fall short by. By default 0.01; where parameters are learned or
-            latents lie in a data plate, 0.01 % of the bound if that is more.
+            latents lie in a data plate, 0.1 % of the bound if that is more.
         budget: Seconds after which to stop with what there is.
         steps: The most stochastic steps; asks for them where L-BFGS could be taken.
         init: ``"auto"``: near the mode, and flows and multi-sample fits from the best Gaussian;

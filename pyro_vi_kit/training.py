@@ -159,7 +159,7 @@ def _run_stochastic(
         replicates=16 if literal or local else 256,
         tolerance=request.tolerance,
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
-        relative=1e-4 if learns and not request.own_tolerance else 0.0,
+        relative=1e-3 if learns and not request.own_tolerance else 0.0,
         tight=isinstance(guide, Guide) and not guide.density.params and not guide.point,
     )
     label = f"{name} ({request.objective.name})"

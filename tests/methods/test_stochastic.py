@@ -206,8 +206,10 @@ def test_gains_that_go_on_at_the_smallest_rate_are_no_convergence():
         engine.x = torch.tensor([float(len(set(engine.rates)))])
         return 0.0
 
-    engine.step = step
-    engine.evaluate = lambda replicates: engine.x.repeat(replicates)
+    def evaluate(replicates):
+        return engine.x.repeat(replicates)
+
+    engine.step, engine.evaluate = step, evaluate
     outcome, bound = run(engine, stretch=5, replicates=4)
     assert outcome.status.reason == "not converged"
     assert bound == 6.0
