@@ -199,10 +199,17 @@ def _medians(rows: Sequence[dict[str, Any]], peers: Sequence[str]) -> str:
                     "median over the posteriors": f"{WORDS[peer]} over ours, {kind} ({len(ratios)})",
                     "measured": f"{middle}×",
                     "aim": f"at least {aim}×",
-                    "met": middle.value >= aim,
+                    "met": _met(middle, aim),
                 }
             )
     return markdown(["median over the posteriors", "measured", "aim", "met"], table)
+
+
+def _met(measured: Measured, aim: float) -> bool | str:
+    """Whether the aim is met; a lower bound under it shows neither."""
+    if measured.value >= aim:
+        return True
+    return "not shown: raise --cap" if measured.at_least else False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from numpyro.infer.autoguide import AutoContinuous, AutoNormal
 
 from benchmarks.lib.clock import pace
 from benchmarks.peers.numpyro_models import eight_schools_noncentered
-from benchmarks.peers.numpyro_svi import stepper
+from benchmarks.peers.numpyro_svi import start, stepper
 from benchmarks.peers.schools import LAYERS, SIGMA, WIDTH, Y
 
 RATE = 0.005
@@ -48,7 +48,7 @@ def run(
         kind = AutoNormal if guide == "mean_field" else Coupling
         model = eight_schools_noncentered
         svi = SVI(model, kind(model), numpyro.optim.Adam(RATE), loss)
-        state = svi.init(random.PRNGKey(seed), *arguments)
+        state = start(svi, seed, arguments)
         compiled = stepper(svi, arguments)
         update = jax.jit(svi.update)
 
