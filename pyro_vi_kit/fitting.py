@@ -120,19 +120,19 @@ def fit(
         state = None if isinstance(trainee, Guide) else resuming.state_of(earlier)
     name = training.name_of(trainee)
     with one_thread(density is not None and is_small(density)):
-        approximation, outcome, engine_name, bound = training.train(
-            request, name, trainee, density, state
-        )
+        trained = training.train(request, name, trainee, density, state)
+    outcome = trained.outcome
     record = Record(
         objective=request.objective,
         method=outcome.method,
-        engine=engine_name,
+        engine=trained.engine,
+        note=trained.note,
         status=outcome.status,
         losses=np.asarray(outcome.losses),
         evaluations=outcome.evaluations,
         seconds=time.monotonic() - started,
         seed=request.seed,
-        bound=bound,
+        bound=trained.bound,
         skipped=outcome.skipped,
         estimator=training.estimator_of(request, trainee)
         if outcome.method == stochastic.NAME
@@ -142,7 +142,7 @@ def fit(
     if earlier is not None:
         record = resuming.told_as_one(earlier.record, record)
     spec = guide if isinstance(guide, GuideSpec) else None
-    return Posterior(model, approximation, record, density, spec)
+    return Posterior(model, trained.approximation, record, density, spec)
 
 
 def _require_dtype(dtype: object) -> None:

@@ -87,6 +87,14 @@ class Gradients:
             log_prob, gradient = shape.program(z, *shape.rest)
         return log_prob, gradient
 
+    @property
+    def engine(self) -> str:
+        """``captured``, ``compiled`` or ``eager``, by what evaluates any number of points now."""
+        programs = [shape.program for shape in self._shapes.values() if shape.program is not None]
+        if not programs:
+            return "eager"
+        return "compiled" if any(p.how == "native" for p in programs) else "captured"
+
     def how(self, points: int) -> str:
         """How K points are evaluated: ``native``, ``script``, ``python``, or ``eager``, with reasons."""
         shape = self._shapes.get(points, _Shape())

@@ -162,8 +162,9 @@ class Posterior:
                 f"  ELBO     {self.elbo:.3f} nats (s.e. {self.elbo_se:.3f})",
                 f"  evidence {evidence:.3f} nats (s.e. {se:.3f}), by importance weights",
             ]
+        note = f" (not captured: {self.record.note})" if self.record.note else ""
         lines.append(
-            f"  made by  {self.method} on the {self.engine} engine, objective "
+            f"  made by  {self.method} on the {self.engine} engine{note}, objective "
             f"{self.record.objective.name}: {self.evaluations:,} gradient evaluations in "
             f"{self.seconds:.2f} s"
         )

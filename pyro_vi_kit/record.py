@@ -26,6 +26,7 @@ class Record:
         skipped: Steps whose gradient was not finite.
         estimator: Of the gradient, where steps were stochastic: ``pathwise`` or ``dreg``.
         batch_size: Rows of the data plate in each step; all when None.
+        note: Why steps were not captured, where they should have been; empty otherwise.
     """
 
     objective: Objective
@@ -40,13 +41,14 @@ class Record:
     skipped: int = 0
     estimator: str | None = None
     batch_size: int | None = None
+    note: str = ""
 
     def attrs(self) -> dict[str, str | int | float]:
         """What an exported file says of it."""
         return {
             "objective": self.objective.name,
             "method": self.method,
-            "engine": self.engine,
+            "engine": f"{self.engine} ({self.note})" if self.note else self.engine,
             "seed": self.seed,
             "status": self.status.reason,
             "advice": self.status.advice,

@@ -66,6 +66,7 @@ def guide_group(
                 "seed",
                 "bound",
                 "skipped",
+                "note",
                 "estimator",
                 "batch_size",
             )

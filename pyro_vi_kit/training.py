@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,24 @@ from pyro_vi_kit.runtime import default_dtype
 PyroGuide = Callable[..., Any]
 
 
+class Trained(NamedTuple):
+    """What training gives.
+
+    Attributes:
+        approximation: The trained guide.
+        outcome: How it went.
+        engine: What executed the steps: ``captured``, ``compiled``, ``eager`` or ``pyro``.
+        bound: The objective at the end, nats; None where it is the ELBO.
+        note: Why steps were not captured, where they should have been.
+    """
+
+    approximation: Approximation
+    outcome: Outcome
+    engine: str
+    bound: float | None
+    note: str = ""
+
+
 def name_of(guide: Guide | PyroGuide) -> str:
     """What a guide is called."""
     if isinstance(guide, Guide):
@@ -40,8 +58,8 @@ def train(
     trainee: Guide | PyroGuide,
     density: Density | None,
     state: dict[str, Any] | None,
-) -> tuple[Approximation, Outcome, str, float | None]:
-    """Train by the method that fits; the approximation, how it went, the engine and the bound."""
+) -> Trained:
+    """Train by the method that fits."""
     if not isinstance(trainee, Guide) or density is None:
         return _train_pyro_guide(request, trainee, density, state)
     _require_compatible(request, trainee)
@@ -55,14 +73,18 @@ def train(
                 progress=progress,
                 start=_gaussian_of(trainee) if request.resumed else _start(request, density),
             )
-        return GuideApproximation(name, trainee, density.params), outcome, "eager", None
+        return Trained(
+            GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
+        )
     whitened = request.resumed or _initialise(request, trainee, density)
     batches = _batches(request, trainee)
     request = _with_particles(request, density)
     engine = _engine(request, trainee, density, batches)
     outcome, bound = _run_stochastic(request, name, engine, whitened)
     approximation = GuideApproximation(name, trainee, engine.params)
-    return approximation, outcome, engine.name, bound if request.objective.multi_sample else None
+    note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
+    bound = bound if request.objective.multi_sample else None
+    return Trained(approximation, outcome, engine.name, bound, note)
 
 
 def _engine(
@@ -114,7 +136,7 @@ def _with_particles(request: Request, density: Density) -> Request:
 
 def _train_pyro_guide(
     request: Request, guide: PyroGuide, density: Density | None, state: dict[str, Any] | None
-) -> tuple[Approximation, Outcome, str, float | None]:
+) -> Trained:
     if request.method == "lbfgs":
         raise OptionError(
             "method='lbfgs' runs the Gaussian guides of this package; use 'stochastic'"
@@ -137,7 +159,8 @@ def _train_pyro_guide(
     outcome, bound = _run_stochastic(request, name_of(guide), engine, whitened=False)
     dtype = default_dtype() if density is None else density.dtype
     approximation = TraceApproximation(request.model, guide, engine.state, dtype, density)
-    return approximation, outcome, engine.name, bound if request.objective.multi_sample else None
+    bound = bound if request.objective.multi_sample else None
+    return Trained(approximation, outcome, engine.name, bound)
 
 
 def _run_stochastic(

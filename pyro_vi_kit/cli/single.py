@@ -52,7 +52,9 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @click.option("--guide", show_default="full_rank", help="See vi-kit guides.")
 @click.option("--objective", show_default="elbo", help="See vi-kit objectives.")
 @click.option("--method", default="auto", show_default=True, help="auto, lbfgs or stochastic.")
-@click.option("--engine", default="auto", show_default=True, help="auto, eager or pyro.")
+@click.option(
+    "--engine", default="auto", show_default=True, help="auto, captured, compiled, eager or pyro."
+)
 @click.option("--estimator", default="auto", show_default=True, help="auto, pathwise or dreg.")
 @click.option(
     "--tol", type=float, show_default="0.01", help="Nats that the bound may fall short by."

@@ -118,7 +118,7 @@ def fit(
     stage = None if search.stopped else _grow(search, _shape(family, frame.best), tolerance)
     _hand_over(family, frame.best, stage)
     status = _status(search, stage, tolerance, frame)
-    return Outcome(NAME, status, search.losses, search.evaluations)
+    return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
 
 
 def prefit(
@@ -181,7 +181,7 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
             f"The mode search gave up ({mode.message}): the density may have no mode (a hierarchical "
             "sd at 0 does this). Use guide='mean_field'.",
         )
-    return Outcome(NAME, status, search.losses, search.evaluations)
+    return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
 
 
 def _grow(search: Search, shape: Shape, tolerance: float) -> _Stage:

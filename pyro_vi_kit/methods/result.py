@@ -17,6 +17,7 @@ class Outcome:
         losses: Minus the bound at each step, nats; NaN where a step was skipped.
         evaluations: Per-sample gradient evaluations of the log density.
         skipped: Steps whose gradient was not finite.
+        engine: What evaluated the density, where that was no stochastic engine.
     """
 
     method: str
@@ -24,3 +25,4 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
     evaluations: int = 0
     skipped: int = 0
+    engine: str = "eager"

@@ -59,6 +59,12 @@ class Search:
             return parts[0]
         return torch.cat([log_p for log_p, _ in parts]), torch.cat([grad for _, grad in parts])
 
+    @property
+    def engine(self) -> str:
+        """How the density was evaluated at last."""
+        found = {gradients.engine for gradients in self._ways.values()}
+        return next((name for name in ("compiled", "captured") if name in found), "eager")
+
     def _gradients(self, jacobian: bool) -> Gradients:
         """The density, which captures itself in long searches."""
         if jacobian not in self._ways:

@@ -151,6 +151,19 @@ def test_a_fit_is_captured_unless_told_otherwise():
     torch.testing.assert_close(captured.losses, eager.losses, rtol=1e-9, atol=1e-9)
 
 
+def test_a_posterior_says_why_its_steps_were_not_captured(tmp_path):
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(mu, 1.0 if mu > 0 else 2.0), obs=y)
+
+    posterior = vi.fit(vi.Model(model, torch.tensor(0.4)), guide="mean_field", steps=20, seed=0)
+    assert posterior.engine == "eager"
+    assert "not captured: what depends on a latent" in repr(posterior)
+    assert "Python number" in posterior.to_arviz().attrs["engine"]
+    saved = posterior.save(tmp_path / "fit.nc")
+    assert vi.load(saved, posterior.model).record.note == posterior.record.note
+
+
 def test_a_users_guide_needs_pyro():
     def guide():
         pyro.sample("x", dist.Normal(0.0, 1.0))
