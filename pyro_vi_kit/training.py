@@ -207,9 +207,9 @@ def _require_compatible(request: Request, guide: Guide) -> None:
         )
     if request.method == "lbfgs" and not _fixed_draws_possible(request, guide):
         raise OptionError(
-            "method='lbfgs' needs guide 'delta', 'mean_field' or 'full_rank', a model without learned "
-            f"parameters and of at most {fixed_draws.MAX_DIM:,} dimensions, objective 'elbo', and "
-            "none of engine='pyro', optimizer=, estimator=, steps= and batch_size=; use "
+            "method='lbfgs' needs guide 'delta', 'mean_field', 'low_rank' or 'full_rank', a model "
+            f"without learned parameters and of at most {fixed_draws.MAX_DIM:,} dimensions, objective "
+            "'elbo', and none of engine='pyro', optimizer=, estimator=, steps= and batch_size=; use "
             "method='stochastic'"
         )
 

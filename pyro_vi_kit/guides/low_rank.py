@@ -49,6 +49,22 @@ class LowRank:
         return Guide(self.name, density, {density.block: family})
 
 
+class OneStream(dist.LowRankMultivariateNormal):
+    """Torch's, with the noise of diagonal and factor drawn together.
+
+    Torch draws the one for the whole batch and then the other, so that K draws at once are not those
+    that K single draws are from the same random state.
+    """
+
+    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
+        """Reparameterised draws `[*sample_shape, *batch, D]`."""
+        dim, rank = self.cov_factor.shape[-2:]
+        shape = (*sample_shape, *self.batch_shape, dim + rank)
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        wide = (self.cov_factor @ noise[..., dim:, None])[..., 0]
+        return self.loc + self.cov_diag.sqrt() * noise[..., :dim] + wide
+
+
 class LowRankNormal(GaussianFamily):
     """A normal of covariance `unit (diag(exp(2 log_diagonal)) + factor factor^T) unit`.
 
@@ -73,7 +89,7 @@ class LowRankNormal(GaussianFamily):
 
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
         """The distribution, event shape `[D]`."""
-        return dist.LowRankMultivariateNormal(
+        return OneStream(
             self.centre + self.unit * self.loc,
             self.unit[:, None] * self.factor,
             (self.unit * self.log_diagonal.exp()).square(),

@@ -413,6 +413,25 @@ def test_low_rank_is_exact_where_its_rank_is_enough(rank, exact):
     assert elbo["low_rank"] < 1e-9
 
 
+def test_low_rank_draws_have_its_covariance_one_by_one_or_together():
+    made = guides.make("low_rank", Density(gaussian(3)[0]), rank=2, init_scale=1.0)
+    family = made.families["latent"]
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        family.factor.copy_(torch.randn(3, 2))
+        distribution = family()
+        torch.manual_seed(1)
+        together = distribution.rsample((3,))
+        torch.manual_seed(1)
+        # Fewer than 16 numbers, which torch draws one by one.
+        torch.testing.assert_close(together, torch.stack([distribution.rsample() for _ in "abc"]))
+        z = distribution.rsample((100_000,))
+    expected = distribution.covariance_matrix
+    # An entry's standard error is at most sqrt(2) v_max / sqrt(S).
+    se = math.sqrt(2.0) * float(expected.diagonal().max()) / math.sqrt(100_000)
+    torch.testing.assert_close(torch.cov(z.T), expected, rtol=0, atol=5 * se)
+
+
 @pytest.mark.parametrize("kind", ["dense", "diagonal", "low_rank"])
 def test_the_gradient_of_each_shape_is_that_of_autograd(kind):
     """Minus the ELBO on fixed noise, written down once more with torch's own distributions."""
