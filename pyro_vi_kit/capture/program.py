@@ -16,7 +16,7 @@ from pyro_vi_kit.capture.recorder import CaptureError, record
 from pyro_vi_kit.runtime import LOCK, RandomStream
 
 # TorchScript's set-up grows faster than the graph: 7,000 operations take 5 seconds.
-_MAX_SCRIPT = 3000
+_MAX_SCRIPT = 4000
 # Seconds of replay after which a compiler is started: as long again is likely to follow, and it takes
 # no time of the fit's own.
 _PATIENCE = 3.0

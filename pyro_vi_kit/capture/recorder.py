@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vi_kit.capture.graph import Graph, Node, Noise, Ref
+from pyro_vi_kit.capture.simplify import Layout, simplified
 from pyro_vi_kit.errors import ViError
 
 _READ = torch.ops.aten._local_scalar_dense.default
@@ -64,8 +65,11 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         # Tensors stay alive while recording, so that no id and no storage is ever used twice.
         self._tensors: dict[str, Tensor] = {}
+        self._layouts: dict[str, Layout] = {}
         self._by_id: dict[int, str] = {}
         self._by_view: dict[tuple, str] = {}
+        # How many names stand for memory of each storage.
+        self._names_on: dict[int, int] = {}
         # Storages that inputs reach, and a tensor on each.
         self._reached: dict[int, str] = {}
         self._nodes: list[Node] = []
@@ -112,17 +116,22 @@ class _Recorder(TorchDispatchMode):
         many = isinstance(result, tuple | list)
         results = result if many else () if result is None else (result,)
         _require_static(func, args, results)
+        plain = self._out_of_place(func, targets)
+        if plain is not None:
+            self._rename(targets[0])
+            func = plain
         names = tuple(self._new(tensor) for tensor in results)
-        self._nodes.append(Node(func, references, keywords, names, many, bool(targets)))
+        self._nodes.append(
+            Node(func, references, keywords, names, many, bool(targets) and plain is None)
+        )
         return result
 
     def graph(self, results: Sequence[Tensor]) -> Graph:
         """The recording, as a function of inputs and noise."""
         outputs = [self._name(result) for result in results]
         noise = [f"n{position}" for position in range(len(self._noise))]
-        return _pruned(
-            Graph(self._inputs + noise, outputs, self._nodes, self._constants, self._noise)
-        )
+        graph = Graph(self._inputs + noise, outputs, self._nodes, self._constants, self._noise)
+        return _pruned(simplified(graph, self._layouts))
 
     # -- what inputs do not reach -------------------------------------------------------------
 
@@ -186,6 +195,22 @@ class _Recorder(TorchDispatchMode):
         self._reached[storage] = name
         self._nodes.append(Node(_CLONE, (Ref(constant),), {}, (name,), False, False))
 
+    def _out_of_place(self, func: Any, targets: list[Tensor]) -> Any:
+        """The operation that gives what this one writes, where nothing else sees the written memory."""
+        if len(targets) != 1 or self._names_on.get(_storage(targets[0]), 0) != 1:
+            return None
+        target, name = targets[0], func._schema.name.removeprefix("aten::")
+        if target.numel() != _numbers_behind(target) or not name.endswith("_"):
+            return None
+        packet = getattr(torch.ops.aten, name[:-1], None)
+        return getattr(packet, func._overloadname, None)
+
+    def _rename(self, target: Tensor) -> None:
+        """Forget the name of what a tensor was before it was written into."""
+        storage = _storage(target)
+        self._forget(target)
+        del self._reached[storage], self._names_on[storage]
+
     def _poison(self, info: Tensor) -> None:
         """NaN in place of an exception where a factorisation fails, for that particle alone."""
         name = self._name(info)
@@ -209,9 +234,12 @@ class _Recorder(TorchDispatchMode):
         return name
 
     def _bind(self, tensor: Tensor, name: str) -> None:
+        storage = _storage(tensor)
         self._tensors[name] = tensor
+        self._layouts[name] = Layout.of(tensor)
         self._by_id[id(tensor)] = name
         self._by_view[_view(tensor)] = name
+        self._names_on[storage] = self._names_on.get(storage, 0) + 1
 
     def _reference(self, value: Any) -> Any:
         if isinstance(value, Tensor):

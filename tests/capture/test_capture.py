@@ -250,6 +250,37 @@ def test_a_long_loop_is_left_alone(monkeypatch):
         captured(function, 2)
 
 
+def test_what_changes_nothing_is_left_out():
+    def function(x):
+        y = (x.expand(3, 4) * 1.0).detach().view(3, 4) ** 1.0
+        return (torch.exp(y.neg().neg()) + torch.exp(y) * torch.ones_like(y) / 1.0,)
+
+    graph = record(function, points(3, 4)[0])
+    assert [str(node.op) for node in graph.nodes] == ["aten.exp.default", "aten.add.Tensor"]
+
+
+def test_a_view_keeps_the_strides_that_it_needs():
+    def function(x):
+        wide = x.unsqueeze(-1).expand(3, 4) * 1.0
+        turned = (x.unsqueeze(-1) + wide).t() * 1.0
+        return (wide.view(-1) + turned.contiguous().view(-1),)
+
+    program = captured(function, 3)
+    (x,) = points(3, seed=8)[0]
+    torch.testing.assert_close(program(x)[0], function(x)[0], rtol=0.0, atol=0.0)
+
+
+def test_a_shape_changed_in_place_is_followed():
+    def function(x):
+        wide = (x.unsqueeze(0) * 2.0).squeeze_(0)
+        return (wide.exp().mul_(x).add_(wide),)
+
+    program = captured(function, 4)
+    assert not any(node.writes for node in program.graph.nodes)
+    (x,) = points(4, seed=8)[0]
+    torch.testing.assert_close(program(x)[0], function(x)[0], rtol=0.0, atol=0.0)
+
+
 def test_operations_that_nothing_reads_are_left_out():
     def function(x):
         x.exp()
