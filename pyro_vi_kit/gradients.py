@@ -87,6 +87,12 @@ class Gradients:
             log_prob, gradient = shape.program(z, *shape.rest)
         return log_prob, gradient
 
+    def expect(self, evaluations: int, z: Tensor) -> None:
+        """Say how many evaluations of points like ``z``, `[K, D]`, are to come, if that is known."""
+        shape = self._shapes.get(len(z))
+        if shape is not None and shape.program is not None:
+            shape.program.expect(evaluations, (z, *shape.rest))
+
     @property
     def engine(self) -> str:
         """``captured``, ``compiled`` or ``eager``, by what evaluates any number of points now."""

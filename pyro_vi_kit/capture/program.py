@@ -19,8 +19,11 @@ from pyro_vi_kit.runtime import LOCK, RandomStream
 _MAX_SCRIPT = 4000
 # Seconds of replay after which a compiler is started: as long again is likely to follow, and it takes
 # no time of the fit's own.
-_PATIENCE = 3.0
+_PATIENCE = 5.0
 _BETWEEN_LOOKS = 0.2
+# Seconds of replay to come for which a compiler is started at once, where it is known how many.
+_WORTHWHILE = 20.0
+_SAMPLE = 5
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -28,8 +31,8 @@ Function = Callable[..., Sequence[Tensor]]
 class Program:
     """A captured function, for inputs of the shapes that it was captured on.
 
-    It begins in TorchScript. Once it has run for three seconds it has itself compiled, beside what goes
-    on, and is faster when that is done; a graph that was compiled before is compiled from the start.
+    It begins in TorchScript. Once it has run for five seconds it has itself compiled, beside what goes on,
+    and is faster when that is done; a graph that was compiled before is compiled from the start.
 
     Args:
         graph: The recording.
@@ -66,6 +69,21 @@ class Program:
             if self._spent > self._next_look:
                 self._look(everything)
         return results
+
+    def expect(self, calls: int, inputs: Sequence[Tensor]) -> None:
+        """Start the compiler now if so many calls take longer than it does; else do without."""
+        everything = [*inputs, *self._noise()]
+        began = time.perf_counter()
+        for _ in range(_SAMPLE):
+            self._run(*everything)
+        each = (time.perf_counter() - began) / _SAMPLE
+        if self._library is None:
+            return
+        if calls * each < _WORTHWHILE:
+            self._library, self.note = None, "too short a run to compile"
+            return
+        self._library.start()
+        self._next_look = 0.0
 
     def compile(self, inputs: Sequence[Tensor], seconds: float = 600.0) -> bool:
         """Have it compiled now and wait for that; whether it is.

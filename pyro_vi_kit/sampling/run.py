@@ -94,7 +94,7 @@ def nuts(
     # The caller may be inside torch.no_grad().
     with torch.enable_grad(), one_thread():
         target = Target(Density(model, dtype=torch.float64), params)
-        if cores is None and target.captured():
+        if target.captured(total) and cores is None:
             plan = replace(plan, cores=min(chains, _processors()))
         before = time.perf_counter()
         with Progress(f"NUTS, {chains} chains", total, progress) as bar:

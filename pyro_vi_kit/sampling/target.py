@@ -17,6 +17,8 @@ from pyro_vi_kit.gradients import Gradients
 _TRIES = 100
 _RADIUS = 2.0
 _SHRINK = 0.95
+# Gradients a draw at the least: trajectories of seven steps are short.
+_GRADIENTS = 7
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,14 @@ class Target:
             self.stop()
             return self._undefined()
         # One number tells of all: what is not finite stays so in the sum of squares.
-        return (value, gradient) if math.isfinite(gradient @ gradient) else self._undefined()
+        return (value, gradient) if math.isfinite(gradient.dot(gradient)) else self._undefined()
 
     def _undefined(self) -> tuple[float, np.ndarray]:
         return float("nan"), np.zeros(self.density.dim)
 
     def _evaluate(self, point: np.ndarray) -> tuple[float, np.ndarray]:
-        log_prob, gradient = self.gradients(torch.tensor(point, dtype=torch.float64).unsqueeze(0))
-        return float(log_prob), gradient[0].numpy()
+        log_prob, gradient = self.gradients(torch.from_numpy(point.copy()).view(1, -1))
+        return log_prob.item(), gradient.numpy()[0]
 
     def stop(self) -> None:
         """Answer at once from now on, with a standard normal, so that running chains end soon."""
@@ -128,9 +130,15 @@ class Target:
                 "It must have a density wherever its latents' supports allow."
             ) from self.error
 
-    def captured(self) -> bool:
-        """Whether gradients are replayed; captures them, at a point that any density likes."""
-        self(np.full(self.density.dim, 0.1))
+    def captured(self, draws: int) -> bool:
+        """Whether gradients are replayed; captures them, at a point that most densities like.
+
+        Args:
+            draws: How many are to be made, each of which takes several gradients.
+        """
+        point = np.full(self.density.dim, 0.1)
+        self(point)
+        self.gradients.expect(_GRADIENTS * draws, torch.from_numpy(point).view(1, -1))
         return not self.gradients.how(1).startswith("eager")
 
     def start(self, seed: int) -> np.ndarray:
