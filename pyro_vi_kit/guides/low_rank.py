@@ -56,7 +56,7 @@ class OneStream(dist.LowRankMultivariateNormal):
     that K single draws are from the same random state.
     """
 
-    def rsample(self, sample_shape: torch.Size | tuple[int, ...] = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """Reparameterised draws `[*sample_shape, *batch, D]`."""
         dim, rank = self.cov_factor.shape[-2:]
         shape = (*sample_shape, *self.batch_shape, dim + rank)

@@ -43,6 +43,13 @@ _CHECK = 2048
 _CLOSE_CALL = 4.6
 # What is asked for is out of reach in hundreds of dimensions: nats per dimension.
 _PER_DIM = 1e-4
+# Of more dimensions a dense Gaussian costs more than a better start is worth.
+_DENSE_DIM = 200
+# What a fit that only has to be a good start may miss, in nats, and may take.
+_ROUGH = 0.3
+_ROUGH_DRAWS = 1024
+# A low-rank fit that takes more is stopped.
+_LOW_RANK_DRAWS = 4096
 # The Hessian takes D points of D numbers, and draws have to outnumber dimensions.
 MAX_DIM = 1000
 
@@ -115,8 +122,8 @@ def fit(
     if isinstance(family, PointMass):
         return _fit_point(family, search, start.loc if isinstance(start, Gaussian) else start)
     frame = _frame(search, start)
-    stage = None if search.stopped else _grow(search, _shape(family, frame.best), tolerance)
-    _hand_over(family, frame.best, stage)
+    best, stage = _fit_gaussian(search, family, frame.best, tolerance)
+    _hand_over(family, best, stage)
     status = _status(search, stage, tolerance, frame)
     return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
 
@@ -132,7 +139,7 @@ def prefit(
     search = Search(density, seed, deadline, Progress("start", enabled=False))
     best = _frame(search, start).best
     if not search.stopped:
-        stage = _grow(search, Dense(best) if density.dim <= 200 else Diagonal(best), 0.1)
+        stage = _grow(search, Dense(best) if density.dim <= _DENSE_DIM else Diagonal(best), 0.1)
         best = stage.shape.gaussian(stage.x)
     if search.stopped == "interrupted":
         raise KeyboardInterrupt
@@ -143,6 +150,28 @@ def _frame(search: Search, start: Tensor | Gaussian | None) -> Found:
     if isinstance(start, Gaussian):
         return Found(start, True)
     return find_frame(search, starting_points(search) if start is None else start.unsqueeze(0))
+
+
+def _fit_gaussian(
+    search: Search, family: nn.Module, frame: Gaussian, tolerance: float
+) -> tuple[Gaussian, _Stage | None]:
+    """The Gaussian to measure in, and the family's best; None where there was no time for it."""
+    if isinstance(family, LowRankNormal) and not search.stopped:
+        frame = _rough(search, frame, tolerance)
+    if search.stopped:
+        return frame, None
+    return frame, _grow(search, _shape(family, frame), tolerance)
+
+
+def _rough(search: Search, frame: Gaussian, tolerance: float) -> Gaussian:
+    """A rough fit of any covariance: the best of low rank is near its own, and that one is easier."""
+    if search.density.dim > _DENSE_DIM:
+        return frame
+    known = len(search.losses)
+    stage = _grow(search, Dense(frame), max(tolerance, _ROUGH), polish=False)
+    # They are not the losses of the guide that was asked for.
+    del search.losses[known:]
+    return stage.shape.gaussian(stage.x) if math.isfinite(stage.quality.elbo) else frame
 
 
 def _shape(family: nn.Module, frame: Gaussian) -> Shape:
@@ -184,9 +213,11 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
     return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
 
 
-def _grow(search: Search, shape: Shape, tolerance: float) -> _Stage:
+def _grow(search: Search, shape: Shape, tolerance: float, *, polish: bool = True) -> _Stage:
     """Optimise on few draws, ask fresh ones, and go on with those until they agree."""
     tolerance = max(tolerance, _PER_DIM * search.density.dim)
+    max_draws = _LOW_RANK_DRAWS if isinstance(shape, LowRankShape) else _MAX_DRAWS
+    max_draws = max_draws if polish else _ROUGH_DRAWS
     many_dims = isinstance(shape, Dense) and search.density.dim > _FEW_DIMS
     draws = 2 ** math.ceil(math.log2(max(64, 4 * shape.noise)))
     x = shape.start()
@@ -197,8 +228,9 @@ def _grow(search: Search, shape: Shape, tolerance: float) -> _Stage:
         stage = _Stage(shape, x, draws, found, quality)
         if search.stopped or quality.gap <= tolerance or not math.isfinite(quality.elbo):
             return stage
-        if many_dims or 2 * draws > _MAX_DRAWS:
-            return _polished(search, stage, tolerance) if isinstance(shape, Dense) else stage
+        if many_dims or 2 * draws > max_draws:
+            finish = polish and isinstance(shape, Dense)
+            return _polished(search, stage, tolerance) if finish else stage
         draws *= 2
 
 

@@ -9,9 +9,9 @@ draws, and rates that fall like 1/step average out what skewness leaves.
 Each draw is used once, where fixed draws are evaluated tens of times over. Measured on a logistic
 regression of 200 coefficients and 2,000 rows (nats below the best ELBO after 8,000 gradient evaluations
 from the Laplace approximation): this 0.005, fixed draws 0.02, batch-and-match (Cai et al. 2024) 0.14 at
-its fixed point, which has the best score and not the best ELBO, and Gaussian score matching (Modi et
-al. 2023) 3.1, after 4,096 evaluations. On Poisson counts with 300 autoregressive latents fixed draws were the fastest to come
-near, so they go first and this does what they leave.
+its fixed point, which has the best score and not the best ELBO; Gaussian score matching (Modi et al.
+2023) 3.1, after 4,096 evaluations. On Poisson counts with 300 autoregressive latents fixed draws were
+the fastest to come near, so they go first and this does what they leave.
 """
 
 from __future__ import annotations
