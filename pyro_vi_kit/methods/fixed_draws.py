@@ -122,7 +122,7 @@ def fit(
     if isinstance(family, PointMass):
         return _fit_point(family, search, start.loc if isinstance(start, Gaussian) else start)
     frame = _frame(search, start)
-    best, stage = _fit_gaussian(search, family, frame.best, tolerance)
+    best, stage = _fit_gaussian(search, family, frame, tolerance)
     _hand_over(family, best, stage)
     status = _status(search, stage, tolerance, frame)
     return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
@@ -153,10 +153,13 @@ def _frame(search: Search, start: Tensor | Gaussian | None) -> Found:
 
 
 def _fit_gaussian(
-    search: Search, family: nn.Module, frame: Gaussian, tolerance: float
+    search: Search, family: nn.Module, found: Found, tolerance: float
 ) -> tuple[Gaussian, _Stage | None]:
     """The Gaussian to measure in, and the family's best; None where there was no time for it."""
-    if isinstance(family, LowRankNormal) and not search.stopped:
+    frame = found.best
+    # Units taken off the way to no mode may be far too small, and so would be the gap seen in them.
+    lost = isinstance(family, DiagonalNormal) and not found.trusted
+    if (lost or isinstance(family, LowRankNormal)) and not search.stopped:
         frame = _rough(search, frame, tolerance)
     if search.stopped:
         return frame, None

@@ -28,6 +28,7 @@ class LowRankShape(Shape):
 
     Draws are made with the Cholesky factor: noise of its own for the factor would add as much to the
     gradients, most of all in columns that are hardly used. A search takes D^3 steps of arithmetic then.
+
     The vector is m, then (s, G) in units of the Hessian at the best low-rank Gaussian for the frame.
 
     Args:

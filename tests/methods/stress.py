@@ -203,8 +203,8 @@ def capture_recapture():
 
 
 def garch():
-    """GARCH(1, 1) of 200 steps, as a linear recursion with its matrix written out."""
-    e, y, variance = normals(200, seed=16), [], 0.5
+    """GARCH(1, 1) of 60 steps, as a linear recursion with its matrix written out."""
+    e, y, variance = normals(60, seed=16), [], 0.5
     for x in e.tolist():
         y.append(math.sqrt(variance) * x)
         variance = 0.1 + 0.3 * y[-1] ** 2 + 0.5 * variance
