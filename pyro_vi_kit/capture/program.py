@@ -31,8 +31,8 @@ Function = Callable[..., Sequence[Tensor]]
 class Program:
     """A captured function, for inputs of the shapes that it was captured on.
 
-    It begins in TorchScript. Once it has run for five seconds it has itself compiled, beside what goes on,
-    and is faster when that is done; a graph that was compiled before is compiled from the start.
+    It begins in TorchScript. Once it has run for five seconds it has itself compiled, beside what goes
+    on, and is faster when that is done; a graph that was compiled before is compiled from the start.
 
     Args:
         graph: The recording.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vi_kit.capture.graph import Graph, Node, Noise, Ref
@@ -22,8 +23,6 @@ _READ = torch.ops.aten._local_scalar_dense.default
 _CHECK = torch.ops.aten._linalg_check_errors.default
 _CLONE = torch.ops.aten.clone.default
 _AS_STRIDED = torch.ops.aten.as_strided.default
-
-_NOTHING = torch.empty(0)
 
 
 class CaptureError(ViError):
@@ -63,11 +62,15 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
-        # Tensors stay alive while recording, so that no id and no storage is ever used twice.
-        self._tensors: dict[str, Tensor] = {}
+        # A storage that something refers to weakly frees its memory, but not its place: while these are
+        # held no two storages of a recording have the same address, and memory is what eager code takes.
+        self._weak: dict[int, StorageWeakRef] = {}
         self._layouts: dict[str, Layout] = {}
-        self._by_id: dict[int, str] = {}
+        # Names by where in which storage; autograd hands back what it saved as new objects.
         self._by_view: dict[tuple, str] = {}
+        # What factorisations gave, until they have been checked.
+        self._factors: dict[str, Tensor] = {}
+        self._count = 0
         # How many names stand for memory of each storage.
         self._names_on: dict[int, int] = {}
         # Storages that inputs reach, and a tensor on each.
@@ -114,13 +117,15 @@ class _Recorder(TorchDispatchMode):
         keywords = {key: self._reference(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
         many = isinstance(result, tuple | list)
-        results = result if many else () if result is None else (result,)
+        results: Sequence[Any] = result if many else () if result is None else (result,)
         _require_static(func, args, results)
         plain = self._out_of_place(func, targets)
         if plain is not None:
             self._rename(targets[0])
             func = plain
-        names = tuple(self._new(tensor) for tensor in results)
+        names: tuple[str, ...] = tuple(self._new(tensor) for tensor in results)
+        if many and func._schema.name.endswith("_ex"):
+            self._factors[names[0]] = results[0]
         self._nodes.append(
             Node(func, references, keywords, names, many, bool(targets) and plain is None)
         )
@@ -140,7 +145,9 @@ class _Recorder(TorchDispatchMode):
         for target in targets:
             self._require_made(func, target)
         result = func(*args, **kwargs)
-        self._made.update(_storage(tensor) for tensor in _tensors(result))
+        for tensor in _tensors(result):
+            self._hold(tensor)
+            self._made.add(_storage(tensor))
         if torch.Tag.nondeterministic_seeded in func.tags:
             self._note_noise(func, args, kwargs, result, targets)
             return result
@@ -176,8 +183,6 @@ class _Recorder(TorchDispatchMode):
         storage = _storage(target)
         for view in [view for view in self._by_view if view[0] == storage]:
             del self._by_view[view]
-        for key in [k for k, n in self._by_id.items() if _storage(self._tensors[n]) == storage]:
-            del self._by_id[key]
 
     def _make_writable(self, func: Any, target: Tensor) -> None:
         """Before a latent is written into a constant: each replay writes into a copy of it."""
@@ -190,7 +195,7 @@ class _Recorder(TorchDispatchMode):
         self._forget(target)
         whole = target.as_strided((_numbers_behind(target),), (1,), 0)
         constant = self._constant(whole)
-        name = f"t{len(self._tensors)}"
+        name = self._fresh()
         self._bind(whole, name)
         self._reached[storage] = name
         self._nodes.append(Node(_CLONE, (Ref(constant),), {}, (name,), False, False))
@@ -215,29 +220,37 @@ class _Recorder(TorchDispatchMode):
         """NaN in place of an exception where a factorisation fails, for that particle alone."""
         name = self._name(info)
         maker = next(node for node in reversed(self._nodes) if name in node.outputs)
-        factor = self._tensors[maker.outputs[0]]
+        factor = self._factors.get(maker.outputs[0])
+        if factor is None:
+            raise CaptureError(f"a check of {maker.op} cannot be replayed")
         with self:
             failed = info.ne(0)
             failed = failed.reshape(*failed.shape, *(1,) * (factor.dim() - failed.dim()))
             fixed = torch.where(failed, torch.nan, factor)
-        self._by_id[id(factor)] = self._by_view[_view(factor)] = self._name(fixed)
+        self._by_view[_view(factor)] = self._name(fixed)
 
     # -- names --------------------------------------------------------------------------------
 
     def _new(self, value: Any) -> str:
-        name = f"t{len(self._tensors)}"
+        name = self._fresh()
         if isinstance(value, Tensor):
             self._bind(value, name)
             self._reached.setdefault(_storage(value), name)
-        else:
-            self._tensors[name] = _NOTHING
         return name
 
-    def _bind(self, tensor: Tensor, name: str) -> None:
+    def _fresh(self) -> str:
+        self._count += 1
+        return f"t{self._count}"
+
+    def _hold(self, tensor: Tensor) -> None:
         storage = _storage(tensor)
-        self._tensors[name] = tensor
+        if storage not in self._weak:
+            self._weak[storage] = StorageWeakRef(tensor.untyped_storage())
+
+    def _bind(self, tensor: Tensor, name: str) -> None:
+        self._hold(tensor)
+        storage = _storage(tensor)
         self._layouts[name] = Layout.of(tensor)
-        self._by_id[id(tensor)] = name
         self._by_view[_view(tensor)] = name
         self._names_on[storage] = self._names_on.get(storage, 0) + 1
 
@@ -249,10 +262,7 @@ class _Recorder(TorchDispatchMode):
         return value
 
     def _name(self, tensor: Tensor) -> str:
-        name = self._by_id.get(id(tensor))
-        if name is None:
-            # Autograd hands back what it saved as a new object on the old memory.
-            name = self._by_view.get(_view(tensor))
+        name = self._by_view.get(_view(tensor))
         if name is not None:
             return name
         base = self._reached.get(_storage(tensor))
