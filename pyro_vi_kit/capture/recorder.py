@@ -117,13 +117,13 @@ class _Recorder(TorchDispatchMode):
         keywords = {key: self._reference(value) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
         many = isinstance(result, tuple | list)
-        results: Sequence[Any] = result if many else () if result is None else (result,)
+        results = list(result) if many else [] if result is None else [result]
         _require_static(func, args, results)
         plain = self._out_of_place(func, targets)
         if plain is not None:
             self._rename(targets[0])
             func = plain
-        names: tuple[str, ...] = tuple(self._new(tensor) for tensor in results)
+        names = tuple(self._new(tensor) for tensor in results)
         if many and func._schema.name.endswith("_ex"):
             self._factors[names[0]] = results[0]
         self._nodes.append(

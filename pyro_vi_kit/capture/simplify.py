@@ -36,6 +36,7 @@ _FILLS = {
     _ATEN.new_zeros.default: 0.0,
     _ATEN.new_ones.default: 1.0,
 }
+_FULL = {_ATEN.full_like.default: 1, _ATEN.new_full.default: 2}  # and where they have the number
 _LARGEST_CONSTANT = 2**16
 
 
@@ -98,7 +99,8 @@ class _Simplifier:
         if other is not None:
             self._same[name] = other
             return None
-        if node.op in _FILLS and self._fill(node):
+        value = _filled_with(node)
+        if value is not None and self._fill(name, value):
             return None
         key = _key(node)
         if key in self._known:
@@ -159,16 +161,24 @@ class _Simplifier:
         layout = self._layouts.get(one)
         return layout is not None and layout == self._layouts.get(other)
 
-    def _fill(self, node: Node) -> bool:
-        """Make a constant of zeros or ones in some tensor's shape; whether that was possible."""
-        made = self._layouts.get(node.outputs[0])
+    def _fill(self, name: str, value: float) -> bool:
+        """Make a result a constant of one number; whether that was possible."""
+        made = self._layouts.get(name)
         if made is None or prod(made.shape) > _LARGEST_CONSTANT:
             return False
-        filled = torch.full(made.shape, _FILLS[node.op], dtype=made.dtype, device=made.device)
+        filled = torch.full(made.shape, value, dtype=made.dtype, device=made.device)
         if filled.stride() != made.stride:
             return False
-        self._constants[node.outputs[0]] = filled
+        self._constants[name] = filled
         return True
+
+
+def _filled_with(node: Node) -> float | None:
+    """The number that all elements of the node's result are, whatever its arguments hold."""
+    if node.op in _FILLS:
+        return _FILLS[node.op]
+    value = node.args[_FULL[node.op]] if node.op in _FULL else None
+    return value if isinstance(value, int | float) else None
 
 
 def _undoes(node: Node, maker: Node) -> bool:

@@ -259,6 +259,17 @@ def test_what_changes_nothing_is_left_out():
     assert [str(node.op) for node in graph.nodes] == ["aten.exp.default", "aten.add.Tensor"]
 
 
+def test_a_tensor_of_one_number_is_a_constant():
+    def function(x):
+        return (
+            torch.where(torch.full_like(x, True, dtype=torch.bool), x, 0.0) + x.new_full((3,), 2),
+        )
+
+    program = captured(function, 3)
+    assert program.how == "script"
+    assert not any("full" in str(node.op) for node in program.graph.nodes)
+
+
 def test_a_view_keeps_the_strides_that_it_needs():
     def function(x):
         wide = x.unsqueeze(-1).expand(3, 4) * 1.0
