@@ -119,12 +119,14 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         for part in ("density", "step")
         if (why := row.get(f"{part}_why"))
     ]
+    from pyro_vi_kit.gradients import PATIENCE
+
     return "\n\n".join(
         [
             "## How models are executed",
             f"{POINTS} points or particles at once, float64, one thread. {captured} of {len(rows)} have "
             "their steps captured. None is eager by choice here; a fit evaluates a density as it is "
-            "until a capture pays, after 32 calls with one number of points.",
+            f"until a capture pays, after {PATIENCE} calls with one number of points.",
             markdown(COLUMNS, fine),
             *(["Fallen back, and why:\n\n" + "\n".join(reasons)] if reasons else []),
             *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
