@@ -87,11 +87,16 @@ class Gradients:
             log_prob, gradient = shape.program(z, *shape.rest)
         return log_prob, gradient
 
-    def expect(self, evaluations: int, z: Tensor) -> None:
-        """Say how many evaluations of points like ``z``, `[K, D]`, are to come, if that is known."""
+    def expect(self, evaluations: int, z: Tensor) -> bool:
+        """Say how many evaluations of points like ``z``, `[K, D]`, are to come, if that is known.
+
+        Returns:
+            Whether a compiler is at work on them.
+        """
         shape = self._shapes.get(len(z))
-        if shape is not None and shape.program is not None:
-            shape.program.expect(evaluations, (z, *shape.rest))
+        if shape is None or shape.program is None:
+            return False
+        return shape.program.expect(evaluations, (z, *shape.rest))
 
     @property
     def engine(self) -> str:

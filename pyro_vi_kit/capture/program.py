@@ -22,7 +22,7 @@ _MAX_SCRIPT = 4000
 _PATIENCE = 5.0
 _BETWEEN_LOOKS = 0.2
 # Seconds of replay to come for which a compiler is started at once, where it is known how many.
-_WORTHWHILE = 20.0
+_WORTHWHILE = 8.0
 _SAMPLE = 5
 
 Function = Callable[..., Sequence[Tensor]]
@@ -70,20 +70,25 @@ class Program:
                 self._look(everything)
         return results
 
-    def expect(self, calls: int, inputs: Sequence[Tensor]) -> None:
-        """Start the compiler now if so many calls take longer than it does; else do without."""
+    def expect(self, calls: int, inputs: Sequence[Tensor]) -> bool:
+        """Start the compiler now if so many calls take as long as it does; else do without.
+
+        Returns:
+            Whether the compiler is at work.
+        """
         everything = [*inputs, *self._noise()]
         began = time.perf_counter()
         for _ in range(_SAMPLE):
             self._run(*everything)
         each = (time.perf_counter() - began) / _SAMPLE
         if self._library is None:
-            return
+            return False
         if calls * each < _WORTHWHILE:
             self._library, self.note = None, "too short a run to compile"
-            return
+            return False
         self._library.start()
         self._next_look = 0.0
+        return not self._library.problem
 
     def compile(self, inputs: Sequence[Tensor], seconds: float = 600.0) -> bool:
         """Have it compiled now and wait for that; whether it is.

@@ -62,9 +62,9 @@ def nuts(
         sampler: ``nutpie``; ``pyro``, Pyro's own; ``auto``, nutpie where it is installed.
         target_accept: Mean acceptance probability to tune the step size to, between 0 and 1.
             Nearer to 1 it takes smaller steps, with fewer divergences.
-        cores: nutpie's chains that run at once. By default as many as there are processors where the
-            model could be captured, and else 1: uncaptured, chains share Python's interpreter and
-            only get in each other's way.
+        cores: nutpie's chains that run at once. By default as many as there are processors where
+            gradients are captured, less one while a compiler is at work on them. Uncaptured or
+            compiled ones take turns in Python's interpreter, and run one chain after another.
         params: Unconstrained learned parameters by name, as ``Density.params`` has them, in the
             place of the model's own.
         progress: Show progress on stderr; None for only on a terminal.
@@ -94,8 +94,9 @@ def nuts(
     # The caller may be inside torch.no_grad().
     with torch.enable_grad(), one_thread():
         target = Target(Density(model, dtype=torch.float64), params)
-        if target.captured(total) and cores is None:
-            plan = replace(plan, cores=min(chains, _processors()))
+        threads = target.threads(total, _processors())
+        if cores is None:
+            plan = replace(plan, cores=min(chains, threads))
         before = time.perf_counter()
         with Progress(f"NUTS, {chains} chains", total, progress) as bar:
             result = SAMPLERS[name](target, plan, bar)

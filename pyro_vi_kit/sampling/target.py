@@ -130,16 +130,20 @@ class Target:
                 "It must have a density wherever its latents' supports allow."
             ) from self.error
 
-    def captured(self, draws: int) -> bool:
-        """Whether gradients are replayed; captures them, at a point that most densities like.
+    def threads(self, draws: int, processors: int) -> int:
+        """How many chains had better run at once; captures gradients, at a point most densities like.
 
         Args:
             draws: How many are to be made, each of which takes several gradients.
+            processors: How many there are.
         """
         point = np.full(self.density.dim, 0.1)
         self(point)
-        self.gradients.expect(_GRADIENTS * draws, torch.from_numpy(point).view(1, -1))
-        return not self.gradients.how(1).startswith("eager")
+        compiling = self.gradients.expect(_GRADIENTS * draws, torch.from_numpy(point).view(1, -1))
+        if self.gradients.engine != "captured":
+            # Uncaptured, chains share Python's lock; compiled, hardly anything is left beside it.
+            return 1
+        return max(1, processors - 1) if compiling else processors
 
     def start(self, seed: int) -> np.ndarray:
         """A starting point `[D]` with finite log density.
