@@ -271,7 +271,7 @@ def test_an_interrupted_fit_keeps_what_it_has(monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
 def test_control_c_from_outside():
-    arguments = ["fit", LINE, "--guide", "affine_coupling", "--tol", "1e-9", "--progress"]
+    arguments = ["fit", EIGHT, "--guide", "affine_coupling", "--tol", "1e-9", "--progress"]
     command = [sys.executable, "-c", "from pyro_vi_kit.cli import main; main()", *arguments]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stderr.read(1)  # the progress bar: the fit runs, and would for a minute
