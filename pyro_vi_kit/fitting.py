@@ -63,8 +63,9 @@ def fit(
         estimator: Of the gradient in stochastic steps: ``"pathwise"``, or ``"dreg"``, doubly
             reparameterised (for the ELBO: stick-the-landing), which has no variance where the guide is
             exact; ``"auto"`` takes the latter wherever it is defined.
-        tol: Nats that the bound may fall short by. By default 0.01; where parameters are learned or
-            latents lie in a data plate, 0.1 % of the bound if that is more.
+        tol: Nats that the bound may fall short by. By default 0.01, and for stochastic steps 0.001 a
+            dimension if that is more; where parameters are learned or latents lie in a data plate,
+            0.1 % of the bound if that is more.
         budget: Seconds after which to stop with what there is.
         steps: The most stochastic steps; asks for them where L-BFGS could be taken.
         init: ``"auto"``: near the mode, and flows and multi-sample fits from the best Gaussian;

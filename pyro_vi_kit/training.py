@@ -180,7 +180,7 @@ def _run_stochastic(
         max_steps=request.steps or stochastic.MAX_STEPS,
         # Pyro's own loss is slow to evaluate, one particle after another.
         replicates=16 if literal or local else 256,
-        tolerance=request.tolerance,
+        tolerance=_tolerance(request, guide),
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
         tight=isinstance(guide, Guide) and not guide.density.params and not guide.point,
@@ -188,6 +188,16 @@ def _run_stochastic(
     label = f"{name} ({request.objective.name})"
     with Progress(label, schedule.max_steps, request.progress) as progress:
         return stochastic.fit(engine, schedule, deadline=request.deadline, progress=progress)
+
+
+def _tolerance(request: Request, guide: Guide | PyroGuide) -> float:
+    """Nats that may be left to gain; unless the user said so, more of them in more dimensions.
+
+    The last hundredths of a nat take a flow ten times as long as all others; no moment moves by them.
+    """
+    if request.own_tolerance or not isinstance(guide, Guide):
+        return request.tolerance
+    return max(request.tolerance, 1e-3 * guide.density.dim)
 
 
 def _first_rate(guide: Guide | PyroGuide, whitened: bool) -> float:
