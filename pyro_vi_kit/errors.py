@@ -53,3 +53,8 @@ class FileError(ViError, OSError):
 
 class MissingDependencyError(ViError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; torch's go on for pages."""
+    return str(error).strip().partition("\n")[0]

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.capture import CaptureError, Program, capture
+from pyro_vi_kit.capture import CaptureError, Program, capture_holding
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import first_line
 from pyro_vi_kit.runtime import LOCK, RandomStream
 
 # A capture costs about as much as 60 evaluations: rent for as long, then buy.
@@ -121,28 +122,16 @@ class Gradients:
             with RandomStream(20):
                 others = [z + 0.1 * torch.randn_like(z), z - 0.05 * torch.randn_like(z)]
             try:
-                shape.program, shape.rest = self._captured(z, others)
+                shape.program, shape.rest = capture_holding(
+                    self._eager, (z.clone(),), self._rest, [(other,) for other in others]
+                )
             except CaptureError as error:
                 shape.note = str(error)
             except RuntimeError as error:
                 # The density is not defined at some point nearby; elsewhere it may be.
                 shape.failures += 1
                 if shape.failures >= _ATTEMPTS:
-                    said = str(error).strip().partition("\n")[0]
-                    shape.note = f"{type(error).__name__}: {said}"
-
-    def _captured(self, z: Tensor, others: Sequence[Tensor]) -> tuple[Program, list[Tensor]]:
-        """A program, and what it takes beside points."""
-        rest = self._rest
-        try:
-            return capture(self._eager, (z.clone(), *rest), [(o, *rest) for o in others]), rest
-        except CaptureError:
-            if not rest:
-                raise
-        # Perhaps Python looks at the data alone (a mask, a number of rows): hold them fixed then.
-        return capture(
-            lambda z: self._eager(z, *rest), (z.clone(),), [(other,) for other in others]
-        ), []
+                    shape.note = f"{type(error).__name__}: {first_line(error)}"
 
     def _eager(self, z: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         params = dict(zip(self._names, rest, strict=False))

@@ -12,18 +12,9 @@ import numpy as np
 import pytest
 
 import pyro_vi_kit as vi
+from benchmarks.accuracy import NEAR_GAUSSIAN
 
 FILES = Path(__file__).parents[1] / "benchmarks" / "posteriordb"
-NEAR_GAUSSIAN = (
-    "sblri_blr",
-    "kidiq_kidscore_interaction",
-    "dogs_dogs",
-    "glm_poisson_data_glm_poisson_model",
-    "ark_ark",
-    "gp_pois_regr_gp_regr",
-    "low_dim_gauss_mix_low_dim_gauss_mix",
-    "hmm_example_hmm_example",
-)
 CENTRED = "eight_schools_eight_schools_centered"
 LYNXES = "hudson_lynx_hare_lotka_volterra"
 HARD = (CENTRED, "eight_schools_eight_schools_noncentered", LYNXES)

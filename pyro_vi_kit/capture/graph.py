@@ -85,6 +85,10 @@ class Graph:
     constants: dict[str, Tensor]
     noise: list[Noise] = field(default_factory=list)
 
+    def draw_noise(self) -> list[Tensor]:
+        """The last inputs, drawn anew from torch's global random state."""
+        return [source.draw() for source in self.noise]
+
     def source(self, name: str = "replay") -> tuple[str, dict[str, Any]]:
         """The graph as Python source, and the names that the source refers to."""
         writer = _Writer(dict(self.constants))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -37,7 +38,7 @@ _MAX_KEPT = 256
 _MODELS = min(8, os.cpu_count() or 1)
 
 
-def possible(graph: Graph) -> str:
+def impossible(graph: Graph) -> str:
     """Why a graph cannot be compiled here; empty if it can."""
     if os.environ.get("PYRO_VI_KIT_COMPILE", "").lower() in ("off", "0", "no", "false"):
         return "compilation is off (PYRO_VI_KIT_COMPILE)"
@@ -54,7 +55,7 @@ class Library:
     """A compiled graph, perhaps still being made.
 
     Args:
-        graph: What to compile.
+        graph: What to compile; one that is not `impossible`.
         inputs: An example of its inputs, noise included.
 
     Attributes:
@@ -67,7 +68,7 @@ class Library:
         self._constants = list(graph.constants.values())
         self._job = json.dumps(_job(graph, [*inputs, *self._constants]), sort_keys=True)
         self.path = _folder() / f"{_key(self._job)}.so"
-        self.problem = possible(graph)
+        self.problem = ""
         self._worker: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -77,7 +78,7 @@ class Library:
         return self.path.exists()
 
     def start(self) -> None:
-        """Begin to compile in another process, unless that is done or impossible."""
+        """Begin to compile in another process, unless that is done or has failed."""
         if self.ready or self.problem or self._worker is not None:
             return
         try:
@@ -170,12 +171,17 @@ def _spelled(value: Any) -> list[str]:
 
 def _key(job: str) -> str:
     """Other graphs, shapes, torch versions and processors have other libraries."""
-    processor = ""
+    parts = (job, torch.__version__, torch.backends.cpu.get_cpu_capability(), _processor())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _processor() -> str:
+    """What the processor can do, where the system says it."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    parts = (job, torch.__version__, torch.backends.cpu.get_cpu_capability(), processor)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return ""
 
 
 def _folder() -> Path:

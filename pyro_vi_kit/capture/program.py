@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pyro_vi_kit.capture import replay
 from pyro_vi_kit.capture.graph import Graph
-from pyro_vi_kit.capture.native import Library
+from pyro_vi_kit.capture.native import Library, impossible
 from pyro_vi_kit.capture.recorder import CaptureError, record
+from pyro_vi_kit.errors import first_line
 from pyro_vi_kit.runtime import LOCK, RandomStream
 
 # TorchScript's set-up grows faster than the graph: 7,000 operations take 5 seconds.
@@ -46,23 +47,25 @@ class Program:
 
     def __init__(self, graph: Graph, inputs: Sequence[Tensor]) -> None:
         self.graph = graph
-        self.note = ""
         self._lock = threading.Lock()
         self._spent, self._next_look = 0.0, _PATIENCE
         self._run: replay.Run = replay.python(graph)
         self.how = "python"
-        self._library: Library | None = Library(graph, inputs)
-        self._adopt(inputs)
+        self._library: Library | None = None
+        self.note = impossible(graph)
+        if not self.note:
+            self._library = Library(graph, inputs)
+            self._adopt(inputs)
         if self.how == "python" and len(graph.nodes) <= _MAX_SCRIPT:
             try:
-                self._run, self.how = replay.script(graph, inputs), "script"
+                self._run, self.how = replay.script(self._run, inputs), "script"
             except RuntimeError as error:  # an operation that TorchScript does not know
-                self.note = f"no TorchScript: {str(error).strip().splitlines()[0]}"
+                self.note = f"no TorchScript: {first_line(error)}"
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The function's results; noise is drawn from torch's global random state."""
         began = time.perf_counter()
-        everything = [*inputs, *self._noise()]
+        everything = [*inputs, *self.graph.draw_noise()]
         results = self._run(*everything)
         if self._library is not None:
             self._spent += time.perf_counter() - began
@@ -76,13 +79,13 @@ class Program:
         Returns:
             Whether the compiler is at work.
         """
-        everything = [*inputs, *self._noise()]
+        if self._library is None:
+            return False
+        everything = [*inputs, *self.graph.draw_noise()]
         began = time.perf_counter()
         for _ in range(_SAMPLE):
             self._run(*everything)
         each = (time.perf_counter() - began) / _SAMPLE
-        if self._library is None:
-            return False
         if calls * each < _WORTHWHILE:
             self._library, self.note = None, "too short a run to compile"
             return False
@@ -100,11 +103,8 @@ class Program:
         if self._library is not None:
             self._library.start()
             self._library.wait(seconds)
-            self._adopt([*inputs, *self._noise()])
+            self._adopt([*inputs, *self.graph.draw_noise()])
         return self.how == "native"
-
-    def _noise(self) -> list[Tensor]:
-        return [source.draw() for source in self.graph.noise]
 
     def _look(self, inputs: Sequence[Tensor]) -> None:
         """Start the compiler, or see how far it is; one thread at a time."""
@@ -135,7 +135,7 @@ class Program:
                 return
             self.note = "the compiled graph computes something else"
         except RuntimeError as error:
-            self.note = f"the compiled graph does not run: {str(error).strip().splitlines()[0]}"
+            self.note = f"the compiled graph does not run: {first_line(error)}"
         library.discard()
 
 
@@ -157,10 +157,41 @@ def capture(
         with RandomStream(0):
             graph = record(function, inputs)
         with RandomStream(0), torch.no_grad():
-            program = Program(graph, [*inputs, *[source.draw() for source in graph.noise]])
+            program = Program(graph, [*inputs, *graph.draw_noise()])
         for seed, other in enumerate(checks, start=1):
             _require_same(function, program, other, seed)
     return program
+
+
+def capture_holding(
+    function: Function,
+    inputs: Sequence[Tensor],
+    held: Sequence[Tensor],
+    checks: Iterable[Sequence[Tensor]],
+) -> tuple[Program, list[Tensor]]:
+    """Capture ``function(*inputs, *held)`` with ``held`` as inputs, or as constants if it must be.
+
+    Python may look at data (a mask, a number of rows) where it does not look at latents.
+
+    Args:
+        function: As for `capture`.
+        inputs: What changes from call to call.
+        held: What does not: data, learned parameters.
+        checks: Other values of ``inputs``.
+
+    Returns:
+        The program, and what it takes behind its inputs: ``held``, or nothing.
+
+    Raises:
+        CaptureError: As for `capture`.
+    """
+    held, checks = list(held), list(checks)
+    try:
+        return capture(function, [*inputs, *held], [[*check, *held] for check in checks]), held
+    except CaptureError:
+        if not held:
+            raise
+    return capture(lambda *points: function(*points, *held), inputs, checks), []
 
 
 def _require_same(

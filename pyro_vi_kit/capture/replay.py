@@ -27,17 +27,16 @@ def python(graph: Graph) -> Run:
     return names["replay"]
 
 
-def script(graph: Graph, inputs: Sequence[Tensor]) -> Run:
-    """The graph in TorchScript's interpreter.
+def script(function: Run, inputs: Sequence[Tensor]) -> Run:
+    """A graph in TorchScript's interpreter.
 
     Args:
-        graph: What to run.
+        function: The graph as `python` has it.
         inputs: An example of its inputs, noise included.
 
     Raises:
         RuntimeError: If TorchScript does not take one of its operations.
     """
-    function = python(graph)
 
     class Replay(nn.Module):
         def forward(self, *tensors: Tensor) -> Any:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.capture import CaptureError, Program, capture
+from pyro_vi_kit.capture import CaptureError, Program, capture_holding
 from pyro_vi_kit.engines import adam
 from pyro_vi_kit.engines.adam import AdamState
 from pyro_vi_kit.engines.base import Stretch
-from pyro_vi_kit.engines.eager import EagerEngine, split
+from pyro_vi_kit.engines.eager import EagerEngine, settle
+from pyro_vi_kit.errors import first_line
 from pyro_vi_kit.runtime import RandomStream, isolated
 
 
@@ -86,50 +87,33 @@ class CapturedEngine(EagerEngine):
             # Also when interrupted: parameters are views of x, so x itself has to stay.
             if whole:
                 self.adam = state._replace(x=self.adam.x.copy_(state.x))
-        found = torch.stack(bounds).double()
-        self.skipped += int(found.isnan().sum())
         self.note = program.note
-        return Stretch(found, self._named(average))
-
-    def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        means = split(flat, self.trained)
-        return means | {
-            n: p.detach().clone() for n, p in self.parameters().items() if n not in means
-        }
+        return self._told(bounds, average)
 
     # -- recording ----------------------------------------------------------------------------
 
     def _capture(self) -> None:
         function = self._step if self._optimizer is None else self._gradient
         try:
-            self._program = self._captured(function)
+            self._program = self._recorded(function)
         except CaptureError as error:
             self.note = str(error)
         except RuntimeError as error:
-            self.note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            self.note = f"{type(error).__name__}: {first_line(error)}"
         if self._program is not None and self._compiled:
-            self._program.compile(self._example(function, 0))
+            self._program.compile([*self._example(function, 0), *self._data])
             self.note = self._program.note
-
-    def _captured(self, function: Callable[..., Sequence[Tensor]]) -> Program:
-        # Known by their memory, data become inputs of the recording wherever the model uses them.
-        self._data = [tensor for tensor in self.guide.density.data if tensor.numel()]
-        try:
-            return self._recorded(function)
-        except CaptureError:
-            if not self._data:
-                raise
-        # Perhaps Python looks at the data alone (a mask, a number of rows): hold them fixed then.
-        self._data = []
-        return self._recorded(function)
 
     def _recorded(self, function: Callable[..., Sequence[Tensor]]) -> Program:
         first, *others = (self._example(function, seed) for seed in range(3))
+        # Known by their memory, data become inputs of the recording wherever the model uses them.
+        data = [tensor for tensor in self.guide.density.data if tensor.numel()]
         home = self.adam.x
         try:
-            return capture(function, first, others)
+            program, self._data = capture_holding(function, first, data, others)
         finally:
-            self._settle(home)
+            settle(self.trained, home)
+        return program
 
     def _example(self, function: Callable[..., Sequence[Tensor]], seed: int) -> list[Tensor]:
         """Inputs of a step: as they stand for seed 0, and somewhere near for others."""
@@ -142,10 +126,10 @@ class CapturedEngine(EagerEngine):
                 updates += seed
             rows = self._rows()
             if function == self._gradient:
-                return [x, *rows, *self._data]
+                return [x, *rows]
             rate, weight = x.new_tensor(0.01 * (1 + seed)), x.new_tensor(1.0 / (1 + seed))
             average = torch.randn_like(x)
-            return [x, mean, square, updates, average, rate, weight, *rows, *self._data]
+            return [x, mean, square, updates, average, rate, weight, *rows]
 
     def _rows(self) -> list[Tensor]:
         if self.batches is None:
@@ -176,13 +160,6 @@ class CapturedEngine(EagerEngine):
         index = None
         if self.batches is not None:
             index = {self.batches.plate.name: rest[0]}
-        self._settle(x)
+        settle(self.trained, x)
         with isolated(self.guide.density.dtype), torch.enable_grad():
             return self.gradient(index)
-
-    def _settle(self, x: Tensor) -> None:
-        """Make the parameters views of this vector `[P]`."""
-        for parameter, part in zip(
-            self.trained.values(), split(x, self.trained).values(), strict=True
-        ):
-            parameter.data = part

@@ -58,7 +58,7 @@ class EagerEngine:
         self._stream = RandomStream(seed)
         self._evaluation_seed = seed + 1
         self.trained = {n: p for n, p in self.parameters().items() if p.requires_grad}
-        self.adam = adam.start(_flattened(list(self.trained.values()), guide.density.dtype))
+        self.adam = adam.start(_flattened(self.trained, guide.density.dtype))
         self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
         # A bound per datum holds for given globals, so all its particles share one draw of them.
         self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
@@ -89,9 +89,13 @@ class EagerEngine:
             self._move(gradient, finite, rate)
             bounds.append(torch.where(finite, bound, torch.nan))
             average.add({"": self.adam.x})
+        return self._told(bounds, average.values[""])
+
+    def _told(self, bounds: list[Tensor], average: Tensor) -> Stretch:
+        """What a run gave: the bound of each step, and the mean of the trained parameters `[P]`."""
         found = torch.stack(bounds).double()
         self.skipped += int(found.isnan().sum())
-        means = split(average.values[""], self.trained)
+        means = split(average, self.trained)
         constants = {n: p.detach().clone() for n, p in self.parameters().items() if n not in means}
         return Stretch(found, means | constants)
 
@@ -118,10 +122,8 @@ class EagerEngine:
             # Parameters are views of x, so x itself has to stay.
             self.adam = state._replace(x=self.adam.x.copy_(state.x))
         elif finite:
-            for parameter, part in zip(
-                self.trained.values(), split(gradient, self.trained).values(), strict=True
-            ):
-                parameter.grad = part
+            for name, part in split(gradient, self.trained).items():
+                self.trained[name].grad = part
             self._optimizer.step()
 
     @torch.no_grad()
@@ -147,14 +149,18 @@ class EagerEngine:
         return evaluate(self.objective, weights)
 
 
-def _flattened(parameters: list[Tensor], dtype: torch.dtype) -> Tensor:
+def _flattened(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """The parameters as one vector `[P]`, of which they become views."""
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters] or [torch.zeros(0, dtype=dtype)])
-    start = 0
-    for parameter in parameters:
-        parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
-        start += parameter.numel()
+    parts = [p.detach().reshape(-1) for p in parameters.values()]
+    flat = torch.cat(parts or [torch.zeros(0, dtype=dtype)])
+    settle(parameters, flat)
     return flat
+
+
+def settle(parameters: Mapping[str, Tensor], flat: Tensor) -> None:
+    """Make the parameters views of a vector `[P]`."""
+    for name, part in split(flat, parameters).items():
+        parameters[name].data = part
 
 
 def split(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

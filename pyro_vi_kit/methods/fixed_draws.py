@@ -218,7 +218,7 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
 
 def _grow(search: Search, shape: Shape, tolerance: float, *, polish: bool = True) -> _Stage:
     """Optimise on few draws, ask fresh ones, and go on with those until they agree."""
-    tolerance = max(tolerance, _PER_DIM * search.density.dim)
+    tolerance = _reachable(search, tolerance)
     max_draws = _LOW_RANK_DRAWS if isinstance(shape, LowRankShape) else _MAX_DRAWS
     max_draws = max_draws if polish else _ROUGH_DRAWS
     many_dims = isinstance(shape, Dense) and search.density.dim > _FEW_DIMS
@@ -235,6 +235,11 @@ def _grow(search: Search, shape: Shape, tolerance: float, *, polish: bool = True
             finish = polish and isinstance(shape, Dense)
             return _polished(search, stage, tolerance) if finish else stage
         draws *= 2
+
+
+def _reachable(search: Search, tolerance: float) -> float:
+    """What can be asked for in so many dimensions, nats."""
+    return max(tolerance, _PER_DIM * search.density.dim)
 
 
 def _polished(search: Search, stage: _Stage, tolerance: float) -> _Stage:
@@ -322,7 +327,7 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
     )
     if len(frame.modes) > 1:
         said += f". {_modes_words(frame.modes)}"
-    tolerance = max(tolerance, _PER_DIM * search.density.dim)
+    tolerance = _reachable(search, tolerance)
 
     def status(reason: Reason, advice: str) -> Status:
         modes = len(frame.modes) or None

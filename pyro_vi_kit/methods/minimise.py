@@ -21,6 +21,7 @@ Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 _ARMIJO, _WOLFE = 1e-4, 0.9
 _MAX_TRIES = 25
+_MEMORY = 30
 # Once could be chance: the inverse Hessian of the first iterations is a guess.
 _QUIET = 2
 
@@ -198,9 +199,6 @@ def _lbfgs(state: _State, tolerance: float, guess: np.ndarray | None, limit: int
             pairs.append((step, change, bend))
             del pairs[:-_MEMORY]
     state.message = f"{limit} evaluations did not end it"
-
-
-_MEMORY = 30
 
 
 def _ask(

@@ -49,8 +49,7 @@ def climb(search: Search, gaussian: Gaussian, *, steps: int, first: int = 0) -> 
     identity = torch.eye(dim, dtype=gaussian.loc.dtype)
     constant = 0.5 * dim * (1.0 + math.log(2.0 * math.pi))
     for step in range(first, first + steps):
-        half = torch.randn(BATCH // 2, dim, generator=generator, dtype=torch.float64)
-        noise = torch.cat([half, -half]).to(gaussian.loc.dtype)
+        noise = _mirrored(BATCH, gaussian, generator)
         log_p, bend, shift = _ask(search, gaussian, noise)
         if search.stopped:
             break
@@ -79,14 +78,20 @@ def shortfall(search: Search, gaussian: Gaussian, draws: int) -> tuple[float, fl
     generator = torch.Generator().manual_seed(search.seed + 15_485_863)
     slopes = []
     for _ in range(2):
-        half = torch.randn(draws // 2, dim, generator=generator, dtype=torch.float64)
-        noise = torch.cat([half, -half]).to(gaussian.loc.dtype)
+        noise = _mirrored(draws, gaussian, generator)
         _, bend, shift = _ask(search, gaussian, noise)
         # The curvature is 1 for the mean, and 1/2 for the covariance's symmetric matrix as a whole.
         slopes.append(torch.cat([shift, bend.flatten() / math.sqrt(2.0)]))
     noise_power = float((slopes[0] - slopes[1]).square().sum()) / 2.0
     # The product of two noises spread over D directions at the least.
     return 0.5 * float(slopes[0] @ slopes[1]), 0.5 * noise_power / math.sqrt(dim)
+
+
+def _mirrored(draws: int, gaussian: Gaussian, generator: torch.Generator) -> Tensor:
+    """Normals beside their mirror images, `[draws, D]`."""
+    shape = (draws // 2, len(gaussian.loc))
+    half = torch.randn(shape, generator=generator, dtype=torch.float64)
+    return torch.cat([half, -half]).to(gaussian.loc.dtype)
 
 
 def _ask(search: Search, gaussian: Gaussian, noise: Tensor) -> tuple[float, Tensor, Tensor]:

@@ -134,11 +134,11 @@ def find_frame(search: Search, starts: Tensor) -> Found:
         if (
             search.stopped
             or end.value > ends[0].value + _DEPTH
-            or any(_same(m, end) for m in modes)
+            or any(_near(m, -end.value, end.x) for m in modes)
         ):
             continue
         at = _settled(search, laplace(search, end.x, -end.value, -end.gradient))
-        if at.trusted and not any(_close(m, at) for m in modes):
+        if at.trusted and not any(_near(m, at.log_prob, at.gaussian.loc) for m in modes):
             modes.append(at)
     modes.sort(key=lambda m: -m.log_evidence)
     evidence = tuple(m.log_evidence for m in modes)
@@ -179,16 +179,9 @@ def _settled(search: Search, at: Laplace) -> Laplace:
     return at
 
 
-def _same(mode: Laplace, end: Minimum) -> bool:
-    """Whether a search ended within half a sd, and a tenth of a nat, of a mode that is known."""
-    return abs(mode.log_prob + end.value) < 0.1 and _distance(mode.gaussian, end.x) < 0.5
-
-
-def _close(mode: Laplace, other: Laplace) -> bool:
-    return (
-        abs(mode.log_prob - other.log_prob) < 0.1
-        and _distance(mode.gaussian, other.gaussian.loc) < 0.5
-    )
+def _near(mode: Laplace, log_prob: float, z: Tensor) -> bool:
+    """Whether a point is within half a sd, and a tenth of a nat, of a mode that is known."""
+    return abs(mode.log_prob - log_prob) < 0.1 and _distance(mode.gaussian, z) < 0.5
 
 
 def _distance(gaussian: Gaussian, z: Tensor) -> float:

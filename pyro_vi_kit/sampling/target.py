@@ -68,7 +68,6 @@ class Target:
         params: Unconstrained learned parameters, held fixed; `density.params` where None.
 
     Attributes:
-        evaluations: Gradients computed so far.
         draws: Draws made so far, warm-up included; samplers count them here.
         error: What the model raised, if it did.
 
@@ -88,16 +87,19 @@ class Target:
         self.params = {name: value.detach() for name, value in frozen.items()}
         # A sampler needs thousands of gradients: captured with the first.
         self.gradients = Gradients(density, self.params, patience=0)
-        self.evaluations = 0
         self.draws = 0
         self.error: Exception | None = None
         self._stopped = False
+
+    @property
+    def evaluations(self) -> int:
+        """Gradients computed so far."""
+        return self.gradients.evaluations
 
     def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
         """Log density in nats and its gradient `[D]` at an unconstrained point `[D]`."""
         if self._stopped:
             return -0.5 * float(point @ point), -point
-        self.evaluations += 1
         try:
             value, gradient = self._evaluate(point)
         except torch.linalg.LinAlgError:

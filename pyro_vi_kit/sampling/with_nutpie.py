@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pyro_vi_kit.errors import MissingDependencyError, ModelError
+from pyro_vi_kit.errors import MissingDependencyError, ModelError, first_line
 from pyro_vi_kit.export import datasets, import_arviz
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.sampling.target import Draws, Plan, Target
@@ -116,8 +116,7 @@ def _wait(sampler: Any, target: Target, progress: Progress) -> Any:
             target.check()
         except Exception as error:
             target.check()
-            reason = str(error).strip().partition("\n")[0]
-            raise ModelError(f"nutpie could not sample the model: {reason}") from error
+            raise ModelError(f"nutpie could not sample the model: {first_line(error)}") from error
         else:
             target.check()
             return tree
