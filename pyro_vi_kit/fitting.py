@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vi_kit import guides, resuming, training
+from pyro_vi_kit import guides, minibatches, resuming, training
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import ModelError, OptionError
@@ -39,7 +39,7 @@ def fit(
     steps: int | None = None,
     init: str | Mapping[str, Any] = "auto",
     optimizer: OptimizerFactory | None = None,
-    batch_size: int | None = None,
+    batch_size: int | Mapping[str, int] | None = None,
     resume: Posterior | str | Path | None = None,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
@@ -72,7 +72,9 @@ def fit(
             ``"origin"``: the origin of unconstrained space; or a dict of site values.
         optimizer: Makes a torch optimiser from parameters, in the place of Adam with an automatic
             rate: ``functools.partial(torch.optim.Adam, lr=1e-3)``.
-        batch_size: Rows of the data plate in each step (guide ``"amortized"``).
+        batch_size: Rows of the data plate in each step, or ``{plate: rows}``. The model has to index
+            its data with the plate's indices, or use `pyro.subsample`. Latents inside the plate get
+            numbers of their own, row by row, or an encoder (guide ``"amortized"``).
         resume: An earlier fit of the same model, or the path of a saved one, to go on from: its
             parameters, and its guide, objective, engine and minibatches where none are given. Losses,
             evaluations and seconds are those of both.
@@ -166,7 +168,7 @@ def _trainee(
     if guide is None and density.dim > fixed_draws.MAX_DIM:
         spec = guides.specify("mean_field")
     with RandomStream(request.seed):
-        return spec, spec.build(density), density
+        return spec, minibatches.guide_for(spec, density, request.batch_size), density
 
 
 def _density_or_none(request: Request) -> Density | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +41,7 @@ class Record:
     bound: float | None = None
     skipped: int = 0
     estimator: str | None = None
-    batch_size: int | None = None
+    batch_size: int | Mapping[str, int] | None = None
     note: str = ""
 
     def attrs(self) -> dict[str, str | int | float]:

@@ -44,7 +44,7 @@ class Request:
     estimator: str
     init: str | Mapping[str, Any]
     optimizer: OptimizerFactory | None
-    batch_size: int | None
+    batch_size: int | Mapping[str, int] | None
     seed: int
     progress: bool | None
     resumed: bool
@@ -61,7 +61,7 @@ def checked(
     estimator: str,
     init: str | Mapping[str, Any],
     optimizer: OptimizerFactory | None,
-    batch_size: int | None,
+    batch_size: int | Mapping[str, int] | None,
     seed: int | None,
     progress: bool | None,
     resumed: bool,
@@ -87,7 +87,9 @@ def checked(
     _require_integer("steps", steps, at_least=1)
     if budget is not None:
         _require_positive("budget", budget)
-    _require_integer("batch_size", batch_size, at_least=1)
+    each = batch_size.values() if isinstance(batch_size, Mapping) else [batch_size]
+    for size in each:
+        _require_integer("batch_size", size, at_least=1)
     _require_integer("seed", seed, at_least=0)
     if resumed and init != "auto":
         raise OptionError(

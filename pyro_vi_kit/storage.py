@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,14 +20,14 @@ from pyro_vi_kit import export, guides, objectives
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import FileError, ModelError, OptionError
-from pyro_vi_kit.guides import GuideSpec
+from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.record import Record
 from pyro_vi_kit.runtime import RandomStream, private_params
 from pyro_vi_kit.types import Status
 
 GROUP = "vi_guide"
-_FORMAT = 1
+_FORMAT = 2
 
 
 class Restored(NamedTuple):
@@ -75,6 +75,7 @@ def guide_group(
     if isinstance(approximation, GuideApproximation):
         header["guide"] = approximation.name
         header["latents"] = latents_of(approximation.density)
+        header["tables"] = tables_of(approximation.guide)
     variables = {f"tensor_{i}": t.numpy() for i, t in enumerate(tensors.values())}
     variables["losses"] = record.losses
     return export.Group(variables, sampled=False, attrs={"header": json.dumps(header)})
@@ -107,13 +108,30 @@ def restore(
             f"{words(latents_of(density))}: load it with the model and data that it was fitted to"
         )
     spec = guide if isinstance(guide, GuideSpec) else _spec(path, header)
-    built = guides.make(spec, density)
+    built = _built(spec, density, header["tables"])
     try:
         built.load_state_dict(_part("guide.", tensors))
     except RuntimeError as error:
         raise ModelError(f"the guide in {path} does not fit this model: {error}") from error
     approximation = GuideApproximation(header["guide"], built, _part("model.", tensors))
     return Restored(approximation, record, density, spec)
+
+
+def tables_of(guide: Guide) -> list[str]:
+    """The plates whose rows have numbers of their own."""
+    blocks = [block for block in guide.blocks if guide.table(block) is not None]
+    return [block.plate.name for block in blocks if block.plate is not None]
+
+
+def _built(spec: GuideSpec, density: Density, tables: Sequence[str]) -> Guide:
+    """The guide of these options, untrained, with tables for these plates."""
+    plates = [density.structure.plates[name] for name in tables]
+    with RandomStream(0):
+        if not plates:
+            return spec.build(density)
+        if isinstance(spec, guides.Amortized):
+            return guides.tabulated(spec.build(density), plates)
+        return guides.per_datum(spec, density, plates)
 
 
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], np.ndarray]:
@@ -156,12 +174,29 @@ def _options(spec: GuideSpec | None) -> dict[str, Any] | None:
     """The guide's options where JSON can hold them, else None."""
     if spec is None:
         return None
-    options = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}  # type: ignore[arg-type]
+    options = {f.name: _plain(getattr(spec, f.name)) for f in dataclasses.fields(spec)}  # type: ignore[arg-type]
     try:
         json.dumps(options)
     except TypeError:
         return None
     return options
+
+
+def _plain(value: Any) -> Any:
+    """An option as JSON has it: a part with options of its own by its class and them."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {"class": type(value).__name__, "options": dataclasses.asdict(value)}
+    return value
+
+
+def _from_plain(value: Any) -> Any:
+    """What `_plain` wrote."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, dict) and value.get("class") in guides.__all__:
+        options = {key: _from_plain(part) for key, part in value["options"].items()}
+        return getattr(guides, value["class"])(**options)
+    return value
 
 
 def _spec(path: str | Path, header: Mapping[str, Any]) -> GuideSpec:
@@ -170,10 +205,7 @@ def _spec(path: str | Path, header: Mapping[str, Any]) -> GuideSpec:
             f"the guide in {path} has an option that a file cannot hold (an encoder module): pass the "
             f"configured guide, vi.load(path, model, guide=...) of kind {header['guide']!r}"
         )
-    options = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in header["options"].items()
-    }
+    options = {key: _from_plain(value) for key, value in header["options"].items()}
     return guides.specify(header["guide"], **options)
 
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vi_kit import minibatches
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
-from pyro_vi_kit.density import Density
+from pyro_vi_kit.density import Density, Plate
 from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine, PyroEngine
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
@@ -76,9 +77,10 @@ def train(
         return Trained(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
-    whitened = request.resumed or _initialise(request, trainee, density)
-    batches = _batches(request, trainee)
-    request = _with_particles(request, density)
+    sizes = _sizes(request, trainee, density)
+    whitened = request.resumed or _initialise(request, trainee, density, sizes)
+    batches = Batches(sizes) if sizes else None
+    request = _with_particles(request, trainee, density)
     engine = _engine(request, trainee, density, batches)
     outcome, bound = _run_stochastic(request, name, engine, whitened)
     approximation = GuideApproximation(name, trainee, engine.params)
@@ -120,7 +122,7 @@ def estimator_of(request: Request, guide: Guide | PyroGuide) -> str:
     return request.estimator
 
 
-def _with_particles(request: Request, density: Density) -> Request:
+def _with_particles(request: Request, guide: Guide, density: Density) -> Request:
     """As many particles as cost next to nothing, where the objective was named and K is only noise."""
     if not request.named_objective or request.objective.multi_sample:
         return request
@@ -128,6 +130,9 @@ def _with_particles(request: Request, density: Density) -> Request:
         particles = 4  # one after the other
     elif density.params:
         particles = 1
+    elif request.batch_size is not None:
+        # Of what is global, the rows that a minibatch leaves out say more than draws do.
+        particles = 16 if any(block.plate for block in guide.blocks) else 4
     else:
         particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
     objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]
@@ -143,8 +148,8 @@ def _train_pyro_guide(
         )
     if request.batch_size is not None:
         raise OptionError(
-            "batch_size= needs guide='amortized'; with a Pyro guide of your own, give the plates of "
-            "model and guide a subsample_size"
+            "batch_size= needs a guide of this package; with a Pyro guide of your own, give the plates "
+            "of model and guide a subsample_size"
         )
     engine = PyroEngine(
         request.model,
@@ -168,18 +173,20 @@ def _run_stochastic(
 ) -> tuple[Outcome, float]:
     literal = isinstance(engine, PyroEngine)
     batches = engine.batches
-    epoch = 0 if batches is None else batches.plate.size // batches.size
+    # Over whole epochs of reshuffled rows the noise of minibatches cancels.
+    epoch = 1 if batches is None else batches.epoch
     guide = engine.guide
     gaussian = isinstance(guide, Guide) and fixed_draws.applies_to(guide)
-    local = isinstance(guide, Guide) and any(block.plate for block in guide.blocks)
-    learns = not isinstance(guide, Guide) or local or bool(guide.density.params)
+    encoded = isinstance(guide, Guide) and _encoded(guide)
+    learns = not isinstance(guide, Guide) or encoded or bool(guide.density.params)
+    stretch = epoch * -(-100 // epoch)
     schedule = stochastic.Schedule(
         rate=_first_rate(guide, whitened),
-        stretch=max(100, epoch),
+        stretch=stretch,
         patience=2 if gaussian else 4,
         max_steps=request.steps or stochastic.MAX_STEPS,
         # Pyro's own loss is slow to evaluate, one particle after another.
-        replicates=16 if literal or local else 256,
+        replicates=16 if literal or encoded else _replicates(batches, stretch * engine.particles),
         tolerance=_tolerance(request, guide),
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
@@ -188,6 +195,24 @@ def _run_stochastic(
     label = f"{name} ({request.objective.name})"
     with Progress(label, schedule.max_steps, request.progress) as progress:
         return stochastic.fit(engine, schedule, deadline=request.deadline, progress=progress)
+
+
+def _encoded(guide: Guide) -> bool:
+    """Whether the guide has an encoder."""
+    return any(b.plate is not None and guide.table(b) is None for b in guide.blocks)
+
+
+def _replicates(batches: Batches | None, draws: int) -> int:
+    """Draws of a look at the bound, which may cost half of the steps before it.
+
+    Args:
+        batches: What these steps see.
+        draws: Their number, times their particles.
+    """
+    if batches is None:
+        return 256
+    # Forwards and back, a step costs three times as much as a look.
+    return min(256, max(16, int(1.5 * draws * batches.share)))
 
 
 def _tolerance(request: Request, guide: Guide | PyroGuide) -> float:
@@ -204,8 +229,10 @@ def _first_rate(guide: Guide | PyroGuide, whitened: bool) -> float:
     """The learning rate to begin with; it falls by itself, and never rises."""
     if not isinstance(guide, Guide) or not whitened:
         # Not measured in posterior sds; where a guide starts, they are rather large.
-        networks = isinstance(guide, Guide) and any(block.plate for block in guide.blocks)
-        return 0.005 if networks else 0.02
+        return 0.005 if isinstance(guide, Guide) and _encoded(guide) else 0.02
+    if any(guide.table(block) is not None for block in guide.blocks):
+        # All rows of a table start alike, some sds from where they belong, and move once an epoch.
+        return 0.1
     return 0.01
 
 
@@ -257,13 +284,18 @@ def _gaussian_of(guide: Guide) -> Gaussian:
         return Gaussian(found.mean, found.stddev.diag() if scale_tril is None else scale_tril)
 
 
-def _initialise(request: Request, guide: Guide, density: Density) -> bool:
+def _initialise(
+    request: Request, guide: Guide, density: Density, sizes: Mapping[Plate, int]
+) -> bool:
     """Start a single Gaussian-based block from the best Gaussian, or where ``init=`` says.
 
     Returns:
         Whether it was the best Gaussian, in whose sds parameters are measured from now on.
     """
     start = _start(request, density)
+    if sizes and request.init == "auto":
+        seed, deadline = request.seed, request.deadline
+        return minibatches.start_on_rows(guide, sizes, seed, deadline, start)
     family = guide.families[guide.blocks[0].name]
     if len(guide.blocks) > 1 or not isinstance(family, GaussianFamily):
         if start is not None and isinstance(request.init, Mapping):
@@ -278,13 +310,10 @@ def _initialise(request: Request, guide: Guide, density: Density) -> bool:
     return True
 
 
-def _batches(request: Request, guide: Guide) -> Batches | None:
-    if request.batch_size is None:
-        return None
-    plates = [block.plate for block in guide.blocks if block.plate is not None]
-    if not plates:
-        raise OptionError(
-            "batch_size= needs a guide that is local to a data plate: use guide='amortized', or leave "
-            "batch_size= out and fit the full data"
-        )
-    return Batches(plates[0], request.batch_size)
+def _sizes(request: Request, guide: Guide, density: Density) -> dict[Plate, int]:
+    """Rows of a minibatch by plate; none where steps see all data."""
+    sizes = {}
+    if request.batch_size is not None:
+        sizes = minibatches.sizes_of(request.batch_size, density, guide)
+    minibatches.require_local(guide, sizes, request.objective.multi_sample)
+    return sizes

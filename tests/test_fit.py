@@ -406,8 +406,10 @@ def test_a_point_has_no_multi_sample_bound():
 
 
 @pytest.mark.parametrize("name", [n for n in REGISTRY if n not in LOCAL])
-def test_minibatches_need_a_local_guide(name):
-    with pytest.raises(OptionError, match="use guide='amortized', or leave batch_size= out"):
+def test_a_model_that_does_not_index_its_data_takes_no_minibatches(name):
+    with pytest.raises(
+        ModelError, match=r"site 'y' does not follow the plate's indices.*obs=y\[i\]"
+    ):
         vi.fit(two_scales_model(), name, batch_size=2, seed=0)
 
 
@@ -540,7 +542,7 @@ def test_log_weights_are_those_of_the_draws(name, fitted):
         log_q = 0.0
         sites = density.block.unpack(point[None])
         for block in guide.blocks:
-            family = guide.families[block.name](guide._rows(block, None))
+            family = guide.families[block.name](None if block.plate is None else guide.rows(block))
             log_q += float(family.log_prob(block.pack(sites)).sum().detach())
         assert log_w[i] == pytest.approx(log_p - log_q, abs=1e-6)
 

@@ -26,7 +26,7 @@ LAYERS = (
     ("checks", "objectives", "guides"),
     ("engines", "approximation", "summary", "verdict", "record"),
     ("methods", "evaluation", "storage"),
-    ("posterior", "request"),
+    ("posterior", "request", "minibatches"),
     ("resuming", "training"),
     ("fitting", "sampling"),
     ("comparison",),

@@ -75,7 +75,7 @@ def test_the_users_decoder_is_untouched(zoo, fitted):
 def means_of(guide):
     """Where the encoder puts each digit."""
     block = guide.blocks[0]
-    return guide.families[block.name](guide._rows(block, None)).mean.detach()
+    return guide.families[block.name](guide.rows(block)).mean.detach()
 
 
 def test_unseen_digits_are_inferred_in_one_pass(zoo, fitted):
@@ -129,7 +129,7 @@ def test_dims_carry_the_models_names(zoo, fitted):
 def test_minibatches_see_every_digit_once_per_epoch(zoo):
     density = Density(zoo.MODEL, dtype=torch.float32)
     guide = guides.make("amortized", density)
-    batches = Batches(density.structure.plates["digit"], 100)
+    batches = Batches({density.structure.plates["digit"]: 100})
     engine = EagerEngine(guide, Elbo(1), seed=0, batches=batches)
     seen, next_batch = [], batches.next
     batches.next = lambda: seen.append(next_batch()) or seen[-1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_vi_kit.density.batching import Batching, batched, first_that_agrees
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
-from pyro_vi_kit.density.handlers import Replay, Visit, scaled
+from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
 from pyro_vi_kit.density.layout import Block, global_block
 from pyro_vi_kit.density.problems import (
     require_inside,
@@ -290,6 +290,48 @@ class Density:
         with self._runner.isolated(), torch.no_grad():
             self._run(replay, model=data)
         return _observed(replay.visits)
+
+    def visits(
+        self, z: Mapping[str, Tensor], index: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, Visit], str]:
+        """The sites that a run at the first of K points meets, and what ended it.
+
+        Args:
+            z: Unconstrained values `[K, *batch, *event]` by site.
+            index: Minibatch indices `[B]` by plate.
+
+        Returns:
+            Visits by site, and the name of the site behind the last one where the run raised.
+        """
+        replay = Replay(unconstrained={name: value[0] for name, value in z.items()})
+        replay.constrained = {} if index else self._example
+        with self._runner.isolated(), torch.no_grad():
+            try:
+                self._run(replay, index=index)
+            except Exception:  # noqa: BLE001  the caller knows it, and asks where
+                return replay.visits, next(
+                    (name for name in self.structure.sites if name not in replay.visits), ""
+                )
+        return replay.visits, ""
+
+    def subset(self, index: Mapping[str, Tensor]) -> Density:
+        """The density of the same model on these rows alone, scaled to all of them.
+
+        Given the globals its rows are those of the whole, N / B times as informative.
+
+        Args:
+            index: Rows `[B]` by plate.
+        """
+        fn = self.model.fn
+
+        def some(*args: Any, **kwargs: Any) -> Any:
+            with subsample_indices(index):
+                return fn(*args, **kwargs)
+
+        args, kwargs = self.arguments()
+        density = Density(Model(some, *args, kwargs=kwargs), dtype=self.dtype)
+        density.params = self.params
+        return density
 
     def transform(
         self, z: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]

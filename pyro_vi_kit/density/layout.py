@@ -30,17 +30,17 @@ class Block:
     @property
     def dim(self) -> int:
         """Numbers in the block: D for all, or d for each datum."""
-        return sum(prod(self._rest(site)) for site in self.sites)
+        return sum(prod(self.rest(site)) for site in self.sites)
 
     def unpack(self, flat: Tensor) -> dict[str, Tensor]:
         """Split `[K, D]`, or `[K, B, d]`, into `{site: [K, *batch, *event]}`, unconstrained."""
         values, start = {}, 0
         for site in self.sites:
-            rest = self._rest(site)
+            rest = self.rest(site)
             size = prod(rest)
             part = flat[..., start : start + size].reshape(*flat.shape[:-1], *rest)
             if self.plate is not None:
-                part = torch.movedim(part, 1, 1 + self._axis(site))
+                part = torch.movedim(part, 1, 1 + self.axis(site))
             values[site.name] = part
             start += size
         return values
@@ -53,22 +53,23 @@ class Block:
             if self.plate is None:
                 parts.append(value.reshape(value.shape[0], -1))
             else:
-                rows = torch.movedim(value, 1 + self._axis(site), 1)
+                rows = torch.movedim(value, 1 + self.axis(site), 1)
                 parts.append(rows.reshape(*rows.shape[:2], -1))
         return torch.cat(parts, -1)
 
     def labels(self) -> list[tuple[str, int]]:
         """Site name and position in the flattened site, for each number of the block."""
-        return [(site.name, i) for site in self.sites for i in range(prod(self._rest(site)))]
+        return [(site.name, i) for site in self.sites for i in range(prod(self.rest(site)))]
 
-    def _axis(self, site: Site) -> int:
+    def axis(self, site: Site) -> int:
         """Where the data plate lies among the site's dims, counted from the left."""
         return len(site.batch_shape) + (self.plate.dim if self.plate is not None else 0)
 
-    def _rest(self, site: Site) -> tuple[int, ...]:
+    def rest(self, site: Site) -> tuple[int, ...]:
+        """Unconstrained shape of a site in the block: of all of it, or of one datum's part."""
         shape = list(site.unconstrained_shape)
         if self.plate is not None:
-            del shape[self._axis(site)]
+            del shape[self.axis(site)]
         return tuple(shape)
 
 

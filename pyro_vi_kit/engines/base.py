@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -77,6 +78,6 @@ class Average:
                 self.values[name] += (value.detach() - self.values[name]) / self._count
 
 
-def all_finite(tensors: list[Tensor]) -> bool:
-    """Whether every gradient that is there is finite."""
-    return all(bool(torch.isfinite(t.grad).all()) for t in tensors if t.grad is not None)
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Whether all these numbers are finite, a boolean scalar; nothing here looks at a value."""
+    return torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all()

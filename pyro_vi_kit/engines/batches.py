@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -15,29 +17,55 @@ class Batches:
     Draws from torch's global random state; enter a `runtime.RandomStream` around `next`.
 
     Args:
-        plate: The data plate.
-        size: B, rows of a minibatch.
+        sizes: B, rows of a minibatch, for each plate. An epoch is one of the first plate.
 
     Raises:
-        OptionError: If `size` is no number of rows.
+        OptionError: If a size is no number of rows.
     """
 
-    def __init__(self, plate: Plate, size: int) -> None:
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= plate.size:
-            raise OptionError(
-                f"batch_size must be between 1 and the {plate.size} rows of plate {plate.name!r}, "
-                f"got {size!r}"
-            )
-        self.plate = plate
-        self.size = size
-        self._order = torch.empty(0, dtype=torch.long)
+    def __init__(self, sizes: Mapping[Plate, int]) -> None:
+        for plate, size in sizes.items():
+            whole = isinstance(size, int) and not isinstance(size, bool)
+            if not whole or not 1 <= size <= plate.size:
+                raise OptionError(
+                    f"batch_size must be between 1 and the {plate.size} rows of plate "
+                    f"{plate.name!r}, got {size!r}"
+                )
+        self.sizes = {plate.name: size for plate, size in sizes.items()}
+        self._rows = {plate.name: plate.size for plate in sizes}
+        self._order = {name: torch.empty(0, dtype=torch.long) for name in self.sizes}
+
+    @property
+    def plates(self) -> list[str]:
+        """The names of the plates."""
+        return list(self.sizes)
+
+    @property
+    def epoch(self) -> int:
+        """Steps in an epoch."""
+        first = self.plates[0]
+        return self._rows[first] // self.sizes[first]
+
+    @property
+    def share(self) -> float:
+        """The share of all rows that a step sees."""
+        first = self.plates[0]
+        return self.sizes[first] / self._rows[first]
 
     def next(self) -> dict[str, Tensor]:
         """Indices `[B]` by plate.
 
         Rows that do not fill a minibatch are dropped for the epoch; the next permutation drops others.
         """
-        if len(self._order) < self.size:
-            self._order = torch.randperm(self.plate.size)
-        chosen, self._order = self._order[: self.size], self._order[self.size :]
-        return {self.plate.name: chosen}
+        chosen = {}
+        for name, size in self.sizes.items():
+            if len(self._order[name]) < size:
+                self._order[name] = torch.randperm(self._rows[name])
+            chosen[name], self._order[name] = self._order[name].split(
+                [size, len(self._order[name]) - size]
+            )
+        return chosen
+
+    def example(self) -> dict[str, Tensor]:
+        """Rows of the right number, which count for nothing."""
+        return {n: torch.randperm(self._rows[n])[:size] for n, size in self.sizes.items()}

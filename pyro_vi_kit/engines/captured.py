@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vi_kit.capture import CaptureError, Program, capture_holding
-from pyro_vi_kit.engines import adam
+from pyro_vi_kit.engines import adam, tables
 from pyro_vi_kit.engines.adam import AdamState
-from pyro_vi_kit.engines.base import Stretch
+from pyro_vi_kit.engines.base import Stretch, all_finite
 from pyro_vi_kit.engines.eager import EagerEngine, settle
+from pyro_vi_kit.engines.tables import RowState
 from pyro_vi_kit.errors import first_line
 from pyro_vi_kit.runtime import RandomStream, isolated
 
@@ -69,16 +70,19 @@ class CapturedEngine(EagerEngine):
         try:
             with self._stream, torch.no_grad():
                 for count in range(1, steps + 1):
-                    rows = list(self.batches.next().values()) if self.batches else []
+                    index = self.batches.next() if self.batches else {}
+                    picked = [part for table in self.tables for part in table.pick(index)]
+                    rows = [*index.values(), *self._data]
                     if whole:
                         weight = average.new_tensor(1.0 / count)
                         *new, average, bound = program(
-                            *state, average, step_rate, weight, *rows, *self._data
+                            *state, average, step_rate, weight, *picked, *rows
                         )
-                        state = AdamState(*new)
+                        state = AdamState(*new[:4])
+                        self._put(index, new[4:])
                     else:
-                        bound, gradient = program(self.adam.x, *rows, *self._data)
-                        finite = torch.isfinite(bound) & torch.isfinite(gradient).all()
+                        bound, gradient = program(self.adam.x, *rows)
+                        finite = all_finite([bound, gradient])
                         self._move(gradient, finite, rate)
                         bound = torch.where(finite, bound, torch.nan)
                         average += (self.adam.x - average) / count
@@ -89,6 +93,11 @@ class CapturedEngine(EagerEngine):
                 self.adam = state._replace(x=self.adam.x.copy_(state.x))
         self.note = program.note
         return self._told(bounds, average)
+
+    def _put(self, index: dict[str, Tensor], parts: Sequence[Tensor]) -> None:
+        """Write the tables' rows back, of which each has five parts."""
+        for table, moved in zip(self.tables, _rows_of(parts), strict=True):
+            table.put(index, moved)
 
     # -- recording ----------------------------------------------------------------------------
 
@@ -124,17 +133,14 @@ class CapturedEngine(EagerEngine):
                 mean += 0.1 * torch.randn_like(mean)
                 square += torch.rand_like(square)
                 updates += seed
-            rows = self._rows()
+            index = {} if self.batches is None else self.batches.example()
+            rows = list(index.values())
             if function == self._gradient:
                 return [x, *rows]
             rate, weight = x.new_tensor(0.01 * (1 + seed)), x.new_tensor(1.0 / (1 + seed))
             average = torch.randn_like(x)
-            return [x, mean, square, updates, average, rate, weight, *rows]
-
-    def _rows(self) -> list[Tensor]:
-        if self.batches is None:
-            return []
-        return [torch.randperm(self.batches.plate.size)[: self.batches.size]]
+            picked = [part for table in self.tables for part in _nearby(table.pick(index), seed)]
+            return [x, mean, square, updates, average, rate, weight, *picked, *rows]
 
     def _step(
         self,
@@ -147,19 +153,40 @@ class CapturedEngine(EagerEngine):
         weight: Tensor,
         *rest: Tensor,
     ) -> Sequence[Tensor]:
-        """One step as a pure function: the new state, the new average and the bound."""
-        bound, gradient = self._gradient(x, *rest)
+        """One step as a pure function: new state, rows of the tables, average, and the bound."""
+        picked = list(_rows_of(rest[: len(RowState._fields) * len(self.tables)]))
+        rest = rest[len(RowState._fields) * len(self.tables) :]
+        bound, gradient, *slopes = self._gradient(x, *rest, rows=[row.x for row in picked])
         with torch.no_grad():
-            finite = torch.isfinite(bound) & torch.isfinite(gradient).all()
+            finite = all_finite([bound, gradient, *slopes])
             state = adam.update(AdamState(x, mean, square, updates), gradient, finite, rate)
+            moved = [
+                part
+                for row, slope in zip(picked, slopes, strict=True)
+                for part in tables.update(row, slope, finite, rate)
+            ]
             average = torch.lerp(average, state.x, weight)
-            return *state, average, torch.where(finite, bound, torch.nan)
+            return *state, *moved, average, torch.where(finite, bound, torch.nan)
 
-    def _gradient(self, x: Tensor, *rest: Tensor) -> Sequence[Tensor]:
-        """The bound and the loss's gradient at parameters ``x``."""
+    def _gradient(self, x: Tensor, *rest: Tensor, rows: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+        """The bound and the loss's gradients at parameters ``x`` and rows of the tables."""
         index = None
         if self.batches is not None:
-            index = {self.batches.plate.name: rest[0]}
+            index = dict(zip(self.batches.plates, rest, strict=False))
         settle(self.trained, x)
         with isolated(self.guide.density.dtype), torch.enable_grad():
-            return self.gradient(index)
+            return self.gradient(index, rows)
+
+
+def _rows_of(parts: Sequence[Tensor]) -> Iterator[RowState]:
+    """Rows of each table, from a flat list of their parts."""
+    width = len(RowState._fields)
+    return (RowState(*parts[i : i + width]) for i in range(0, len(parts), width))
+
+
+def _nearby(rows: RowState, seed: int) -> RowState:
+    """The same for seed 0, and somewhere near for others."""
+    if not seed:
+        return rows
+    near = [part + 0.05 * torch.rand_like(part) for part in rows]
+    return RowState(*near)._replace(updates=rows.updates + seed)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_vi_kit.engines import adam
-from pyro_vi_kit.engines.base import Average, Stretch
+from pyro_vi_kit.density import Plate
+from pyro_vi_kit.engines import adam, tables
+from pyro_vi_kit.engines.base import Average, Stretch, all_finite
 from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.engines.tables import tables_of
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.groups import width_of
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.objectives import evaluate, surrogate
 from pyro_vi_kit.runtime import RandomStream, isolated
@@ -19,6 +24,7 @@ from pyro_vi_kit.types import Objective
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
 
 _EVALUATION_ROWS = 2048
+_EVALUATION_NUMBERS = 20_000_000
 
 
 class EagerEngine:
@@ -57,7 +63,16 @@ class EagerEngine:
         self.batches = batches
         self._stream = RandomStream(seed)
         self._evaluation_seed = seed + 1
-        self.trained = {n: p for n, p in self.parameters().items() if p.requires_grad}
+        self.tables = [] if batches is None else tables_of(guide, batches.plates)
+        apart = {id(table.table.rows) for table in self.tables}
+        self.trained = {
+            n: p for n, p in self.parameters().items() if p.requires_grad and id(p) not in apart
+        }
+        if optimizer is not None and self.tables:
+            raise OptionError(
+                "optimizer= moves all rows of a plate at each step; with batch_size= and latents in "
+                f"plate {self.tables[0].plate!r} leave it out"
+            )
         self.adam = adam.start(_flattened(self.trained, guide.density.dtype))
         self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
         # A bound per datum holds for given globals, so all its particles share one draw of them.
@@ -84,9 +99,12 @@ class EagerEngine:
         for _ in range(steps):
             with self._stream, isolated(self.guide.density.dtype):
                 index = self.batches.next() if self.batches else None
-                bound, gradient = self.gradient(index)
-            finite = torch.isfinite(bound) & torch.isfinite(gradient).all()
+                rows = [table.pick(index or {}) for table in self.tables]
+                bound, gradient, *row_gradients = self.gradient(index, [row.x for row in rows])
+            finite = all_finite([bound, gradient, *row_gradients])
             self._move(gradient, finite, rate)
+            for table, row, slope in zip(self.tables, rows, row_gradients, strict=True):
+                table.put(index or {}, tables.update(row, slope, finite, rate))
             bounds.append(torch.where(finite, bound, torch.nan))
             average.add({"": self.adam.x})
         return self._told(bounds, average.values[""])
@@ -96,23 +114,57 @@ class EagerEngine:
         found = torch.stack(bounds).double()
         self.skipped += int(found.isnan().sum())
         means = split(average, self.trained)
-        constants = {n: p.detach().clone() for n, p in self.parameters().items() if n not in means}
-        return Stretch(found, means | constants)
+        return Stretch(found, means | self._constants())
 
-    def gradient(self, index: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """The bound, nats, and the loss's gradient `[P]`, on the noise that comes next."""
-        bound, loss = surrogate(
-            self.guide,
-            self.objective,
-            self.particles,
-            self.params,
-            index,
-            share=self.share,
-            estimator=self.estimator,
-        )
-        trained = list(self.trained.values())
-        gradients = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-        return bound, torch.cat([gradient.reshape(-1) for gradient in gradients])
+    def _constants(self) -> dict[str, Tensor]:
+        """Parameters that no step moves. Tables are left out: their rows are averages already."""
+        known = self.trained.keys()
+        apart = {id(table.table.rows) for table in self.tables}
+        return {
+            n: p.detach().clone()
+            for n, p in self.parameters().items()
+            if n not in known and id(p) not in apart
+        }
+
+    def gradient(
+        self, index: Mapping[str, Tensor] | None, rows: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, ...]:
+        """The bound, nats, and the loss's gradients, on the noise that comes next.
+
+        Args:
+            index: Rows of each plate that comes in minibatches.
+            rows: What the tables hold for them, `[B, p]` each.
+
+        Returns:
+            The bound, the gradient `[P]`, and one `[B, p]` for each table.
+        """
+        held = [row.detach().requires_grad_() for row in rows]
+        with self._holding(held):
+            bound, loss = surrogate(
+                self.guide,
+                self.objective,
+                self.particles,
+                self.params,
+                index,
+                share=self.share,
+                estimator=self.estimator,
+            )
+            wanted = [*self.trained.values(), *held]
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        count = len(self.trained)
+        flat = [gradient.reshape(-1) for gradient in gradients[:count]]
+        return bound, torch.cat(flat or [loss.new_zeros(0)]), *gradients[count:]
+
+    @contextlib.contextmanager
+    def _holding(self, rows: Sequence[Tensor]) -> Iterator[None]:
+        """The guide's tables show these rows."""
+        for table, row in zip(self.tables, rows, strict=True):
+            table.table.held = row
+        try:
+            yield
+        finally:
+            for table in self.tables:
+                table.table.held = None
 
     @torch.no_grad()
     def _move(self, gradient: Tensor, finite: Tensor, rate: float) -> None:
@@ -130,21 +182,38 @@ class EagerEngine:
     def evaluate(self, replicates: int) -> Tensor:
         """Independent estimates of the bound, `[replicates]`, nats, on the same noise at every call.
 
-        Where a plate has more than 2,048 rows, they are of the bound on that many rows of it.
+        They see all data, but for one case: where nothing but an encoder and the model's parameters
+        depends on a plate of more than 2,048 rows, they are of the bound on that many rows of it.
         """
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
         with RandomStream(self._evaluation_seed), isolated(self.guide.density.dtype):
-            if not local:
-                weights = self.guide.log_weights(replicates * self.particles, self.params)
-                return self.objective.bound(weights.shared.reshape(self.particles, replicates))
-            index = {
-                p.name: torch.randperm(p.size)[:_EVALUATION_ROWS]
-                for p in local
-                if p.size > _EVALUATION_ROWS
-            }
-            return torch.stack([self._bound(index or None) for _ in range(replicates)])
+            index = self._looked_at(local)
+            if not self.objective.multi_sample or not local:
+                return self._joint_bounds(replicates, index)
+            return torch.stack([self._bound(index) for _ in range(replicates)])
 
-    def _bound(self, index: dict[str, Tensor] | None) -> Tensor:
+    def _joint_bounds(self, replicates: int, index: Mapping[str, Tensor] | None) -> Tensor:
+        """Bounds of all latents at once, `[replicates]`, from as many draws as memory has room for."""
+        # Draws count for less than rows do where steps see some of these.
+        each = 1 if self.batches is not None else self.particles
+        width = max(width_of(self.guide.density), 1)
+        chunk = max(1, _EVALUATION_NUMBERS // (width * each))
+        bounds = []
+        for start in range(0, replicates, chunk):
+            count = min(chunk, replicates - start)
+            joint = self.guide.log_weights(count * each, self.params, index).joint()
+            bounds.append(self.objective.bound(joint.reshape(each, count)))
+        return torch.cat(bounds)
+
+    def _looked_at(self, plates: Sequence[Plate]) -> dict[str, Tensor] | None:
+        """The rows that a look at the bound sees; all when None."""
+        if any(block.plate is None for block in self.guide.blocks):
+            # The optimum of some rows is not that of all: for N of them it is sqrt(N / rows) sds away.
+            return None
+        large = [plate for plate in plates if plate.size > _EVALUATION_ROWS]
+        return {p.name: torch.randperm(p.size)[:_EVALUATION_ROWS] for p in large} or None
+
+    def _bound(self, index: Mapping[str, Tensor] | None) -> Tensor:
         weights = self.guide.log_weights(self.particles, self.params, index, share=self.share)
         return evaluate(self.objective, weights)
 

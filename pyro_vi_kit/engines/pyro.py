@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Adam
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.handlers import sample_sites
+from pyro_vi_kit.density.handlers import sample_sites, subsample_indices
 from pyro_vi_kit.engines.base import Average, Stretch, all_finite
 from pyro_vi_kit.engines.batches import Batches
 from pyro_vi_kit.errors import OptionError
@@ -40,7 +40,8 @@ class _GuardedOptim(PyroOptim):
 
     def __call__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         params = list(params)
-        if not isfinite(self.loss) or not all_finite(params):
+        gradients = [p.grad for p in params if p.grad is not None]
+        if not isfinite(self.loss) or (gradients and not all_finite(gradients)):
             self.skipped += 1
             return
         if self.rate is not None:
@@ -112,8 +113,6 @@ class PyroEngine:
             }
         )
         self.batches = batches
-        if isinstance(guide, Guide):
-            guide.batch_size = batches.size if batches is not None else None
         if objective.multi_sample:
             with self._running(RandomStream(seed)):
                 _require_valid_multi_sample(self._traces(), objective, batches)
@@ -157,7 +156,7 @@ class PyroEngine:
         bounds, average = [], Average()
         for _ in range(steps):
             before = self.skipped
-            with self._running(self._stream):
+            with self._running(self._stream), self._rows():
                 loss = self._svi.step(*args, **kwargs)
             bounds.append(float("nan") if self.skipped > before else -float(loss))
             average.add(self.parameters())
@@ -166,9 +165,16 @@ class PyroEngine:
     def evaluate(self, replicates: int) -> Tensor:
         """Minus `SVI.evaluate_loss`, `[replicates]`, nats, on the same noise at every call."""
         args, kwargs = self._arguments()
-        with self._running(RandomStream(self._evaluation_seed)):
+        rows = subsample_indices({}) if self.batches else contextlib.nullcontext()
+        with self._running(RandomStream(self._evaluation_seed)), rows:
             losses = [float(self._svi.evaluate_loss(*args, **kwargs)) for _ in range(replicates)]
         return -torch.tensor(losses, dtype=torch.float64)
+
+    def _rows(self) -> contextlib.AbstractContextManager[None]:
+        """Plates see the rows of the next minibatch."""
+        if self.batches is None:
+            return contextlib.nullcontext()
+        return subsample_indices(self.batches.next())
 
     def _loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
         self._optim.loss = float(self._loss.loss_and_grads(*args, **kwargs))
@@ -213,7 +219,7 @@ def _require_valid_multi_sample(
     frames = [f for node in model for f in node["cond_indep_stack"]]
     subsampled = {f.name for f in frames if f.full_size is not None and f.size != f.full_size}
     if batches is not None or subsampled:
-        name = batches.plate.name if batches is not None else sorted(subsampled)[0]
+        name = batches.plates[0] if batches is not None else sorted(subsampled)[0]
         raise OptionError(
             f"objective {objective.name!r} on minibatches of plate {name!r}: RenyiELBO scales inside "
             "the logsumexp and its bound exceeds the evidence. Use engine='eager', which scales "

@@ -12,8 +12,10 @@ from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
 from pyro_vi_kit.guides.delta import Delta
 from pyro_vi_kit.guides.full_rank import FullRank
+from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField
+from pyro_vi_kit.guides.per_datum import per_datum, tabulated
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.registry import first_line, resolve
 from pyro_vi_kit.runtime import RandomStream, default_dtype
@@ -48,12 +50,16 @@ __all__ = [
     "FullRank",
     "Guide",
     "GuideSpec",
+    "LocalFlow",
+    "LocalMixture",
     "LowRank",
     "MeanField",
     "describe",
     "make",
     "names",
+    "per_datum",
     "specify",
+    "tabulated",
 ]
 
 

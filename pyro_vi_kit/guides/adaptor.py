@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vi_kit.density import Block, Density, Site
+from pyro_vi_kit.density import Block, Density, Plate, Site
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.families import Family
+from pyro_vi_kit.guides.local import LocalFamily, Table
 from pyro_vi_kit.types import LogWeights
 
 _SERIAL = itertools.count()
@@ -102,16 +104,35 @@ class Guide(nn.Module):
         shared = torch.zeros(particles, dtype=self.density.dtype)
         for block in self.blocks:
             family: Any = self.families[block.name]
-            count = 1 if share and block.plate is None else particles
-            context = self._rows(block, index)
-            flat, log_q = family.draw((count,), context, detached=detached)
-            flats[block.name] = flat
             if block.plate is None:
+                count = 1 if share else particles
+                flat, log_q = family.draw((count,), detached=detached)
                 shared = shared + log_q
+                values.update(block.unpack(flat.expand(particles, -1)))
             else:
+                rows = self.rows(block, index)
+                if family.conditioned:
+                    shape, rows = self._beside(self._global(flats), rows, particles)
+                    # Given shared globals log q is of the local draws alone.
+                    flat, log_q = family.draw_given(shape, rows, detached=detached, live=not share)
+                else:
+                    flat, log_q = family.draw((particles,), rows, detached=detached)
                 local[block.plate.name] = log_q
-            values.update(block.unpack(flat if count == particles else flat.expand(particles, -1)))
+                values.update(block.unpack(flat))
+            flats[block.name] = flat
         return Draw(values, shared, local, flats)
+
+    def _global(self, flats: Mapping[str, Tensor]) -> Tensor:
+        """What was drawn of the globals, `[K, D]`."""
+        return flats[next(block.name for block in self.blocks if block.plate is None)]
+
+    @staticmethod
+    def _beside(common: Tensor, rows: Tensor, particles: int) -> tuple[tuple[int, ...], Tensor]:
+        """Rows `[B, F]` with the globals' draws behind them, and the shape of draws that is left."""
+        if len(common) != particles:
+            return (particles,), torch.cat([rows, common[0].expand(len(rows), -1)], -1)
+        shape = (particles, len(rows), -1)
+        return (), torch.cat([rows.expand(shape), common[:, None].expand(shape)], -1)
 
     def log_weights(
         self,
@@ -141,14 +162,24 @@ class Guide(nn.Module):
                 shared = shared + terms.scale[plate] * rows.sum(-1)
         return LogWeights(shared, local, scale)
 
-    def _rows(self, block: Block, index: Mapping[str, Tensor] | None) -> Tensor | None:
-        """What the encoder of a local block sees of these rows, `[B, F]`."""
-        if block.plate is None:
-            return None
+    def rows(self, block: Block, index: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What a local block knows of these rows: their table, or what an encoder sees, `[B, F]`.
+
+        Args:
+            block: A local one.
+            index: Rows `[B]` of each local plate; all by default.
+        """
+        chosen = (index or {}).get(block.plate.name) if block.plate is not None else None
+        table = self.table(block)
+        if table is not None:
+            return table.pick(chosen)
         context = self.context(block)
-        if index and block.plate.name in index:
-            context = context[index[block.plate.name]]
-        return context
+        return context if chosen is None else context[chosen]
+
+    def table(self, block: Block) -> Table | None:
+        """The table of a block, where each datum has numbers of its own."""
+        family = self.families[block.name]
+        return family.table if isinstance(family, LocalFamily) else None
 
     def context(self, block: Block) -> Tensor:
         """What the encoder of a local block sees: its plate's observations, `[N, F]`."""
@@ -165,6 +196,8 @@ class Guide(nn.Module):
         """
         plates = density.structure.plates
         sites = {site.name: site for site in density.latents}
+        for block in self.blocks:
+            self._require_rows(block, plates)
         blocks = {
             Block(
                 block.name,
@@ -175,6 +208,19 @@ class Guide(nn.Module):
         }
         return Guide(self.name, density, blocks, point=self.point)  # type: ignore[arg-type]
 
+    def _require_rows(self, block: Block, plates: Mapping[str, Plate]) -> None:
+        """Refuse data of another length where each row has numbers of its own."""
+        table = self.table(block)
+        if table is None or block.plate is None:
+            return
+        rows = plates[block.plate.name].size
+        if rows != len(table.rows):
+            raise OptionError(
+                f"the guide holds numbers for each of the {len(table.rows)} rows of plate "
+                f"{block.plate.name!r}, and these data have {rows}: fit with guide='amortized', whose "
+                "encoder reads any rows, or fit the new data"
+            )
+
     # -- the Pyro guide -----------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -184,8 +230,11 @@ class Guide(nn.Module):
         unconstrained: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
             plates = self._plates(stack, args, kwargs)
+            common: Tensor | None = None
             for block in self.blocks:
-                unconstrained.update(self._sample_block(block, plates, args, kwargs))
+                flat = self._sample_block(block, plates, common, args, kwargs)
+                common = flat if block.plate is None else common
+                unconstrained.update(self._by_site(block, flat))
             pairs = self._transformed(unconstrained, args, kwargs)
             return {
                 site.name: self._sample_site(site, *pairs[site.name], plates)
@@ -215,27 +264,47 @@ class Guide(nn.Module):
         return plates
 
     def _sample_block(
-        self, block: Block, plates: Mapping[str, pyro.plate], args: tuple, kwargs: dict
-    ) -> dict[str, Tensor]:
-        family = self.families[block.name]
+        self,
+        block: Block,
+        plates: Mapping[str, pyro.plate],
+        common: Tensor | None,
+        args: tuple,
+        kwargs: dict,
+    ) -> Tensor:
+        """The block's auxiliary site, `[*batch, D]` or `[*batch, B, ..., d]`."""
+        family: Any = self.families[block.name]
         infer: Any = {"is_auxiliary": True}
+        name = f"{self._pyro_name}_{block.name}"
         if block.plate is None:
-            flat = pyro.sample(f"{self._pyro_name}_{block.name}", family(), infer=infer)
-        else:
-            context = self._context_for(block, args, kwargs)
-            with plates[block.plate.name] as indices:
-                index: Any = indices
-                rows = context[index].reshape(len(index), *(1,) * (-block.plate.dim - 1), -1)
-                flat = pyro.sample(f"{self._pyro_name}_{block.name}", family(rows), infer=infer)
+            return pyro.sample(name, family(), infer=infer)
+        context = self._context_for(block, args, kwargs)
+        with plates[block.plate.name] as indices:
+            index: Any = indices
+            rows = context[index].reshape(len(index), *(1,) * (-block.plate.dim - 1), -1)
+            if family.conditioned and common is not None:
+                lead = torch.broadcast_shapes(rows.shape[:-1], common.shape[:-1])
+                rows = torch.cat([rows.expand(*lead, -1), common.expand(*lead, -1)], -1)
+            return pyro.sample(name, family(rows), infer=infer)
+
+    @staticmethod
+    def _by_site(block: Block, flat: Tensor) -> dict[str, Tensor]:
+        """Unconstrained values of a block's sites."""
         values, start = {}, 0
         for site in block.sites:
-            event = site.unconstrained_shape[len(site.batch_shape) :]
-            shape = event if block.plate is not None else site.unconstrained_shape
-            part = flat[..., start : start + shape.numel()]
-            start += shape.numel()
-            # Batch dims of the draw (vectorised particles) broadcast with the site's own.
-            lead = flat.shape[:-1] + (1,) * len(event)
-            values[site.name] = part.reshape(torch.broadcast_shapes(lead, shape))
+            rest = block.rest(site)
+            part = flat[..., start : start + math.prod(rest)]
+            start += math.prod(rest)
+            # Dims of the draw left of the site's own (vectorised particles) come before them.
+            if block.plate is None:
+                lead = flat.shape[:-1] + (1,) * site.unconstrained_event_dim
+                shape = torch.broadcast_shapes(lead, rest)
+                values[site.name] = part.reshape(shape)
+                continue
+            axis = block.axis(site)
+            lead = flat.shape[: flat.dim() - 1 + block.plate.dim]
+            lead = lead[: max(len(lead) - axis, 0)]
+            rows = part.reshape(*lead, flat.shape[block.plate.dim - 1], *rest)
+            values[site.name] = rows.movedim(len(lead), len(lead) + axis)
         return values
 
     def _sample_site(
@@ -268,7 +337,10 @@ class Guide(nn.Module):
         return pairs
 
     def _context_for(self, block: Block, args: tuple, kwargs: dict) -> Tensor:
-        """The encoder's input for the data this call was given."""
+        """What the block knows of the data this call was given, one row each."""
+        table = self.table(block)
+        if table is not None:
+            return table.rows
         if self._own_data(args, kwargs):
             return self.context(block)
         model = self.density.model.with_args(*args, **kwargs)

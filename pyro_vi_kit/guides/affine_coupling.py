@@ -13,6 +13,7 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.coupling import CouplingFlow
+from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.full_rank import require_dense
 from pyro_vi_kit.guides.mean_field import require_positive
 
@@ -61,11 +62,16 @@ class AffineCoupling:
         Raises:
             OptionError: If the model has too many latents for a dense covariance.
         """
-        require_dense(self.name, density.dim)
-        family = CouplingFlow(
-            density.dim, self.layers, self.hidden, self._orders(density.dim), self.init_scale
-        )
-        return Guide(self.name, density, {density.block: family})
+        return Guide(self.name, density, {density.block: self.family(density.dim)})
+
+    def family(self, dim: int) -> Family:
+        """The family over `[D]`.
+
+        Raises:
+            OptionError: If D is too large for a dense covariance.
+        """
+        require_dense(self.name, dim)
+        return CouplingFlow(dim, self.layers, self.hidden, self._orders(dim), self.init_scale)
 
     def _orders(self, dim: int) -> Tensor:
         """The coordinates' order behind each pair of layers, `[layers // 2, D]`."""

@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
 from pyro_vi_kit.density import Block, Density, Plate, Site
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide, encoder_inputs
-from pyro_vi_kit.guides.affine_coupling import require_widths
-from pyro_vi_kit.guides.families import DiagonalNormal, EncodedNormal, Family, Standardised
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.affine_coupling import AffineCoupling, require_widths
+from pyro_vi_kit.guides.encoder import Standardised, custom_encoder
+from pyro_vi_kit.guides.families import Family
+from pyro_vi_kit.guides.full_rank import FullRank
+from pyro_vi_kit.guides.local import HeadSpec, LocalFamily, head_for
+from pyro_vi_kit.guides.low_rank import LowRank
+from pyro_vi_kit.guides.mean_field import MeanField, require_positive
+from pyro_vi_kit.registry import resolve
+
+
+@runtime_checkable
+class GlobalSpec(Protocol):
+    """A guide whose family can be had for some of the latents."""
+
+    name: ClassVar[str]
+
+    def family(self, dim: int) -> Family:
+        """The family over `[D]`."""
+        ...
+
+
+_GLOBALS: dict[str, type[GlobalSpec]] = {
+    "mean_field": MeanField,
+    "low_rank": LowRank,
+    "full_rank": FullRank,
+    "affine_coupling": AffineCoupling,
+}
 
 
 @dataclass(frozen=True)
 class Amortized:
-    """An encoder reads each datum and gives its latents independent normals.
+    """An encoder reads each datum and gives its latents a distribution of their own.
 
-    The model needs one data plate with latents inside it. What is observed in that plate is the
-    encoder's input; latents outside it get independent normals of their own.
+    The model needs a data plate with latents inside it, or several. What is observed in a plate is the
+    input of its encoder; all other latents are global. Latents of nested plates belong to the outermost
+    one: its row is their datum.
 
     Args:
-        encoder: A module from `[B, F]` (the plate's observations, flattened) to `[B, 2 d]` (means,
-            then log sds) or to a pair `[B, d]` (means, sds). It is copied. By default an MLP on
-            standardised inputs.
+        encoder: A module from `[B, F]` (the plate's observations, flattened) to `[B, p]`: for normals
+            2 d numbers (means, then log sds), or a pair `[B, d]` (means, sds). It is copied. Several
+            plates take a dict by plate. By default an MLP on standardised inputs.
         hidden: Widths of the default MLP.
+        local: Family of each datum: ``"mean_field"``, ``"full_rank"``, ``"mixture"``,
+            ``"affine_coupling"``, or `LocalMixture` and `LocalFlow` with options.
+        globals: Family of the global latents: ``"mean_field"``, ``"low_rank"``, ``"full_rank"``,
+            ``"affine_coupling"``, or a configured one.
+        conditioned: Let encoders see the draws of the global latents, so that a datum's latents are
+            correlated with them.
         init_scale: Initial standard deviation of the global latents.
 
     Raises:
@@ -37,76 +67,114 @@ class Amortized:
 
     name: ClassVar[str] = "amortized"
 
-    encoder: nn.Module | None = None
+    encoder: nn.Module | Mapping[str, nn.Module] | None = None
     hidden: tuple[int, ...] = (64,)
+    local: str | HeadSpec = "mean_field"
+    globals: str | GlobalSpec = "mean_field"
+    conditioned: bool = False
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
-        if self.encoder is not None and not isinstance(self.encoder, nn.Module):
-            raise OptionError(
-                f"{self.name}: encoder must be a torch.nn.Module, got {type(self.encoder).__name__}"
-            )
+        modules = self.encoder.values() if isinstance(self.encoder, Mapping) else [self.encoder]
+        for encoder in modules:
+            if encoder is not None and not isinstance(encoder, nn.Module):
+                raise OptionError(
+                    f"{self.name}: encoder must be a torch.nn.Module, or a dict of them by plate, got "
+                    f"{type(encoder).__name__}"
+                )
+        if head_for(self.local, 1).size == 1:
+            raise OptionError(f"{self.name}: local='delta' has no spread for an encoder to give")
+        self._global_spec()
 
     def build(self, density: Density) -> Guide:
         """The guide for this model; weights from torch's random state.
 
         Raises:
-            OptionError: If the model has no data plate with latents, or several, or the encoder's
+            OptionError: If the model has no data plate with latents and observations, or an encoder's
                 output has the wrong shape.
         """
-        plate = self._data_plate(density)
-        inside = tuple(site for site in density.latents if plate in site.plates)
-        outside = tuple(site for site in density.latents if plate not in site.plates)
-        block = Block("local", inside, plate)
-        inputs = encoder_inputs(density, block, density.observations())
+        inside = self._by_plate(density)
+        local = {site.name for sites in inside.values() for site in sites}
+        outside = tuple(site for site in density.latents if site.name not in local)
         blocks: dict[Block, Family] = {}
+        extra = 0
         if outside:
             shared = Block("global", outside)
-            blocks[shared] = DiagonalNormal(shared.dim, self.init_scale)
-        blocks[block] = EncodedNormal(self._encoder(inputs, block.dim), block.dim)
+            blocks[shared] = self._global_spec().family(shared.dim)
+            extra = shared.dim if self.conditioned else 0
+        for plate, sites in inside.items():
+            block = Block(local_name(plate, len(inside)), sites, plate)
+            inputs = encoder_inputs(density, block, density.observations())
+            blocks[block] = self._local(block, inputs, extra)
         return Guide(self.name, density, blocks)
 
-    def _data_plate(self, density: Density) -> Plate:
+    def _local(self, block: Block, inputs: Tensor, extra: int) -> LocalFamily:
+        head = head_for(self.local, block.dim)
+        encoder = self.encoder
+        if isinstance(encoder, Mapping):
+            encoder = encoder.get(block.plate.name if block.plate else "")
+        if encoder is None:
+            source: nn.Module = Standardised(inputs, self.hidden, head.initial(1.0), extra)
+            source = source.to(inputs.dtype)
+        else:
+            wide = inputs.new_zeros(len(inputs[:2]), inputs.shape[-1] + extra)
+            wide[:, : inputs.shape[-1]] = inputs[:2]
+            source = custom_encoder(encoder, wide, head)
+        return LocalFamily(source, head, conditioned=extra > 0)
+
+    def _global_spec(self) -> GlobalSpec:
+        options = {"init_scale": self.init_scale} if isinstance(self.globals, str) else {}
+        return resolve(
+            "globals",
+            _GLOBALS,
+            self.globals,
+            options,
+            protocol=GlobalSpec,
+            example="vi.guides.FullRank()",
+        )
+
+    def _by_plate(self, density: Density) -> dict[Plate, tuple[Site, ...]]:
+        """Latents by the outermost plate around them, of the plates that an encoder can read."""
         around: dict[str, list[Site]] = {}
         for site in density.latents:
-            for plate in site.plates:
-                around.setdefault(plate.name, []).append(site)
+            if site.plates:
+                around.setdefault(site.plates[0].name, []).append(site)
         if not around:
             raise OptionError(
                 "guide 'amortized' needs a data plate with latents inside it, and every latent of "
                 f"this model is global ({', '.join(s.name for s in density.latents)}): use "
                 "guide='full_rank' or guide='affine_coupling'"
             )
-        nested = [s.name for sites in around.values() for s in sites if len(s.plates) > 1]
-        if len(around) > 1 or nested:
+        seen = {
+            plate.name for site in density.structure.of_kind("observed") for plate in site.plates
+        }
+        read = {name: tuple(sites) for name, sites in around.items() if name in seen}
+        if not read:
             raise OptionError(
-                "guide 'amortized' takes latents in one data plate; this model has them in "
-                f"{', '.join(around)}: use guide='mean_field' or guide='full_rank'"
+                f"plate {next(iter(around))!r} has local latents but no observed site for an encoder "
+                "to read: use a guide without an encoder, e.g. guide='mean_field'"
             )
-        return density.structure.plates[next(iter(around))]
+        self._require_known(read)
+        return {density.structure.plates[name]: sites for name, sites in read.items()}
 
-    def _encoder(self, inputs: Tensor, dim: int) -> nn.Module:
-        """The encoder in the inputs' dtype, tried on two rows."""
-        if self.encoder is None:
-            return Standardised(inputs, self.hidden, 2 * dim).to(inputs.dtype)
-        encoder = copy.deepcopy(self.encoder).to(inputs.dtype)
-        shape = (min(2, len(inputs)), inputs.shape[-1])
-        try:
-            with torch.no_grad():
-                output = encoder(inputs[: shape[0]])
-        except Exception as error:
+    def _require_known(self, plates: Mapping[str, object]) -> None:
+        given = self.encoder
+        if isinstance(given, Mapping):
+            unknown = [name for name in given if name not in plates]
+            if unknown:
+                raise OptionError(
+                    f"{self.name}: encoder= names plate {unknown[0]!r}; the plates with latents and "
+                    f"observations are {', '.join(plates)}"
+                )
+        elif given is not None and len(plates) > 1:
             raise OptionError(
-                f"the encoder raised {type(error).__name__} on an input of shape {shape} (rows, "
-                f"flattened observations): {error}"
-            ) from error
-        parts = output if isinstance(output, tuple) else (output,)
-        expected = (shape[0], dim if isinstance(output, tuple) else 2 * dim)
-        if any(tuple(part.shape) != expected for part in parts) or len(parts) > 2:
-            raise OptionError(
-                f"the encoder gave {[tuple(part.shape) for part in parts]} on {shape[0]} rows; it "
-                f"must give one tensor ({shape[0]}, {2 * dim}) of means and log sds, or a pair of "
-                f"({shape[0]}, {dim}) of means and sds"
+                f"{self.name}: plates {', '.join(plates)} need an encoder each: give encoder= a dict "
+                "by plate, or leave it out"
             )
-        return encoder
+
+
+def local_name(plate: Plate, plates: int) -> str:
+    """What a guide calls the block of a plate, of so many."""
+    return "local" if plates == 1 else f"local_{plate.name.replace('.', '_')}"

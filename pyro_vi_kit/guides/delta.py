@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.families import PointMass
+from pyro_vi_kit.guides.families import Family, PointMass
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,8 @@ class Delta:
 
     def build(self, density: Density) -> Guide:
         """The guide for this model, at the origin of unconstrained space."""
-        return Guide(self.name, density, {density.block: PointMass(density.dim)}, point=True)
+        return Guide(self.name, density, {density.block: self.family(density.dim)}, point=True)
+
+    def family(self, dim: int) -> Family:
+        """The family over `[D]`."""
+        return PointMass(dim)

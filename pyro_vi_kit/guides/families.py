@@ -7,8 +7,6 @@ distribution for all; with a context `[B, F]` it is one distribution per row (am
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from itertools import pairwise
 
 import pyro.distributions as dist
 import torch
@@ -143,60 +141,3 @@ class DenseNormal(GaussianFamily):
     def centre_on(self, loc: Tensor) -> None:
         """Move the mean, in a frame that is still the unit one."""
         self.loc.copy_(loc)
-
-
-class EncodedNormal(Family):
-    """Independent normals whose moments an encoder reads off each datum.
-
-    Args:
-        encoder: From `[B, F]` to a tensor `[B, 2 d]` (means, then log standard deviations) or to a
-            pair of tensors `[B, d]` (means, standard deviations).
-        dim: d.
-    """
-
-    def __init__(self, encoder: nn.Module, dim: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self._dim = dim
-
-    def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        """The distribution, event shape `[D]`."""
-        output = self.encoder(context)
-        if isinstance(output, tuple):
-            loc, scale = output
-        else:
-            loc, log_scale = output.split(self._dim, -1)
-            scale = log_scale.exp()
-        return dist.Normal(loc, scale).to_event(1)
-
-
-class Standardised(nn.Module):
-    """An MLP on inputs brought to mean 0 and sd 1; both constants are saved with it.
-
-    Args:
-        inputs: The data the constants are taken from, `[N, F]`.
-        hidden: Widths of the hidden layers.
-        outputs: Width of the last layer.
-    """
-
-    def __init__(self, inputs: Tensor, hidden: Sequence[int], outputs: int) -> None:
-        super().__init__()
-        sd, mean = torch.std_mean(inputs, 0, correction=0)
-        self.mean: Tensor
-        self.sd: Tensor
-        self.register_buffer("mean", mean)
-        # A constant column says nothing; dividing by its sd would blow up rounding noise.
-        self.register_buffer("sd", torch.where(sd > 1e-8, sd, torch.ones_like(sd)))
-        widths = [inputs.shape[-1], *hidden]
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise(widths):
-            layers += [nn.Linear(fan_in, fan_out), nn.SiLU()]
-        last = nn.Linear(widths[-1], outputs)
-        with torch.no_grad():
-            last.weight.mul_(0.1)
-            last.bias.zero_()
-        self.layers = nn.Sequential(*layers, last)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs `[B, outputs]` of inputs `[B, F]`."""
-        return self.layers((inputs - self.mean) / self.sd)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.families import DenseNormal
+from pyro_vi_kit.guides.families import DenseNormal, Family
 from pyro_vi_kit.guides.mean_field import require_positive
 
 # A dense factor, its gradient and Adam's two moments take 0.5 GB at 4,000 dimensions.
@@ -39,9 +39,16 @@ class FullRank:
         Raises:
             OptionError: If the model has too many latents for a dense covariance.
         """
-        require_dense(self.name, density.dim)
-        family = DenseNormal(density.dim, self.init_scale)
-        return Guide(self.name, density, {density.block: family})
+        return Guide(self.name, density, {density.block: self.family(density.dim)})
+
+    def family(self, dim: int) -> Family:
+        """The family over `[D]`.
+
+        Raises:
+            OptionError: If D is too large for a dense covariance.
+        """
+        require_dense(self.name, dim)
+        return DenseNormal(dim, self.init_scale)
 
 
 def require_dense(name: str, dim: int) -> None:

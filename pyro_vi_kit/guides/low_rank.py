@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.families import GaussianFamily
+from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.mean_field import require_positive
 
 
@@ -44,9 +44,12 @@ class LowRank:
 
     def build(self, density: Density) -> Guide:
         """The guide for this model, centred on the origin of unconstrained space."""
-        rank = min(self.rank or math.ceil(math.sqrt(density.dim)), density.dim)
-        family = LowRankNormal(density.dim, rank, self.init_scale)
-        return Guide(self.name, density, {density.block: family})
+        return Guide(self.name, density, {density.block: self.family(density.dim)})
+
+    def family(self, dim: int) -> Family:
+        """The family over `[D]`."""
+        rank = min(self.rank or math.ceil(math.sqrt(dim)), dim)
+        return LowRankNormal(dim, rank, self.init_scale)
 
 
 class OneStream(dist.LowRankMultivariateNormal):

@@ -9,7 +9,7 @@ from typing import ClassVar
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.families import DiagonalNormal
+from pyro_vi_kit.guides.families import DiagonalNormal, Family
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,11 @@ class MeanField:
 
     def build(self, density: Density) -> Guide:
         """The guide for this model, centred on the origin of unconstrained space."""
-        family = DiagonalNormal(density.dim, self.init_scale)
-        return Guide(self.name, density, {density.block: family})
+        return Guide(self.name, density, {density.block: self.family(density.dim)})
+
+    def family(self, dim: int) -> Family:
+        """The family over `[D]`."""
+        return DiagonalNormal(dim, self.init_scale)
 
 
 def require_positive(name: str, option: str, value: object) -> None:

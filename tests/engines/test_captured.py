@@ -30,7 +30,7 @@ def pair(name, model, objective, *, batch_size=None, **options):
         batches = None
         if batch_size is not None:
             plates = [block.plate for block in guide.blocks if block.plate is not None]
-            batches = Batches(plates[0], batch_size)
+            batches = Batches({plates[0]: batch_size})
         made.append(engine(guide, objective, seed=5, batches=batches, **options))
     return made
 

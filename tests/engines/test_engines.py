@@ -234,7 +234,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(engine, bad):
 
 def test_minibatches_cover_each_row_once_per_epoch():
     plate = Density(local_model(n=12)).structure.plates["datum"]
-    batches = Batches(plate, 4)
+    batches = Batches({plate: 4})
     with RandomStream(0):
         epochs = [[batches.next()["datum"] for _ in range(3)] for _ in range(5)]
     for epoch in epochs:
@@ -244,7 +244,7 @@ def test_minibatches_cover_each_row_once_per_epoch():
 
 def test_rows_that_do_not_fill_a_minibatch_take_turns():
     plate = Density(local_model(n=7)).structure.plates["datum"]
-    batches = Batches(plate, 3)
+    batches = Batches({plate: 3})
     with RandomStream(0):
         epochs = [torch.cat([batches.next()["datum"] for _ in range(2)]) for _ in range(40)]
     assert all(len(epoch.unique()) == 6 for epoch in epochs)
@@ -256,12 +256,12 @@ def test_rows_that_do_not_fill_a_minibatch_take_turns():
 def test_a_minibatch_must_be_a_number_of_rows(size):
     plate = Density(local_model(n=6)).structure.plates["datum"]
     with pytest.raises(OptionError, match="between 1 and the 6 rows of plate 'datum'"):
-        Batches(plate, size)
+        Batches({plate: size})
 
 
 def test_the_eager_engine_trains_on_every_row_of_an_epoch(monkeypatch):
     guide = guides.make("amortized", Density(local_model(n=6)))
-    batches = Batches(guide.density.structure.plates["datum"], 2)
+    batches = Batches({guide.density.structure.plates["datum"]: 2})
     engine = EagerEngine(guide, Iwae(3), seed=0, batches=batches)
     seen = []
     draw = guide.draw
@@ -282,7 +282,7 @@ def test_the_subsampled_elbo_is_unbiased(engine):
     """Mean of 200 minibatch steps of rate 0 against the bound on all data, in standard errors."""
     model = local_model(n=6)
     guide = perturb(guides.make("amortized", Density(model)))
-    batches = Batches(guide.density.structure.plates["datum"], 2)
+    batches = Batches({guide.density.structure.plates["datum"]: 2})
     made = (
         EagerEngine(guide, Elbo(4), seed=0, batches=batches)
         if engine == "eager"
@@ -306,7 +306,7 @@ def literal(model, guide, objective, **options):
 def test_a_multi_sample_bound_on_minibatches_is_refused(objective):
     model = local_model()
     guide = guides.make("amortized", Density(model))
-    batches = Batches(guide.density.structure.plates["datum"], 2)
+    batches = Batches({guide.density.structure.plates["datum"]: 2})
     with pytest.raises(OptionError, match=r"minibatches of plate 'datum'.*engine='eager'"):
         literal(model, guide, objective, density=guide.density, batches=batches)
 
@@ -497,7 +497,7 @@ def test_a_users_guide_needs_the_pyro_engine():
         vi.fit(model, normal_guide, engine="eager", seed=0)
     with pytest.raises(OptionError, match="method='lbfgs' runs the Gaussian guides"):
         vi.fit(model, normal_guide, method="lbfgs", seed=0)
-    with pytest.raises(OptionError, match="batch_size= needs guide='amortized'"):
+    with pytest.raises(OptionError, match="batch_size= needs a guide of this package"):
         vi.fit(model, normal_guide, batch_size=2, seed=0)
 
 

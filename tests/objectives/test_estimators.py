@@ -202,7 +202,7 @@ def test_an_encoder_is_run_once_so_that_dropout_is_one_mask():
     encoder = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 2))
     guide = guides.make("amortized", local_model(n=4), encoder=encoder)
     calls = []
-    guide.families["local"].encoder.register_forward_hook(lambda *_: calls.append(1))
+    guide.families["local"].source.encoder.register_forward_hook(lambda *_: calls.append(1))
     torch.manual_seed(0)
     gradient(guide, Iwae(3), "dreg")
     assert len(calls) == 1

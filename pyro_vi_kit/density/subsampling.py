@@ -1,0 +1,129 @@
+"""Whether a model says the same of some rows of a plate as it says of them among all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.density.handlers import Visit
+from pyro_vi_kit.density.structure import Plate, Site
+from pyro_vi_kit.errors import ModelError, ViError, first_line
+from pyro_vi_kit.runtime import RandomStream
+
+if TYPE_CHECKING:
+    from pyro_vi_kit.density.density import Density
+
+_SEED = 20264
+
+
+def require_subsamplable(density: Density, sizes: Mapping[Plate, int]) -> None:
+    """Refuse minibatches that would be of another model.
+
+    The terms of some rows, at some point, have to be those that these rows have among all: what a model
+    does with a plate's indices cannot be read off it, but it can be tried.
+
+    Args:
+        density: The model.
+        sizes: B of each plate that is to be subsampled.
+
+    Raises:
+        ModelError: If a site does not follow the indices of its plate, or mixes its rows.
+    """
+    for plate in sizes:
+        _require_outermost(density, plate)
+    with RandomStream(_SEED), torch.no_grad():
+        index = {plate.name: torch.randperm(plate.size)[:size] for plate, size in sizes.items()}
+        z = density.block.unpack(0.3 * torch.randn(1, density.dim, dtype=density.dtype))
+    some = {name: rows_of(density.structure.sites[name], value, index) for name, value in z.items()}
+    try:
+        with torch.no_grad():
+            same = _same_terms(density, z, some, index)
+    except ViError:
+        raise
+    except Exception as error:
+        raise ModelError(
+            _told(_blamed(density, z, some, index), index, first_line(error))
+        ) from error
+    if not same:
+        raise ModelError(_told(_blamed(density, z, some, index), index))
+
+
+def rows_of(site: Site, value: Tensor, index: Mapping[str, Tensor]) -> Tensor:
+    """Unconstrained values `[K, *batch, *event]` of a site on the rows of a minibatch."""
+    for plate in site.plates:
+        if plate.name in index:
+            axis = 1 + len(site.batch_shape) + plate.dim
+            value = value.index_select(axis, index[plate.name])
+    return value
+
+
+def _require_outermost(density: Density, plate: Plate) -> None:
+    for site in density.structure.sites.values():
+        if plate in site.plates and site.plates[0] != plate:
+            raise ModelError(
+                f"plate {plate.name!r} lies inside plate {site.plates[0].name!r} (site {site.name!r}), "
+                "so that its rows are no data of their own: subsample the outer plate, "
+                f"batch_size={{{site.plates[0].name!r}: ...}}"
+            )
+
+
+def _same_terms(
+    density: Density,
+    z: Mapping[str, Tensor],
+    some: Mapping[str, Tensor],
+    index: Mapping[str, Tensor],
+) -> bool:
+    whole, part = density.terms(z), density.terms(some, index=index)
+    if not _close(whole.shared, part.shared) or whole.local.keys() != part.local.keys():
+        return False
+    return all(
+        _close(rows[:, index[name]] if name in index else rows, part.local[name])
+        for name, rows in whole.local.items()
+    )
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    tolerance = 1e-8 if a.dtype == torch.float64 else 1e-3
+    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def _blamed(
+    density: Density,
+    z: Mapping[str, Tensor],
+    some: Mapping[str, Tensor],
+    index: Mapping[str, Tensor],
+) -> str:
+    """The first site that differs, or that could not be reached."""
+    whole, _ = density.visits(z)
+    part, ended = density.visits(some, index)
+    for name, visit in whole.items():
+        if name not in part:
+            return name
+        site = density.structure.sites[name]
+        if visit.kind in ("latent", "observed", "factor") and not _agrees(
+            site, visit, part[name], index
+        ):
+            return name
+    return ended or next(reversed(whole))
+
+
+def _agrees(site: Site, visit: Visit, other: Visit, index: Mapping[str, Tensor]) -> bool:
+    whole, part = visit.unscaled(), other.unscaled()
+    for plate in site.plates:
+        if plate.name in index and whole.dim() >= -plate.dim and whole.shape[plate.dim] > 1:
+            whole = whole.index_select(whole.dim() + plate.dim, index[plate.name])
+    return _close(whole, part)
+
+
+def _told(name: str, index: Mapping[str, Tensor], said: str = "") -> str:
+    plates = " and ".join(repr(plate) for plate in index)
+    plate = next(iter(index))
+    return (
+        f"minibatches of plate {plates} cannot be taken: site {name!r} does not follow the plate's "
+        f"indices{f' ({said})' if said else ''}. Index what belongs to a row, as in `with "
+        f"pyro.plate({plate!r}, N) as i: pyro.sample(..., obs=y[i])`, or take pyro.subsample(y, "
+        "event_dim=0); a model whose rows depend on each other needs all of them"
+    )
