@@ -27,7 +27,7 @@ LAYERS = (
     ("engines", "approximation", "summary", "verdict", "record"),
     ("methods", "evaluation", "storage"),
     ("posterior", "request"),
-    ("resuming", "training"),
+    ("resuming", "training", "identity"),
     ("fitting", "sampling"),
     ("comparison",),
     ("plots",),

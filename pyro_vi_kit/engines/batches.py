@@ -41,3 +41,11 @@ class Batches:
             self._order = torch.randperm(self.plate.size)
         chosen, self._order = self._order[: self.size], self._order[self.size :]
         return {self.plate.name: chosen}
+
+    def state(self) -> Tensor:
+        """The rows that are left of this epoch, in order."""
+        return self._order.clone()
+
+    def restore(self, state: Tensor) -> None:
+        """Go on from `state`."""
+        self._order = state.clone()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_vi_kit.checkpoint import cloned
 from pyro_vi_kit.engines import adam
 from pyro_vi_kit.engines.base import Average, Stretch
 from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.engines.clipping import clipped
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.objectives import evaluate, surrogate
 from pyro_vi_kit.runtime import RandomStream, isolated
@@ -34,6 +38,9 @@ class EagerEngine:
         batches: Minibatches of the data plate; the full data when None.
         optimizer: Makes a torch optimiser from parameters; Adam when None.
         estimator: Of the gradient: ``pathwise`` or ``dreg``.
+        clip: Length of the gradient at the most.
+        precision: ``bfloat16`` for mixed precision (`torch.autocast`) in the model and the guide; None
+            for none. Parameters and updates keep their own.
     """
 
     def __init__(
@@ -45,10 +52,14 @@ class EagerEngine:
         batches: Batches | None = None,
         optimizer: OptimizerFactory | None = None,
         estimator: str = "pathwise",
+        clip: float | None = None,
+        precision: str | None = None,
     ) -> None:
         self.guide = guide
         self.objective = objective
         self.estimator = estimator
+        self.clip = clip
+        self.precision = precision
         self.params = {
             name: value.detach().clone().requires_grad_(value.requires_grad)
             for name, value in guide.density.params.items()
@@ -60,6 +71,8 @@ class EagerEngine:
         self.trained = {n: p for n, p in self.parameters().items() if p.requires_grad}
         self.adam = adam.start(_flattened(self.trained, guide.density.dtype))
         self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        self._rates = [group.get("lr") for group in groups]
         # A bound per datum holds for given globals, so all its particles share one draw of them.
         self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
 
@@ -101,18 +114,27 @@ class EagerEngine:
 
     def gradient(self, index: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """The bound, nats, and the loss's gradient `[P]`, on the noise that comes next."""
-        bound, loss = surrogate(
-            self.guide,
-            self.objective,
-            self.particles,
-            self.params,
-            index,
-            share=self.share,
-            estimator=self.estimator,
-        )
+        with self._mixed_precision():
+            bound, loss = surrogate(
+                self.guide,
+                self.objective,
+                self.particles,
+                self.params,
+                index,
+                share=self.share,
+                estimator=self.estimator,
+            )
         trained = list(self.trained.values())
         gradients = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
-        return bound, torch.cat([gradient.reshape(-1) for gradient in gradients])
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        return bound.to(flat.dtype), clipped(flat, self.clip)
+
+    def _mixed_precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision is None:
+            return contextlib.nullcontext()
+        # Without its cache of cast weights a recorded step is the step itself.
+        dtype = getattr(torch, self.precision)
+        return torch.autocast(self.adam.x.device.type, dtype=dtype, cache_enabled=False)
 
     @torch.no_grad()
     def _move(self, gradient: Tensor, finite: Tensor, rate: float) -> None:
@@ -125,6 +147,53 @@ class EagerEngine:
             for name, part in split(gradient, self.trained).items():
                 self.trained[name].grad = part
             self._optimizer.step()
+
+    def scale_rates(self, factor: float) -> float | None:
+        """Bring the rates of a torch optimiser of the user's to this multiple of what they were.
+
+        Returns:
+            The first of them now; None where there is none.
+        """
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        for group, rate in zip(groups, self._rates, strict=True):
+            if rate is not None:
+                group["lr"] = rate * factor
+        return groups[0].get("lr") if groups else None
+
+    # -- stopping and going on ----------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything a step depends on, as tensors and plain values of its own."""
+        return {
+            "name": self.name,
+            "adam": cloned(list(self.adam)),
+            "constants": cloned(self._constants()),
+            "stream": self._stream.state(),
+            "batches": None if self.batches is None else self.batches.state(),
+            "optimizer": None if self._optimizer is None else cloned(self._optimizer.state_dict()),
+            "skipped": self.skipped,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, in an engine made with the same options."""
+        # Parameters are views of x, so x itself has to stay.
+        x = self.adam.x
+        self.adam = adam.AdamState(x.copy_(state["adam"][0]), *cloned(state["adam"][1:]))
+        for name, value in self._constants().items():
+            value.copy_(state["constants"][name])
+        self._stream.restore(state["stream"])
+        if self.batches is not None:
+            self.batches.restore(state["batches"])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        self.skipped = state["skipped"]
+
+    def _constants(self) -> dict[str, Tensor]:
+        """What belongs to the guide or the model and is not in the flat vector: frames, buffers."""
+        model = {f"model.{name}": value for name, value in self.params.items()}
+        everything = self.guide.state_dict(keep_vars=True) | model
+        return {n: v.detach() for n, v in everything.items() if n not in self.trained}
 
     @torch.no_grad()
     def evaluate(self, replicates: int) -> Tensor:
