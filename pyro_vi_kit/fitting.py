@@ -83,8 +83,8 @@ def fit(
             parameters, and its guide, objective, engine and minibatches where none are given. Losses,
             evaluations and seconds are those of both.
         checkpoint: A file that keeps the state of the fit, written every half minute, at the end of
-            every epoch and on Ctrl-C. Where it exists, the same call goes on from it, with the numbers of
-            a fit that was never stopped; where that has ended, it gives what it ended with. For
+            every epoch and on Ctrl-C. Where it exists, the same call goes on from it, with the numbers
+            of a fit that was never stopped; where that has ended, it gives what it ended with. For
             stochastic steps. No compiler takes over then, unless ``engine="compiled"``.
         seed: The same seed gives the same numbers on the same machine.
         dtype: Precision; float64 by default, torch's default dtype for ``"amortized"``.

@@ -62,7 +62,7 @@ def digest(tensors: list[Tensor]) -> str:
     for tensor in tensors:
         found = zlib.crc32(repr((tuple(tensor.shape), str(tensor.dtype))).encode(), found)
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found = zlib.crc32(memoryview(flat.numpy()), found)
+        found = zlib.crc32(flat.numpy().data, found)
     return f"{found:08x}"
 
 

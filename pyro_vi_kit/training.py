@@ -17,9 +17,9 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import GaussianFamily
 from pyro_vi_kit.methods import by_epochs, fixed_draws, stochastic
+from pyro_vi_kit.methods.course import laid_out
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.shapes import Gaussian
-from pyro_vi_kit.methods.validation import Validation, data_plate
 from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
 from pyro_vi_kit.posterior import is_small
 from pyro_vi_kit.progress import Progress
@@ -226,23 +226,10 @@ def _run_epochs(
     whitened: bool,
     checkpoint: Checkpoint | None,
 ) -> tuple[Outcome, float]:
-    plan = request.epochs
-    guide = engine.guide
-    if plan is None or not isinstance(engine, EagerEngine) or not isinstance(guide, Guide):
-        raise AssertionError("checked before")
-    batches = engine.batches
-    plate = batches.plate if batches is not None else data_plate(guide.density)
-    validation = None
-    if plan.validation is not None:
-        validation = Validation(guide, request.objective, plan.validation)
-    course = by_epochs.Course(
-        plan=plan,
-        rate=_first_rate(guide, whitened) if plan.rate is None else plan.rate,
-        steps=by_epochs.FULL_DATA_STEPS if batches is None else plate.size // batches.size,
-        rows=1 if plate is None else plate.size,
-        max_steps=request.steps,
-        validate=None if validation is None else lambda: validation(engine.params),
-    )
+    if request.epochs is None or not isinstance(engine, EagerEngine):
+        raise AssertionError("epochs= goes with the engines of this package alone")
+    rate = _first_rate(engine.guide, whitened)
+    course = laid_out(engine, request.epochs, rate=rate, max_steps=request.steps)
     label = f"{name} ({request.objective.name})"
     with Progress(label, course.limit, request.progress) as progress:
         return by_epochs.fit(

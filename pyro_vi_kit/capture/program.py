@@ -54,10 +54,11 @@ class Program:
         self.how = "python"
         self._library: Library | None = None
         self.note = impossible(graph) if compiles else ""
-        if compiles and not self.note:
+        if compiles and not self.note and not _mixed(graph):
             self._library = Library(graph, inputs)
             self._adopt(inputs)
-        if self.how == "python" and len(graph.nodes) <= _MAX_SCRIPT:
+        # TorchScript leaves out casts to half precision and back, and so rounds differently.
+        if self.how == "python" and len(graph.nodes) <= _MAX_SCRIPT and not _mixed(graph):
             try:
                 self._run, self.how = replay.script(self._run, inputs), "script"
             except RuntimeError as error:  # an operation that TorchScript does not know
@@ -138,6 +139,12 @@ class Program:
         except RuntimeError as error:
             self.note = f"the compiled graph does not run: {first_line(error)}"
         library.discard()
+
+
+def _mixed(graph: Graph) -> bool:
+    """Whether it casts to half precision."""
+    half = (torch.bfloat16, torch.float16)
+    return any(value in half for node in graph.nodes for value in node.kwargs.values())
 
 
 def capture(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.engines import EagerEngine
-from pyro_vi_kit.methods.epochs import Epochs
+from pyro_vi_kit.methods.course import Course
 from pyro_vi_kit.methods.result import HISTORY, Outcome
 from pyro_vi_kit.methods.runs import Runs, read, write
 from pyro_vi_kit.methods.validation import Held
@@ -25,41 +24,9 @@ from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.types import Status
 
 NAME = "stochastic"
-# Steps of an epoch where each of them sees all data.
-FULL_DATA_STEPS = 100
 
 _REPLICATES = 16
-
-
-@dataclass(frozen=True)
-class Course:
-    """What a fit by epochs is to do.
-
-    Attributes:
-        plan: Epochs, schedule, patience.
-        rate: Learning rate at its highest.
-        steps: Of an epoch.
-        rows: Of the data, which bounds are told per row of; 1 where they have no plate.
-        max_steps: The most steps; None for no limit but the epochs.
-        validate: Gives the bound on data held out.
-    """
-
-    plan: Epochs
-    rate: float
-    steps: int
-    rows: int = 1
-    max_steps: int | None = None
-    validate: Callable[[], Held] | None = None
-
-    @property
-    def total(self) -> int:
-        """Steps of all epochs."""
-        return self.plan.epochs * self.steps
-
-    @property
-    def limit(self) -> int:
-        """Steps after which to stop."""
-        return self.total if self.max_steps is None else min(self.total, self.max_steps)
+_NOTHING = Held(-math.inf, math.nan)
 
 
 @dataclass
@@ -80,7 +47,7 @@ class _Training:
     engine: EagerEngine
     history: list[list[float]] = field(default_factory=list)
     kept: dict[str, Tensor] = field(default_factory=dict)
-    held: Held = Held(-math.inf, math.nan)
+    held: Held = _NOTHING
     best: int = 0
     seconds: float = 0.0
     status: Status | None = None
@@ -157,7 +124,11 @@ def fit(
     if checkpoint is not None:
         _keep(training, status, checkpoint)
     losses = training.runs.losses
-    columns = dict(zip(HISTORY, map(list, zip(*training.history, strict=True)), strict=False))
+    columns = {
+        name: [row[i] for row in training.history]
+        for i, name in enumerate(HISTORY)
+        if training.history
+    }
     outcome = Outcome(NAME, status, losses, len(losses) * engine.particles, engine.skipped, columns)
     return outcome, float(engine.evaluate(_REPLICATES).mean())
 
@@ -204,7 +175,7 @@ def _rate(training: _Training) -> float:
 
 
 def _end_epoch(training: _Training, progress: Progress, rate: float) -> Status | None:
-    """Write an epoch down, and keep its parameters if they are the best; how the fit ends, if it does."""
+    """Write an epoch down and keep its parameters if they are the best; how the fit ends, if so."""
     course, runs = training.course, training.runs
     number, failed = training.epoch, runs.failed
     average, steps = runs.end()
