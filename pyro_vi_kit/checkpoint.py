@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -147,20 +146,17 @@ def cloned(value: Any) -> Any:
 
 
 def _replace(path: Path, content: State) -> None:
-    temporary = None
+    # Always the same name: what a killed process leaves behind is overwritten by the next one.
+    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.absolute().parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
+        with temporary.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         if isinstance(error, OSError):
             raise FileError(f"cannot write checkpoint {path}: {error}") from error
         raise

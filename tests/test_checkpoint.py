@@ -30,6 +30,8 @@ ADAM = functools.partial(torch.optim.Adam, lr=3e-3)
 # Heavy-ball momentum is another kind of state than Adam's.
 SGD = functools.partial(torch.optim.SGD, lr=1e-4, momentum=0.9)
 
+SLOW = pytest.mark.slow
+
 FITS = {
     "captured": {"guide": SMALL, "objective": Elbo(4), "steps": 330},
     "eager": {"guide": SMALL, "objective": Elbo(2), "steps": 230, "engine": "eager"},
@@ -105,7 +107,13 @@ def eager_to_write(monkeypatch):
 
 
 @pytest.mark.usefixtures("eager_to_write")
-@pytest.mark.parametrize("name", FITS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("captured", "epochs, optimizer") else SLOW)
+        for name in FITS
+    ],
+)
 def test_it_goes_on_as_if_it_had_never_been_stopped(name, tmp_path, killed_in, monkeypatch):
     expected = fit(name)
     path = tmp_path / "run.ckpt"
@@ -305,6 +313,24 @@ def test_sigkill_costs_no_bit(name, where, number, tmp_path):
     made = len(checkpoints.read(path).state["losses"])
     assert 0 < made < len(expected.losses)
     assert_same(fit(name, path), expected)
+    # Nor does it leave half a file.
+    assert [p.name for p in tmp_path.iterdir()] == ["run.ckpt"]
+
+
+def test_a_disk_that_is_full_is_told_of_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "run.ckpt"
+    fit("eager", path, steps=5)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "_EVERY", 0.0)
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(FileError, match=r"cannot write checkpoint .*No space left"):
+        fit("eager", path, steps=5)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["run.ckpt"]
 
 
 # -- what is refused --------------------------------------------------------------------------

@@ -179,7 +179,8 @@ class EagerEngine:
         """Go on from `state`, in an engine made with the same options."""
         # Parameters are views of x, so x itself has to stay.
         x = self.adam.x
-        self.adam = adam.AdamState(x.copy_(state["adam"][0]), *cloned(state["adam"][1:]))
+        moments = [part.to(x.device) for part in cloned(state["adam"][1:])]
+        self.adam = adam.AdamState(x.copy_(state["adam"][0]), *moments)
         for name, value in self._constants().items():
             value.copy_(state["constants"][name])
         self._stream.restore(state["stream"])

@@ -110,7 +110,8 @@ class Runs:
     def restore(self, state: dict[str, Any], losses: Tensor) -> None:
         """Go on from `state`, with the losses until then."""
         self._next, self.length, self.done = state["next"], state["length"], state["done"]
-        self.skipped, self.average = state["skipped"], cloned(state["average"])
+        self.skipped, own = state["skipped"], self.engine.parameters()
+        self.average = {n: v.to(own[n].device) for n, v in cloned(state["average"]).items()}
         self.losses = losses.tolist()
         self.progress.step(steps=len(self.losses))
 

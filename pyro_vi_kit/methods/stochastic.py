@@ -293,7 +293,7 @@ def _end_level(search: _Search) -> Status | None:
 
 def _look(search: _Search) -> bool:
     """Keep the parameters as the best if they are; whether their bound is a number at all."""
-    bounds = search.engine.evaluate(search.schedule.replicates)
+    bounds = search.engine.evaluate(search.schedule.replicates).cpu()
     gain = float((bounds - search.best.bounds).mean())
     if gain > 0:
         search.best.bounds, search.best.values = bounds, read(search.engine)
