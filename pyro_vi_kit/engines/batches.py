@@ -32,6 +32,16 @@ class Batches:
         self.size = size
         self._order = torch.empty(0, dtype=torch.long)
 
+    @property
+    def plates(self) -> list[str]:
+        """The names of the plates."""
+        return [self.plate.name]
+
+    @property
+    def epoch(self) -> int:
+        """Steps in an epoch."""
+        return self.plate.size // self.size
+
     def next(self) -> dict[str, Tensor]:
         """Indices `[B]` by plate.
 
@@ -42,10 +52,10 @@ class Batches:
         chosen, self._order = self._order[: self.size], self._order[self.size :]
         return {self.plate.name: chosen}
 
-    def state(self) -> Tensor:
-        """The rows that are left of this epoch, in order."""
-        return self._order.clone()
+    def state(self) -> dict[str, Tensor]:
+        """The rows that are left of this epoch, in order, by plate."""
+        return {self.plate.name: self._order.clone()}
 
-    def restore(self, state: Tensor) -> None:
+    def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from `state`."""
-        self._order = state.clone()
+        self._order = state[self.plate.name].clone()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 _EPSILON = 1e-6
 
 
-def clipped(gradient: Tensor, length: float | None) -> Tensor:
-    """The gradient, shortened where it is longer; as `torch.nn.utils.clip_grad_norm_` does it.
+def clipped(gradients: Sequence[Tensor], length: float | None) -> list[Tensor]:
+    """The parts of a gradient, shortened where it is longer; as `torch.nn.utils.clip_grad_norm_` does it.
 
     Nothing here looks at a value, so that a step can be captured as a graph. A gradient that is not
     finite stays so.
 
     Args:
-        gradient: `[P]`.
-        length: Its Euclidean length at the most; None for any.
+        gradients: Its parts, of any shapes.
+        length: Its Euclidean length at the most, that of all parts together; None for any.
     """
     if length is None:
-        return gradient
-    return gradient * (length / (gradient.norm() + _EPSILON)).clamp_max(1.0)
+        return list(gradients)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    factor = (length / (norm + _EPSILON)).clamp_max(1.0)
+    return [gradient * factor for gradient in gradients]

@@ -127,7 +127,8 @@ class EagerEngine:
         trained = list(self.trained.values())
         gradients = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        return bound.to(flat.dtype), clipped(flat, self.clip)
+        (flat,) = clipped([flat], self.clip)
+        return bound.to(flat.dtype), flat
 
     def _mixed_precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision is None:

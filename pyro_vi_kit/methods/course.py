@@ -61,11 +61,12 @@ def laid_out(engine: EagerEngine, plan: Epochs, *, rate: float, max_steps: int |
     if plan.validation is not None:
         validation = Validation(engine.guide, engine.objective, plan.validation)
         validate = functools.partial(validation, engine.params)
-    plate = data_plate(engine.guide.density) if batches is None else batches.plate
+    density = engine.guide.density
+    plate = data_plate(density) if batches is None else density.structure.plates[batches.plates[0]]
     return Course(
         plan=plan,
         rate=rate if plan.rate is None else plan.rate,
-        steps=_FULL_DATA_STEPS if batches is None else batches.plate.size // batches.size,
+        steps=_FULL_DATA_STEPS if batches is None else batches.epoch,
         rows=1 if plate is None else plate.size,
         max_steps=max_steps,
         validate=validate,
