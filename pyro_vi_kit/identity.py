@@ -50,7 +50,7 @@ def of(
         if isinstance(request.init, str)
         else repr(sorted(request.init.items())),
         "optimizer": None if request.optimizer is None else _callable(request.optimizer),
-        "batch_size": request.batch_size,
+        "batch_size": _described(request.batch_size),
         "epochs": None if request.epochs is None else request.epochs.described(),
         "resume": None if earlier is None else [earlier.record.seed, len(earlier.losses)],
     }
@@ -88,6 +88,10 @@ def _described(value: Any) -> Any:
         return value
     if isinstance(value, tuple | list):
         return [_described(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(key): _described(part) for key, part in value.items()}
+    if dataclasses.is_dataclass(value):
+        return [type(value).__qualname__, _plain(value)]
     return type(value).__qualname__
 
 

@@ -160,6 +160,7 @@ def test_ctrl_c_writes_what_there_is(name, tmp_path, monkeypatch):
         patch.setattr(CapturedEngine, "run", interrupted)
         broken = fit(name, path)
     assert broken.status.reason == "interrupted"
+    assert broken.status.advice.endswith(f"The same call goes on from {path}.")
     assert len(checkpoints.read(path).state["losses"]) == len(broken.losses) > 0
     assert_same(fit(name, path), fit(name))
 

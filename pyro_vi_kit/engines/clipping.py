@@ -11,9 +11,9 @@ _EPSILON = 1e-6
 
 
 def clipped(gradients: Sequence[Tensor], length: float | None) -> list[Tensor]:
-    """The parts of a gradient, shortened where it is longer; as `torch.nn.utils.clip_grad_norm_` does it.
+    """The parts of a gradient, shortened where it is longer than this.
 
-    Nothing here looks at a value, so that a step can be captured as a graph. A gradient that is not
+    As `torch.nn.utils.clip_grad_norm_` does it. Nothing here looks at a value, so that a step can be captured as a graph. A gradient that is not
     finite stays so.
 
     Args:

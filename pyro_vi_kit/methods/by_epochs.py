@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,6 +119,9 @@ def fit(
         status = Status(
             False, "interrupted", f"Interrupted in epoch {training.epoch}. {_kept(training)}"
         )
+    if status.reason == "interrupted" and checkpoint is not None:
+        on = f" The same call goes on from {checkpoint.path}."
+        status = replace(status, advice=status.advice + on)
     if training.kept or training.runs.average:
         write(engine, training.kept or training.runs.average)
     if checkpoint is not None:

@@ -180,7 +180,10 @@ def fit(
     try:
         status = search.status or _run(search, checkpoint)
     except KeyboardInterrupt:
-        status = Status(False, "interrupted", "Interrupted; the best parameters so far were kept.")
+        on = "" if checkpoint is None else f" The same call goes on from {checkpoint.path}."
+        status = Status(
+            False, "interrupted", f"Interrupted; the best parameters so far were kept.{on}"
+        )
     if search.best.values:
         write(engine, search.best.values)
     if checkpoint is not None:
