@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vi_kit import guides, minibatches, resuming, training
+from pyro_vi_kit import checkpoint as checkpoints
+from pyro_vi_kit import guides, identity, minibatches, resuming, training
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import ModelError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.methods import fixed_draws, stochastic
+from pyro_vi_kit.methods.epochs import Epochs
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.posterior import Posterior, is_small
 from pyro_vi_kit.record import Record
@@ -40,7 +42,9 @@ def fit(
     init: str | Mapping[str, Any] = "auto",
     optimizer: OptimizerFactory | None = None,
     batch_size: int | Mapping[str, int] | None = None,
+    epochs: int | Epochs | None = None,
     resume: Posterior | str | Path | None = None,
+    checkpoint: str | Path | None = None,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
@@ -75,9 +79,15 @@ def fit(
         batch_size: Rows of the data plate in each step, or ``{plate: rows}``. The model has to index
             its data with the plate's indices, or use `pyro.subsample`. Latents inside the plate get
             numbers of their own, row by row, or an encoder (guide ``"amortized"``).
+        epochs: Train by so many passes over the data, in the place of steps that stop by themselves; a
+            `vi.Epochs` also says the rate and its schedule, what to validate on and when to stop early.
         resume: An earlier fit of the same model, or the path of a saved one, to go on from: its
             parameters, and its guide, objective, engine and minibatches where none are given. Losses,
             evaluations and seconds are those of both.
+        checkpoint: A file that keeps the state of the fit, written every half minute, at the end of
+            every epoch and on Ctrl-C. Where it exists, the same call goes on from it, with the numbers
+            of a fit that was never stopped; where that has ended, it gives what it ended with. For
+            stochastic steps. No compiler takes over then, unless ``engine="compiled"``.
         seed: The same seed gives the same numbers on the same machine.
         dtype: Precision; float64 by default, torch's default dtype for ``"amortized"``.
         progress: Show progress on stderr; None shows it on a terminal only.
@@ -88,6 +98,7 @@ def fit(
     """
     started = time.monotonic()
     earlier = None
+    saved = None if checkpoint is None else checkpoints.read(checkpoint)
     if resume is not None:
         earlier = resuming.earlier_fit(resume, model, guide)
         record, guide = earlier.record, resuming.same_guide(earlier, guide)
@@ -98,6 +109,8 @@ def fit(
             estimator = "pathwise"
         batch_size = record.batch_size if batch_size is None else batch_size
         seed = resuming.seed_after(earlier) if seed is None else seed
+    if saved is not None and seed is None:
+        seed = saved.identity["seed"]
     request = checked(
         model,
         "elbo" if objective is None else objective,
@@ -113,6 +126,7 @@ def fit(
         seed,
         progress,
         earlier is not None,
+        epochs,
     )
     _require_dtype(dtype)
     if earlier is None:
@@ -122,8 +136,12 @@ def fit(
         trainee, density = resuming.trained_again(earlier, model, dtype)
         state = None if isinstance(trainee, Guide) else resuming.state_of(earlier)
     name = training.name_of(trainee)
+    kept = None
+    if checkpoint is not None:
+        told = identity.of(request, guide, trainee, density, earlier)
+        kept = checkpoints.Checkpoint(Path(checkpoint), told, saved)
     with one_thread(density is not None and is_small(density)):
-        trained = training.train(request, name, trainee, density, state)
+        trained = training.train(request, name, trainee, density, state, kept)
     outcome = trained.outcome
     record = Record(
         objective=request.objective,
@@ -133,7 +151,7 @@ def fit(
         status=outcome.status,
         losses=np.asarray(outcome.losses),
         evaluations=outcome.evaluations,
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - started + (0.0 if kept is None else kept.seconds),
         seed=request.seed,
         bound=trained.bound,
         skipped=outcome.skipped,
@@ -141,6 +159,7 @@ def fit(
         if outcome.method == stochastic.NAME
         else None,
         batch_size=batch_size,
+        history={name: np.asarray(column) for name, column in outcome.history.items()},
     )
     if earlier is not None:
         record = resuming.told_as_one(earlier.record, record)

@@ -17,6 +17,7 @@ from pyro_vi_kit.errors import ModelError, OptionError, ViError
 from pyro_vi_kit.evaluation import Evaluation, evaluate, usable
 from pyro_vi_kit.groups import coords_of, dims_of, squeeze
 from pyro_vi_kit.guides import GuideSpec
+from pyro_vi_kit.methods.result import HISTORY
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.psis import psis, resample
 from pyro_vi_kit.record import Record
@@ -70,6 +71,21 @@ class Posterior:
     def losses(self) -> np.ndarray:
         """Minus the bound at each step, `[steps]`, nats; NaN where a step was skipped."""
         return self.record.losses
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """A row for each epoch; none where steps did not go by epochs.
+
+        Columns: ``epoch``; ``seconds`` since training began; ``rate``, the learning rate at its end;
+        ``bound``, mean training bound, and ``validation``, bound on data held out, both in nats per row
+        of the data (where these have a plate).
+        """
+        import pandas as pd
+
+        frame = pd.DataFrame(
+            {name: self.record.history.get(name, []) for name in HISTORY}, dtype=float
+        )
+        return frame.astype({"epoch": int})
 
     @property
     def evaluations(self) -> int:
@@ -299,8 +315,10 @@ class Posterior:
             groups["sample_stats"] = export.Group(
                 {"log_p": log_p, "log_q": log_q, "log_w": log_p - log_q}
             )
+        history = {name: c for name, c in self.record.history.items() if name != "epoch"}
+        dims = {"loss": ["step"]} | {name: ["epoch"] for name in history}
         groups["loss_trace"] = export.Group(
-            {"loss": self.losses}, {"loss": ["step"]}, sampled=False, attrs={"unit": "nats"}
+            {"loss": self.losses} | history, dims, sampled=False, attrs={"unit": "nats"}
         )
         return groups
 

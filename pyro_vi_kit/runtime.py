@@ -45,6 +45,14 @@ class RandomStream:
         self._state = torch.Generator().manual_seed(seed).get_state()
         self._outer: list[torch.Tensor] = []
 
+    def state(self) -> torch.Tensor:
+        """Where it stands, as bytes."""
+        return self._state.clone()
+
+    def restore(self, state: torch.Tensor) -> None:
+        """Go on from `state`."""
+        self._state = state.clone()
+
     def __enter__(self) -> RandomStream:
         LOCK.acquire()
         self._outer.append(torch.get_rng_state())

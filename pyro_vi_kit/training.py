@@ -11,12 +11,14 @@ from torch import Tensor
 
 from pyro_vi_kit import minibatches
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
+from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.density import Density, Plate
 from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine, PyroEngine
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import GaussianFamily
-from pyro_vi_kit.methods import fixed_draws, stochastic
+from pyro_vi_kit.methods import by_epochs, fixed_draws, stochastic
+from pyro_vi_kit.methods.course import laid_out
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
@@ -59,12 +61,15 @@ def train(
     trainee: Guide | PyroGuide,
     density: Density | None,
     state: dict[str, Any] | None,
+    checkpoint: Checkpoint | None = None,
 ) -> Trained:
     """Train by the method that fits."""
     if not isinstance(trainee, Guide) or density is None:
+        _refuse_for_pyro_guide(request, checkpoint)
         return _train_pyro_guide(request, trainee, density, state)
     _require_compatible(request, trainee)
     if _use_fixed_draws(request, trainee):
+        _refuse_fixed_draws(checkpoint)
         with Progress(f"{name} (L-BFGS)", enabled=request.progress) as progress:
             outcome = fixed_draws.fit(
                 trainee,
@@ -78,11 +83,12 @@ def train(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
     sizes = _sizes(request, trainee, density)
-    whitened = request.resumed or _initialise(request, trainee, density, sizes)
+    whitened = _whitened(request, trainee, density, sizes, checkpoint)
     batches = Batches(sizes) if sizes else None
     request = _with_particles(request, trainee, density)
-    engine = _engine(request, trainee, density, batches)
-    outcome, bound = _run_stochastic(request, name, engine, whitened)
+    engine = _engine(request, trainee, density, batches, steady=checkpoint is not None)
+    run = _run_stochastic if request.epochs is None else _run_epochs
+    outcome, bound = run(request, name, engine, whitened, checkpoint)
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     bound = bound if request.objective.multi_sample else None
@@ -90,9 +96,14 @@ def train(
 
 
 def _engine(
-    request: Request, guide: Guide, density: Density, batches: Batches | None
+    request: Request,
+    guide: Guide,
+    density: Density,
+    batches: Batches | None,
+    *,
+    steady: bool = False,
 ) -> EagerEngine | PyroEngine:
-    """What executes the steps."""
+    """What executes the steps; where ``steady``, nothing on the clock may change how."""
     options: dict[str, Any] = {
         "seed": request.seed,
         "batches": batches,
@@ -100,12 +111,20 @@ def _engine(
     }
     estimator = estimator_of(request, guide)
     if request.engine == "pyro":
+        if steady:
+            raise OptionError(
+                "checkpoint= keeps the steps of this package's engines: leave out engine='pyro', or "
+                "save the posterior and go on with resume="
+            )
         return PyroEngine(request.model, guide, request.objective, density=density, **options)
     options["estimator"] = estimator
+    if request.epochs is not None:
+        _require_castable(request, density)
+        options |= {"clip": request.epochs.clip, "precision": request.epochs.autocast}
     if request.engine == "eager":
         return EagerEngine(guide, request.objective, **options)
     compiled = request.engine == "compiled"
-    return CapturedEngine(guide, request.objective, compiled=compiled, **options)
+    return CapturedEngine(guide, request.objective, compiled=compiled, steady=steady, **options)
 
 
 def estimator_of(request: Request, guide: Guide | PyroGuide) -> str:
@@ -168,8 +187,72 @@ def _train_pyro_guide(
     return Trained(approximation, outcome, engine.name, bound)
 
 
+def _whitened(
+    request: Request,
+    guide: Guide,
+    density: Density,
+    sizes: Mapping[Plate, int],
+    checkpoint: Checkpoint | None,
+) -> bool:
+    """Find a start unless there is one; whether parameters are measured in posterior sds."""
+    if checkpoint is None:
+        return request.resumed or _initialise(request, guide, density, sizes)
+    if checkpoint.state is None:
+        found = request.resumed or _initialise(request, guide, density, sizes)
+        checkpoint.facts["whitened"] = found
+    return checkpoint.facts["whitened"]
+
+
+def _refuse_fixed_draws(checkpoint: Checkpoint | None) -> None:
+    if checkpoint is not None:
+        raise OptionError(
+            "checkpoint= is for stochastic steps, and this fit is one of L-BFGS on fixed draws, which "
+            "takes seconds: leave checkpoint= out, or ask for steps by method='stochastic', "
+            "batch_size= or epochs="
+        )
+
+
+def _refuse_for_pyro_guide(request: Request, checkpoint: Checkpoint | None) -> None:
+    if request.epochs is not None or checkpoint is not None:
+        option = "epochs=" if request.epochs is not None else "checkpoint="
+        raise OptionError(
+            f"{option} needs a guide of this package; a Pyro guide callable is trained by "
+            "pyro.infer.SVI with steps= or budget=, and goes on with resume="
+        )
+
+
+def _require_castable(request: Request, density: Density) -> None:
+    if request.epochs is not None and request.epochs.autocast and density.dtype != torch.float32:
+        raise OptionError(
+            "Epochs(precision='bfloat16') casts float32 and leaves float64 as it is: give "
+            "dtype=torch.float32 too"
+        )
+
+
+def _run_epochs(
+    request: Request,
+    name: str,
+    engine: EagerEngine | PyroEngine,
+    whitened: bool,
+    checkpoint: Checkpoint | None,
+) -> tuple[Outcome, float]:
+    if request.epochs is None or not isinstance(engine, EagerEngine):
+        raise AssertionError("epochs= goes with the engines of this package alone")
+    rate = _first_rate(engine.guide, whitened)
+    course = laid_out(engine, request.epochs, rate=rate, max_steps=request.steps)
+    label = f"{name} ({request.objective.name})"
+    with Progress(label, course.limit, request.progress) as progress:
+        return by_epochs.fit(
+            engine, course, deadline=request.deadline, progress=progress, checkpoint=checkpoint
+        )
+
+
 def _run_stochastic(
-    request: Request, name: str, engine: EagerEngine | PyroEngine, whitened: bool
+    request: Request,
+    name: str,
+    engine: EagerEngine | PyroEngine,
+    whitened: bool,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Outcome, float]:
     literal = isinstance(engine, PyroEngine)
     batches = engine.batches
@@ -179,10 +262,13 @@ def _run_stochastic(
     gaussian = isinstance(guide, Guide) and fixed_draws.applies_to(guide)
     encoded = isinstance(guide, Guide) and _encoded(guide)
     learns = not isinstance(guide, Guide) or encoded or bool(guide.density.params)
-    stretch = epoch * -(-100 // epoch)
+    # The error of an average falls with its length alone; of minibatches' noise there is much.
+    least = 100 if batches is None or learns else 500
+    stretch = epoch * -(-least // epoch)
     schedule = stochastic.Schedule(
         rate=_first_rate(guide, whitened),
         stretch=stretch,
+        epoch=epoch,
         patience=2 if gaussian else 4,
         max_steps=request.steps or stochastic.MAX_STEPS,
         # Pyro's own loss is slow to evaluate, one particle after another.
@@ -190,11 +276,18 @@ def _run_stochastic(
         tolerance=_tolerance(request, guide),
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
+        noisy=batches is not None,
         tight=isinstance(guide, Guide) and not guide.density.params and not guide.point,
     )
     label = f"{name} ({request.objective.name})"
     with Progress(label, schedule.max_steps, request.progress) as progress:
-        return stochastic.fit(engine, schedule, deadline=request.deadline, progress=progress)
+        return stochastic.fit(
+            engine,
+            schedule,
+            deadline=request.deadline,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
 
 
 def _encoded(guide: Guide) -> bool:
@@ -212,7 +305,7 @@ def _replicates(batches: Batches | None, draws: int) -> int:
     if batches is None:
         return 256
     # Forwards and back, a step costs three times as much as a look.
-    return min(256, max(16, int(1.5 * draws * batches.share)))
+    return min(1024, max(16, int(1.5 * draws * batches.share)))
 
 
 def _tolerance(request: Request, guide: Guide | PyroGuide) -> float:
@@ -260,6 +353,7 @@ def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
         and request.estimator == "auto"
         and request.steps is None
         and request.batch_size is None
+        and request.epochs is None
     )
 
 

@@ -19,7 +19,7 @@ import pyro_vi_kit as vi
 # of one layer do not know each other. A new module takes its place here.
 LAYERS = (
     ("errors", "types"),
-    ("runtime", "psis", "metrics", "registry", "progress"),
+    ("runtime", "psis", "metrics", "registry", "progress", "checkpoint"),
     ("model", "export", "capture"),
     ("density", "modelfile"),
     ("groups", "gradients"),
@@ -27,7 +27,7 @@ LAYERS = (
     ("engines", "approximation", "summary", "verdict", "record"),
     ("methods", "evaluation", "storage"),
     ("posterior", "request", "minibatches"),
-    ("resuming", "training"),
+    ("resuming", "training", "identity"),
     ("fitting", "sampling"),
     ("comparison",),
     ("plots",),

@@ -69,3 +69,11 @@ class Batches:
     def example(self) -> dict[str, Tensor]:
         """Rows of the right number, which count for nothing."""
         return {n: torch.randperm(self._rows[n])[:size] for n, size in self.sizes.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The rows that are left of this epoch, in order, by plate."""
+        return {name: order.clone() for name, order in self._order.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        self._order = {name: state[name].clone() for name in self.sizes}

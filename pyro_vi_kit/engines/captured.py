@@ -35,9 +35,13 @@ class CapturedEngine(EagerEngine):
         note: Why steps are not captured, or not compiled; empty otherwise.
     """
 
-    def __init__(self, *args: Any, compiled: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, compiled: bool = False, steady: bool = False, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._compiled = compiled
+        self._compiles = compiled or not steady
+        self._was = "captured"
         self._program: Program | None = None
         self._data: list[Tensor] = []
         self._tried = False
@@ -47,7 +51,7 @@ class CapturedEngine(EagerEngine):
     def name(self) -> str:
         """``captured``, ``compiled``, or ``eager`` where a recording was not possible."""
         if self._program is None:
-            return "eager" if self._tried else "captured"
+            return "eager" if self._tried else self._was
         return "compiled" if self._program.how == "native" else "captured"
 
     def run(self, steps: int, rate: float) -> Stretch:
@@ -99,6 +103,17 @@ class CapturedEngine(EagerEngine):
         for table, moved in zip(self.tables, _rows_of(parts), strict=True):
             table.put(index, moved)
 
+    def state(self) -> dict[str, Any]:
+        """See `EagerEngine.state`."""
+        return super().state() | {"note": self.note}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See `EagerEngine.restore`."""
+        super().restore(state)
+        self._was, self.note = state["name"], state["note"]
+        # Where it began uncaptured, it goes on uncaptured.
+        self._tried = self._was == "eager"
+
     # -- recording ----------------------------------------------------------------------------
 
     def _capture(self) -> None:
@@ -119,7 +134,9 @@ class CapturedEngine(EagerEngine):
         data = [tensor for tensor in self.guide.density.data if tensor.numel()]
         home = self.adam.x
         try:
-            program, self._data = capture_holding(function, first, data, others)
+            program, self._data = capture_holding(
+                function, first, data, others, compiles=self._compiles
+            )
         finally:
             settle(self.trained, home)
         return program

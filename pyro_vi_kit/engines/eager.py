@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_vi_kit.checkpoint import cloned
 from pyro_vi_kit.density import Plate
 from pyro_vi_kit.engines import adam, tables
 from pyro_vi_kit.engines.base import Average, Stretch, all_finite
 from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.engines.clipping import clipped
 from pyro_vi_kit.engines.tables import tables_of
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.groups import width_of
@@ -40,6 +43,9 @@ class EagerEngine:
         batches: Minibatches of the data plate; the full data when None.
         optimizer: Makes a torch optimiser from parameters; Adam when None.
         estimator: Of the gradient: ``pathwise`` or ``dreg``.
+        clip: Length of the gradient at the most.
+        precision: ``bfloat16`` for mixed precision (`torch.autocast`) in the model and the guide; None
+            for none. Parameters and updates keep their own.
     """
 
     def __init__(
@@ -51,10 +57,14 @@ class EagerEngine:
         batches: Batches | None = None,
         optimizer: OptimizerFactory | None = None,
         estimator: str = "pathwise",
+        clip: float | None = None,
+        precision: str | None = None,
     ) -> None:
         self.guide = guide
         self.objective = objective
         self.estimator = estimator
+        self.clip = clip
+        self.precision = precision
         self.params = {
             name: value.detach().clone().requires_grad_(value.requires_grad)
             for name, value in guide.density.params.items()
@@ -75,6 +85,8 @@ class EagerEngine:
             )
         self.adam = adam.start(_flattened(self.trained, guide.density.dtype))
         self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        self._rates = [group.get("lr") for group in groups]
         # A bound per datum holds for given globals, so all its particles share one draw of them.
         self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
 
@@ -114,9 +126,9 @@ class EagerEngine:
         found = torch.stack(bounds).double()
         self.skipped += int(found.isnan().sum())
         means = split(average, self.trained)
-        return Stretch(found, means | self._constants())
+        return Stretch(found, means | self._unmoved())
 
-    def _constants(self) -> dict[str, Tensor]:
+    def _unmoved(self) -> dict[str, Tensor]:
         """Parameters that no step moves. Tables are left out: their rows are averages already."""
         known = self.trained.keys()
         apart = {id(table.table.rows) for table in self.tables}
@@ -139,7 +151,7 @@ class EagerEngine:
             The bound, the gradient `[P]`, and one `[B, p]` for each table.
         """
         held = [row.detach().requires_grad_() for row in rows]
-        with self._holding(held):
+        with self._holding(held), self._mixed_precision():
             bound, loss = surrogate(
                 self.guide,
                 self.objective,
@@ -152,8 +164,10 @@ class EagerEngine:
             wanted = [*self.trained.values(), *held]
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
         count = len(self.trained)
-        flat = [gradient.reshape(-1) for gradient in gradients[:count]]
-        return bound, torch.cat(flat or [loss.new_zeros(0)]), *gradients[count:]
+        parts = [gradient.reshape(-1) for gradient in gradients[:count]]
+        flat = torch.cat(parts) if parts else self.adam.x
+        flat, *slopes = clipped([flat, *gradients[count:]], self.clip)
+        return bound.to(flat.dtype), flat, *slopes
 
     @contextlib.contextmanager
     def _holding(self, rows: Sequence[Tensor]) -> Iterator[None]:
@@ -166,6 +180,13 @@ class EagerEngine:
             for table in self.tables:
                 table.table.held = None
 
+    def _mixed_precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision is None:
+            return contextlib.nullcontext()
+        # Without its cache of cast weights a recorded step is the step itself.
+        dtype = getattr(torch, self.precision)
+        return torch.autocast(self.adam.x.device.type, dtype=dtype, cache_enabled=False)
+
     @torch.no_grad()
     def _move(self, gradient: Tensor, finite: Tensor, rate: float) -> None:
         """One update, in place."""
@@ -177,6 +198,59 @@ class EagerEngine:
             for name, part in split(gradient, self.trained).items():
                 self.trained[name].grad = part
             self._optimizer.step()
+
+    def scale_rates(self, factor: float) -> float | None:
+        """Bring the rates of a torch optimiser of the user's to this multiple of what they were.
+
+        Returns:
+            The first of them now; None where there is none.
+        """
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        for group, rate in zip(groups, self._rates, strict=True):
+            if rate is not None:
+                group["lr"] = rate * factor
+        return groups[0].get("lr") if groups else None
+
+    # -- stopping and going on ----------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything a step depends on, as tensors and plain values of its own."""
+        return {
+            "name": self.name,
+            "adam": cloned(list(self.adam)),
+            "tables": [cloned(list(table.state)) for table in self.tables],
+            "constants": cloned(self._constants()),
+            "stream": self._stream.state(),
+            "batches": None if self.batches is None else self.batches.state(),
+            "optimizer": None if self._optimizer is None else cloned(self._optimizer.state_dict()),
+            "skipped": self.skipped,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, in an engine made with the same options."""
+        # Parameters are views of x, so x itself has to stay.
+        x = self.adam.x
+        moments = [part.to(x.device) for part in cloned(state["adam"][1:])]
+        self.adam = adam.AdamState(x.copy_(state["adam"][0]), *moments)
+        for name, value in self._constants().items():
+            value.copy_(state["constants"][name])
+        for table, parts in zip(self.tables, state["tables"], strict=True):
+            # The guide shows the averages, so these tensors have to stay.
+            for mine, part in zip(table.state, parts, strict=True):
+                mine.copy_(part)
+        self._stream.restore(state["stream"])
+        if self.batches is not None:
+            self.batches.restore(state["batches"])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        self.skipped = state["skipped"]
+
+    def _constants(self) -> dict[str, Tensor]:
+        """What belongs to the guide or the model and is not in the flat vector: frames, buffers."""
+        model = {f"model.{name}": value for name, value in self.params.items()}
+        everything = self.guide.state_dict(keep_vars=True) | model
+        return {n: v.detach() for n, v in everything.items() if n not in self.trained}
 
     @torch.no_grad()
     def evaluate(self, replicates: int) -> Tensor:
