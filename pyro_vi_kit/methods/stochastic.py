@@ -299,12 +299,20 @@ def _end_level(search: _Search) -> Status | None:
 def _look(search: _Search) -> bool:
     """Keep the parameters as the best if they are; whether their bound is a number at all."""
     bounds = search.engine.evaluate(search.schedule.replicates).cpu()
-    gain, se = _gain(bounds, search.best.bounds)
-    # A smaller rate is expected to be nearer: what noise alone may have taken from it is no loss.
-    slack = min(se, search.tolerance) if search.schedule.noisy and search.decays > 0 else 0.0
-    if gain + slack > 0:
+    gain = float((bounds - search.best.bounds).mean())
+    if gain + _slack(search, bounds) > 0:
         search.best.bounds, search.best.values = bounds, read(search.engine)
     return bool(torch.isfinite(bounds.mean()))
+
+
+def _slack(search: _Search, bounds: Tensor) -> float:
+    """What a look may fall short by and still be kept, nats.
+
+    A smaller rate is expected to be nearer the optimum, so what noise alone may have taken is no loss.
+    """
+    if not search.schedule.noisy or search.decays < 1:
+        return 0.0
+    return min(_gain(bounds, search.best.bounds)[1], search.tolerance)
 
 
 def _gain(after: Tensor, before: Tensor) -> tuple[float, float]:
