@@ -20,6 +20,7 @@ import pyro_vi_kit as vi
 LAYERS = (
     ("errors", "types"),
     ("runtime", "psis", "metrics", "registry", "progress"),
+    ("stream",),
     ("model", "export", "capture"),
     ("density", "modelfile"),
     ("groups", "gradients"),

@@ -1,0 +1,76 @@
+"""Batches of streamed data, as steps see them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.density import Density, Plate
+from pyro_vi_kit.density.streamed import Streamed
+from pyro_vi_kit.engines.batches import Batch
+from pyro_vi_kit.stream import Stream
+
+
+class StreamedBatches:
+    """Batches of a stream for ever, and all of them once.
+
+    Args:
+        density: The density of a streamed model.
+        size: B, rows of a batch.
+        seed: Of the order of rows.
+
+    Attributes:
+        plate: The data plate, of N rows.
+        size: B.
+        feed: Where batches come from; its ``position`` is all that its state is.
+    """
+
+    def __init__(self, density: Density, size: int, seed: int) -> None:
+        self._stream, self._streamed = streamed_parts(density)
+        self._density = density
+        found = density.structure.plates[self._streamed.plate]
+        self.plate = Plate(found.name, found.dim, self._streamed.rows)
+        self.size = size
+        self.feed = self._stream.feed(size, seed, density.dtype)
+        self._first: list[Tensor] | None = None
+
+    @property
+    def per_epoch(self) -> int:
+        """See `BatchSource.per_epoch`."""
+        return self.feed.per_epoch
+
+    def next(self) -> Batch:
+        """See `BatchSource.next`."""
+        return Batch({}, self._completed(self.feed.next()))
+
+    def some(self) -> Batch:
+        """Rows of one batch in another order: other data of the same shape, read once."""
+        if self._first is None:
+            self._first = self._stream.sample(self.size, self.feed.seed, self._density.dtype)
+            # A loader's first batches may have fewer rows than a full one.
+            rows = torch.arange(self.size) % len(self._first[0])
+            self._first = [tensor[rows] for tensor in self._first]
+        order = torch.randperm(self.size)
+        return Batch({}, self._completed([tensor[order] for tensor in self._first]))
+
+    def all(self) -> Iterator[list[Tensor]]:
+        """The data tensors of every row once, the last batch as short as it is."""
+        for batch in self._stream.all_batches(self.size, self._density.dtype):
+            yield self._completed(batch)
+
+    def close(self) -> None:
+        """Let go of threads and workers."""
+        self.feed.close()
+
+    def _completed(self, batch: list[Tensor]) -> list[Tensor]:
+        return self._streamed.completed(batch, self._density.data)
+
+
+def streamed_parts(density: Density) -> tuple[Stream, Streamed]:
+    """The stream of a streamed model, and how its batches stand for all data."""
+    stream, streamed = density.model.stream, density.streamed
+    if stream is None or streamed is None:
+        raise ValueError("the model is not streamed")
+    return stream, streamed
