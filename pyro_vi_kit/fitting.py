@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vi_kit import guides, resuming, training
+from pyro_vi_kit import guides, resuming, streaming, training
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import ModelError, OptionError
@@ -72,7 +72,8 @@ def fit(
             ``"origin"``: the origin of unconstrained space; or a dict of site values.
         optimizer: Makes a torch optimiser from parameters, in the place of Adam with an automatic
             rate: ``functools.partial(torch.optim.Adam, lr=1e-3)``.
-        batch_size: Rows of the data plate in each step (guide ``"amortized"``).
+        batch_size: Rows of the data plate in each step (guide ``"amortized"``, or streamed data: by
+            default about 200,000 numbers, or what the loader says).
         resume: An earlier fit of the same model, or the path of a saved one, to go on from: its
             parameters, and its guide, objective, engine and minibatches where none are given. Losses,
             evaluations and seconds are those of both.
@@ -113,6 +114,8 @@ def fit(
         earlier is not None,
     )
     _require_dtype(dtype)
+    streaming.require_streamable(request, guide)
+    request = streaming.with_batch_size(request)
     if earlier is None:
         guide, trainee, density = _trainee(request, guide, dtype)
         state = None
@@ -138,7 +141,7 @@ def fit(
         estimator=training.estimator_of(request, trainee)
         if outcome.method == stochastic.NAME
         else None,
-        batch_size=batch_size,
+        batch_size=request.batch_size,
     )
     if earlier is not None:
         record = resuming.told_as_one(earlier.record, record)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyro_vi_kit import streaming
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine, PyroEngine
+from pyro_vi_kit.engines import (
+    Batches,
+    BatchSource,
+    CapturedEngine,
+    EagerEngine,
+    PyroEngine,
+    StreamedBatches,
+)
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import GaussianFamily
@@ -76,11 +85,16 @@ def train(
         return Trained(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
-    whitened = request.resumed or _initialise(request, trainee, density)
+    streaming.require_compatible(request, trainee)
     batches = _batches(request, trainee)
-    request = _with_particles(request, density)
-    engine = _engine(request, trainee, density, batches)
-    outcome, bound = _run_stochastic(request, name, engine, whitened)
+    try:
+        whitened = request.resumed or _initialise(request, trainee, density, batches)
+        request = _with_particles(request, density)
+        engine = _engine(request, trainee, density, batches)
+        outcome, bound = _run_stochastic(request, name, engine, whitened)
+    finally:
+        if isinstance(batches, StreamedBatches):
+            batches.close()
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     bound = bound if request.objective.multi_sample else None
@@ -88,7 +102,7 @@ def train(
 
 
 def _engine(
-    request: Request, guide: Guide, density: Density, batches: Batches | None
+    request: Request, guide: Guide, density: Density, batches: BatchSource | None
 ) -> EagerEngine | PyroEngine:
     """What executes the steps."""
     options: dict[str, Any] = {
@@ -126,7 +140,8 @@ def _with_particles(request: Request, density: Density) -> Request:
         return request
     if request.engine == "pyro":
         particles = 4  # one after the other
-    elif density.params:
+    elif density.params or density.streamed is not None:
+        # On a batch of the data, its choice of rows is the larger noise.
         particles = 1
     else:
         particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
@@ -168,22 +183,28 @@ def _run_stochastic(
 ) -> tuple[Outcome, float]:
     literal = isinstance(engine, PyroEngine)
     batches = engine.batches
-    epoch = 0 if batches is None else batches.plate.size // batches.size
+    epoch = 1 if batches is None else batches.per_epoch
+    streamed = isinstance(batches, StreamedBatches)
     guide = engine.guide
     gaussian = isinstance(guide, Guide) and fixed_draws.applies_to(guide)
     local = isinstance(guide, Guide) and any(block.plate for block in guide.blocks)
     learns = not isinstance(guide, Guide) or local or bool(guide.density.params)
     schedule = stochastic.Schedule(
         rate=_first_rate(guide, whitened),
-        stretch=max(100, epoch),
+        # Over whole epochs the noise of batches cancels, and with it that of the averages.
+        stretch=epoch * math.ceil(100 / epoch),
         patience=2 if gaussian else 4,
         max_steps=request.steps or stochastic.MAX_STEPS,
         # Pyro's own loss is slow to evaluate, one particle after another.
-        replicates=16 if literal or local else 256,
+        # On streamed data a look reads all of them, for all replicates at once.
+        replicates=16 if literal or local or streamed else 256,
         tolerance=_tolerance(request, guide),
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
-        tight=isinstance(guide, Guide) and not guide.density.params and not guide.point,
+        tight=isinstance(guide, Guide)
+        and not guide.density.params
+        and not guide.point
+        and not streamed,
     )
     label = f"{name} ({request.objective.name})"
     with Progress(label, schedule.max_steps, request.progress) as progress:
@@ -257,7 +278,9 @@ def _gaussian_of(guide: Guide) -> Gaussian:
         return Gaussian(found.mean, found.stddev.diag() if scale_tril is None else scale_tril)
 
 
-def _initialise(request: Request, guide: Guide, density: Density) -> bool:
+def _initialise(
+    request: Request, guide: Guide, density: Density, batches: BatchSource | None
+) -> bool:
     """Start a single Gaussian-based block from the best Gaussian, or where ``init=`` says.
 
     Returns:
@@ -273,14 +296,19 @@ def _initialise(request: Request, guide: Guide, density: Density) -> bool:
         if start is not None:
             family.centre_on(start)
         return False
-    gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
+    if isinstance(batches, StreamedBatches):
+        gaussian = streaming.start(request, batches, density, start)
+    else:
+        gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
     family.start_from(gaussian.loc, gaussian.scale_tril)
     return True
 
 
-def _batches(request: Request, guide: Guide) -> Batches | None:
+def _batches(request: Request, guide: Guide) -> BatchSource | None:
     if request.batch_size is None:
         return None
+    if guide.density.streamed is not None:
+        return StreamedBatches(guide.density, request.batch_size, request.seed)
     plates = [block.plate for block in guide.blocks if block.plate is not None]
     if not plates:
         raise OptionError(

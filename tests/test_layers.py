@@ -28,6 +28,7 @@ LAYERS = (
     ("engines", "approximation", "summary", "verdict", "record"),
     ("methods", "evaluation", "storage"),
     ("posterior", "request"),
+    ("streaming",),
     ("resuming", "training"),
     ("fitting", "sampling"),
     ("comparison",),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,6 +133,18 @@ class Density:
         if self.streamed is not None:
             scale[self.streamed.plate] = self.streamed.scale(self.data if data is None else data)
         return Terms(shared, local, scale)
+
+    def batches(self, size: int | None = None) -> Iterator[list[Tensor]]:
+        """The data tensors of a streamed model, a batch at a time, every row once.
+
+        Args:
+            size: Rows of a dataset's batches, the last may have fewer; by default about 200,000 numbers.
+                A loader has its own.
+        """
+        stream, streamed = self.model.stream, self.streamed
+        if stream is not None and streamed is not None:
+            for batch in stream.all_batches(size or stream.size_for(None), self.dtype):
+                yield streamed.completed(batch, self.data)
 
     def held(
         self, data: Sequence[Tensor] | None = None, index: Mapping[str, Tensor] | None = None

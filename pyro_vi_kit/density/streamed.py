@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vi_kit.density.handlers import Replay, Visit
 from pyro_vi_kit.density.problems import Problem
 from pyro_vi_kit.density.runner import Runner
+from pyro_vi_kit.density.terms import Terms
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.stream import Stream
 
@@ -37,6 +38,14 @@ class Streamed:
     def scale(self, data: Sequence[Tensor]) -> float:
         """N / B for this batch."""
         return self.rows / data[0].shape[0]
+
+    def split(self, terms: Terms) -> tuple[Tensor, Tensor]:
+        """The log joint in what a batch does not change, and the sum over its rows: `[K]` each, nats."""
+        shared = terms.shared
+        for name, rows in terms.local.items():
+            if name != self.plate:
+                shared = shared + terms.scale[name] * rows.sum(-1)
+        return shared, terms.local[self.plate].sum(-1)
 
     def completed(self, batch: Sequence[Tensor], data: Sequence[Tensor]) -> list[Tensor]:
         """A batch's tensors, and behind them those of ``data`` that are the same for all batches."""

@@ -12,6 +12,7 @@ from pyro_vi_kit.capture import CaptureError, Program, capture_holding
 from pyro_vi_kit.engines import adam
 from pyro_vi_kit.engines.adam import AdamState
 from pyro_vi_kit.engines.base import Stretch
+from pyro_vi_kit.engines.batches import Batch
 from pyro_vi_kit.engines.eager import EagerEngine, settle
 from pyro_vi_kit.errors import first_line
 from pyro_vi_kit.runtime import RandomStream, isolated
@@ -69,7 +70,7 @@ class CapturedEngine(EagerEngine):
         try:
             with self._stream, torch.no_grad():
                 for count in range(1, steps + 1):
-                    rows = list(self.batches.next().values()) if self.batches else []
+                    rows = self._changing(self.batches.next()) if self.batches else []
                     if whole:
                         weight = average.new_tensor(1.0 / count)
                         *new, average, bound = program(
@@ -107,7 +108,10 @@ class CapturedEngine(EagerEngine):
     def _recorded(self, function: Callable[..., Sequence[Tensor]]) -> Program:
         first, *others = (self._example(function, seed) for seed in range(3))
         # Known by their memory, data become inputs of the recording wherever the model uses them.
-        data = [tensor for tensor in self.guide.density.data if tensor.numel()]
+        # Streamed ones are among the inputs already.
+        density = self.guide.density
+        own = density.data[0 if density.streamed is None else density.streamed.tensors :]
+        data = [tensor for tensor in own if tensor.numel()]
         home = self.adam.x
         try:
             program, self._data = capture_holding(function, first, data, others)
@@ -132,9 +136,13 @@ class CapturedEngine(EagerEngine):
             return [x, mean, square, updates, average, rate, weight, *rows]
 
     def _rows(self) -> list[Tensor]:
-        if self.batches is None:
-            return []
-        return [torch.randperm(self.batches.plate.size)[: self.batches.size]]
+        return [] if self.batches is None else self._changing(self.batches.some())
+
+    def _changing(self, batch: Batch) -> list[Tensor]:
+        """The tensors of a batch that are others in the next step."""
+        streamed = self.guide.density.streamed
+        data = batch.data[: streamed.tensors] if batch.data and streamed else []
+        return [*batch.index.values(), *data]
 
     def _step(
         self,
@@ -157,9 +165,14 @@ class CapturedEngine(EagerEngine):
 
     def _gradient(self, x: Tensor, *rest: Tensor) -> Sequence[Tensor]:
         """The bound and the loss's gradient at parameters ``x``."""
-        index = None
-        if self.batches is not None:
-            index = {self.batches.plate.name: rest[0]}
+        batch = None
+        density = self.guide.density
+        if density.streamed is not None:
+            tensors = density.streamed.tensors
+            batch = Batch({}, density.streamed.completed(rest[:tensors], density.data))
+        elif self.batches is not None:
+            batch = Batch({self.batches.plate.name: rest[0]})
         settle(self.trained, x)
-        with isolated(self.guide.density.dtype), torch.enable_grad():
-            return self.gradient(index)
+        with isolated(density.dtype), torch.enable_grad():
+            return self.gradient(batch)
+

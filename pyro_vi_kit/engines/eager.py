@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 
 from pyro_vi_kit.engines import adam
 from pyro_vi_kit.engines.base import Average, Stretch
-from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.engines.batches import Batch, BatchSource
+from pyro_vi_kit.engines.streaming import StreamedBatches
 from pyro_vi_kit.guides import Guide
+from pyro_vi_kit.guides.streamed import weigh_all
 from pyro_vi_kit.objectives import evaluate, surrogate
 from pyro_vi_kit.runtime import RandomStream, isolated
 from pyro_vi_kit.types import Objective
@@ -42,7 +44,7 @@ class EagerEngine:
         objective: Objective,
         *,
         seed: int,
-        batches: Batches | None = None,
+        batches: BatchSource | None = None,
         optimizer: OptimizerFactory | None = None,
         estimator: str = "pathwise",
     ) -> None:
@@ -83,8 +85,8 @@ class EagerEngine:
         bounds, average = [], Average()
         for _ in range(steps):
             with self._stream, isolated(self.guide.density.dtype):
-                index = self.batches.next() if self.batches else None
-                bound, gradient = self.gradient(index)
+                batch = self.batches.next() if self.batches else None
+                bound, gradient = self.gradient(batch)
             finite = torch.isfinite(bound) & torch.isfinite(gradient).all()
             self._move(gradient, finite, rate)
             bounds.append(torch.where(finite, bound, torch.nan))
@@ -99,8 +101,9 @@ class EagerEngine:
         constants = {n: p.detach().clone() for n, p in self.parameters().items() if n not in means}
         return Stretch(found, means | constants)
 
-    def gradient(self, index: dict[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def gradient(self, batch: Batch | None) -> tuple[Tensor, Tensor]:
         """The bound, nats, and the loss's gradient `[P]`, on the noise that comes next."""
+        index, data = (None, None) if batch is None else batch
         bound, loss = surrogate(
             self.guide,
             self.objective,
@@ -109,6 +112,7 @@ class EagerEngine:
             index,
             share=self.share,
             estimator=self.estimator,
+            data=data,
         )
         trained = list(self.trained.values())
         gradients = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
@@ -130,10 +134,13 @@ class EagerEngine:
     def evaluate(self, replicates: int) -> Tensor:
         """Independent estimates of the bound, `[replicates]`, nats, on the same noise at every call.
 
-        Where a plate has more than 2,048 rows, they are of the bound on that many rows of it.
+        Where a plate has more than 2,048 rows, they are of the bound on that many rows of it. Streamed
+        data without local latents are read as a whole, so that no row is preferred to another.
         """
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
         with RandomStream(self._evaluation_seed), isolated(self.guide.density.dtype):
+            if isinstance(self.batches, StreamedBatches):
+                return self._evaluate_streamed(self.batches, replicates, bool(local))
             if not local:
                 weights = self.guide.log_weights(replicates * self.particles, self.params)
                 return self.objective.bound(weights.shared.reshape(self.particles, replicates))
@@ -144,8 +151,22 @@ class EagerEngine:
             }
             return torch.stack([self._bound(index or None) for _ in range(replicates)])
 
-    def _bound(self, index: dict[str, Tensor] | None) -> Tensor:
-        weights = self.guide.log_weights(self.particles, self.params, index, share=self.share)
+    def _evaluate_streamed(
+        self, batches: StreamedBatches, replicates: int, local: bool
+    ) -> Tensor:
+        if local:
+            data = batches.evaluated(_EVALUATION_ROWS)
+            return torch.stack([self._bound(None, data) for _ in range(replicates)])
+        draw = self.guide.draw(replicates * self.particles)
+        log_p, log_q = weigh_all(self.guide, draw, self.params, batches.all())
+        return self.objective.bound((log_p - log_q).reshape(self.particles, replicates))
+
+    def _bound(
+        self, index: dict[str, Tensor] | None, data: list[Tensor] | None = None
+    ) -> Tensor:
+        weights = self.guide.log_weights(
+            self.particles, self.params, index, data=data, share=self.share
+        )
         return evaluate(self.objective, weights)
 
 

@@ -35,6 +35,7 @@ class StreamedBatches:
         self.size = size
         self.feed = self._stream.feed(size, seed, density.dtype)
         self._first: list[Tensor] | None = None
+        self._evaluated: list[Tensor] | None = None
 
     @property
     def per_epoch(self) -> int:
@@ -57,8 +58,14 @@ class StreamedBatches:
 
     def all(self) -> Iterator[list[Tensor]]:
         """The data tensors of every row once, the last batch as short as it is."""
-        for batch in self._stream.all_batches(self.size, self._density.dtype):
-            yield self._completed(batch)
+        return self._density.batches(self.size)
+
+    def evaluated(self, rows: int) -> list[Tensor]:
+        """The same rows at every call, so many at random, as data tensors."""
+        if self._evaluated is None:
+            batch = self._stream.sample(rows, self.feed.seed + 1, self._density.dtype)
+            self._evaluated = self._completed(batch)
+        return self._evaluated
 
     def close(self) -> None:
         """Let go of threads and workers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -84,17 +84,21 @@ class Guide(nn.Module):
         particles: int,
         index: Mapping[str, Tensor] | None = None,
         *,
+        data: Sequence[Tensor] | None = None,
         share: bool = False,
         detached: bool = False,
+        given: Draw | None = None,
     ) -> Draw:
         """K reparameterised draws, from torch's global random state.
 
         Args:
             particles: K.
             index: Rows `[B]` of each local plate; all by default.
+            data: Tensors in the place of the density's own, for an encoder to read.
             share: Give all particles the same draw of the globals, as a bound per datum needs.
             detached: Take log q at constant parameters, so that its gradient flows through the draws
                 alone.
+            given: An earlier draw of as many particles, whose globals are taken again.
         """
         values: dict[str, Tensor] = {}
         local: dict[str, Tensor] = {}
@@ -103,8 +107,11 @@ class Guide(nn.Module):
         for block in self.blocks:
             family: Any = self.families[block.name]
             count = 1 if share and block.plate is None else particles
-            context = self._rows(block, index)
-            flat, log_q = family.draw((count,), context, detached=detached)
+            if given is not None and block.plate is None:
+                flat, log_q = given.flat[block.name], given.shared
+            else:
+                context = self._rows(block, index, data)
+                flat, log_q = family.draw((count,), context, detached=detached)
             flats[block.name] = flat
             if block.plate is None:
                 shared = shared + log_q
@@ -119,20 +126,23 @@ class Guide(nn.Module):
         params: Mapping[str, Tensor] | None = None,
         index: Mapping[str, Tensor] | None = None,
         *,
+        data: Sequence[Tensor] | None = None,
         share: bool = False,
     ) -> LogWeights:
         """Log p(x, z) - log q(z) at K fresh draws, differentiable in guide and model parameters."""
-        draw = self.draw(particles, index, share=share)
-        return self.weigh(draw, params, index)
+        draw = self.draw(particles, index, data=data, share=share)
+        return self.weigh(draw, params, index, data=data)
 
     def weigh(
         self,
         draw: Draw,
         params: Mapping[str, Tensor] | None = None,
         index: Mapping[str, Tensor] | None = None,
+        *,
+        data: Sequence[Tensor] | None = None,
     ) -> LogWeights:
         """The log weights of these draws."""
-        terms = self.density.terms(draw.z, params, index=index, jacobian=not self.point)
+        terms = self.density.terms(draw.z, params, data, index, jacobian=not self.point)
         shared, local, scale = terms.shared - draw.shared, {}, {}
         for plate, rows in terms.local.items():
             if plate in draw.local:
@@ -141,10 +151,17 @@ class Guide(nn.Module):
                 shared = shared + terms.scale[plate] * rows.sum(-1)
         return LogWeights(shared, local, scale)
 
-    def _rows(self, block: Block, index: Mapping[str, Tensor] | None) -> Tensor | None:
+    def _rows(
+        self,
+        block: Block,
+        index: Mapping[str, Tensor] | None,
+        data: Sequence[Tensor] | None = None,
+    ) -> Tensor | None:
         """What the encoder of a local block sees of these rows, `[B, F]`."""
         if block.plate is None:
             return None
+        if data is not None:
+            return encoder_inputs(self.density, block, self.density.observations(data))
         context = self.context(block)
         if index and block.plate.name in index:
             context = context[index[block.plate.name]]
