@@ -20,6 +20,7 @@ class StreamedBatches:
         density: The density of a streamed model.
         size: B, rows of a batch.
         seed: Of the order of rows.
+        prefetch: Whether a thread reads a dataset's next batch meanwhile.
 
     Attributes:
         plate: The data plate, of N rows.
@@ -27,13 +28,15 @@ class StreamedBatches:
         feed: Where batches come from; its ``position`` is all that its state is.
     """
 
-    def __init__(self, density: Density, size: int, seed: int) -> None:
+    def __init__(
+        self, density: Density, size: int, seed: int, *, prefetch: bool = True
+    ) -> None:
         self._stream, self._streamed = streamed_parts(density)
         self._density = density
         found = density.structure.plates[self._streamed.plate]
         self.plate = Plate(found.name, found.dim, self._streamed.rows)
         self.size = size
-        self.feed = self._stream.feed(size, seed, density.dtype)
+        self.feed = self._stream.feed(size, seed, density.dtype, prefetch=prefetch)
         self._first: list[Tensor] | None = None
         self._evaluated: list[Tensor] | None = None
 

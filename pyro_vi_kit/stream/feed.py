@@ -103,7 +103,7 @@ class RowFeed(Feed):
             batch, self._ahead = self._ahead.result(), None
         last = at.batch + 1 >= self.per_epoch
         self._position = Position(at.epoch + 1, 0) if last else Position(at.epoch, at.batch + 1)
-        if self._prefetch and not self._source.draws:
+        if self._prefetch and self._source.draws is False:
             self._thread = self._thread or ThreadPoolExecutor(1, "pyro_vi_kit_feed")
             self._ahead = self._thread.submit(self._read, self._position)
         return batch

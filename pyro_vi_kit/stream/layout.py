@@ -97,12 +97,17 @@ def _tensor(leaf: Any) -> Tensor:
     if isinstance(leaf, Tensor):
         return leaf.detach()
     if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
-        # Not a view of a file: what a memory-mapped array gives for a slice is one.
         plain = np.asarray(leaf)
-        return torch.from_numpy(
-            plain if plain.flags.writeable and plain.base is None else plain.copy()
-        )
+        return torch.from_numpy(plain if _in_memory(plain) else plain.copy())
     raise ModelError(
         f"a batch of the stream holds a {type(leaf).__name__}: a model is called with tensors; leave "
         "it out of what the dataset returns, or turn it into numbers there"
     )
+
+
+def _in_memory(array: np.ndarray) -> bool:
+    """Whether an array is memory of the process that torch may have; a part of a file is not."""
+    root: Any = array
+    while isinstance(root.base, np.ndarray):
+        root = root.base
+    return array.flags.writeable and (root.base is None or isinstance(root.base, Tensor))

@@ -51,12 +51,13 @@ class Order:
     def _step(self, position: np.ndarray) -> np.ndarray:
         """Where the network sends positions of the grid, uint64."""
         width, height = np.uint64(self._width), np.uint64(self._height)
-        column, row = position % width, position // width
+        row = position // width
+        column = position - row * width
         for i, key in enumerate(self._keys):
             if i % 2 == 0:
-                column = (column + _hashed(row, key)) % width
+                column = _shifted(column, row, key, width)
             else:
-                row = (row + _hashed(column, key)) % height
+                row = _shifted(row, column, key, height)
         return row * width + column
 
 
@@ -68,8 +69,18 @@ def mix(seed: int, number: int) -> int:
     return z ^ (z >> 31)
 
 
-def _hashed(values: np.ndarray, key: np.uint64) -> np.ndarray:
-    """32 well-mixed bits of each number and the key; uint64 wraps around as it should."""
-    z = (values + key) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(32))) * np.uint64(0xBF58476D1CE4E5B9)
-    return z >> np.uint64(32)
+def _shifted(
+    values: np.ndarray, by: np.ndarray, key: np.uint64, size: np.uint64
+) -> np.ndarray:
+    """Numbers below ``size``, moved on around the circle by a hash of others; uint64 wraps."""
+    z = by + key
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z ^= z >> np.uint64(32)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z >>= np.uint64(32)
+    # 32 bits to a number below the size, by a product: a remainder takes as long as all the rest.
+    z *= size
+    z >>= np.uint64(32)
+    z += values
+    z -= size * (z >= size)
+    return z

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,8 +47,9 @@ class Rows:
                 f"{type(dataset).__name__} has no rows: give the dataset a __len__ of at least 1"
             )
         self._whole: bool | None = None
-        # Whether fetching draws from torch's global random state, as augmentation does.
-        self.draws = True
+        # Whether fetching draws from torch's global random state, as augmentation does; None before
+        # the first batch.
+        self.draws: bool | None = None
 
     def fetch(self, index: np.ndarray) -> Any:
         """These rows as one batch, uncast."""
@@ -60,11 +62,13 @@ class Rows:
         return self.dataset[index] if self._whole else self._one_by_one(index)
 
     def fetch_seeded(self, index: np.ndarray, seed: int) -> Any:
-        """The same, what the dataset draws at random with this seed; notes whether it draws."""
+        """The same, with this seed for what the dataset draws; the first batch tells whether it does."""
+        if self.draws is False:
+            return self.fetch(index)
         with RandomStream(seed):
             before = torch.get_rng_state()
             batch = self.fetch(index)
-            self.draws = not torch.equal(before, torch.get_rng_state())
+            self.draws = self.draws or not torch.equal(before, torch.get_rng_state())
         return batch
 
     def _one_by_one(self, index: np.ndarray) -> Any:
@@ -74,7 +78,10 @@ class Rows:
         """Whether an array of row numbers gives what its rows give one by one."""
         some = np.unique(np.linspace(0, self.rows - 1, _PROBE).astype(np.int64))[::-1].copy()
         try:
-            whole, single = self.dataset[some], self._one_by_one(some)
+            with warnings.catch_warnings():
+                # Rows of a read-only array are read here, and not written to.
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+                whole, single = self.dataset[some], self._one_by_one(some)
         except Exception:  # noqa: BLE001  whatever a dataset raises on an array, single rows may do
             return False
         one, other = tree_flatten(whole)[0], tree_flatten(single)[0]
