@@ -140,9 +140,7 @@ class GuideApproximation:
         weighed = Weighed(torch.cat(log_p).double(), torch.cat(log_q).double())
         return _joined(parts), weighed
 
-    def _weighed_on_stream(
-        self, draws: int, seed: int
-    ) -> tuple[dict[str, Tensor], Weighed]:
+    def _weighed_on_stream(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """The same, in one pass over all batches for all draws."""
         with RandomStream(seed), isolated(self.guide.density.dtype):
             draw = joined_draws([self.guide.draw(size) for size in self._sizes(draws)])

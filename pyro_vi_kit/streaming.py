@@ -167,4 +167,3 @@ def _gradient(value: Tensor, z: Tensor) -> Tensor:
         value, z, retain_graph=True, allow_unused=True, materialize_grads=True
     )
     return gradient
-

@@ -140,9 +140,12 @@ def _with_particles(request: Request, density: Density) -> Request:
         return request
     if request.engine == "pyro":
         particles = 4  # one after the other
-    elif density.params or density.streamed is not None:
-        # On a batch of the data, its choice of rows is the larger noise.
+    elif density.params:
         particles = 1
+    elif density.streamed is not None:
+        # The noise of a batch in the means cancels over an epoch. In the spreads it is multiplied by a
+        # draw, and does not: particles average it away.
+        particles = 4
     else:
         particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
     objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]
@@ -196,8 +199,7 @@ def _run_stochastic(
         patience=2 if gaussian else 4,
         max_steps=request.steps or stochastic.MAX_STEPS,
         # Pyro's own loss is slow to evaluate, one particle after another.
-        # On streamed data a look reads all of them, for all replicates at once.
-        replicates=16 if literal or local or streamed else 256,
+        replicates=16 if literal or local else 256,
         tolerance=_tolerance(request, guide),
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
@@ -206,6 +208,10 @@ def _run_stochastic(
         and not guide.point
         and not streamed,
     )
+    if streamed and not local:
+        # A look reads all data, for all replicates at once: 32 draws of the guide.
+        replicates = max(8, 32 // engine.particles)
+        schedule = dataclasses.replace(schedule, replicates=replicates)
     label = f"{name} ({request.objective.name})"
     with Progress(label, schedule.max_steps, request.progress) as progress:
         return stochastic.fit(engine, schedule, deadline=request.deadline, progress=progress)

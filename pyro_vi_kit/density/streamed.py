@@ -123,7 +123,8 @@ def _site_problem(
     """What is wrong with one site of a streamed model."""
     if other is None:
         return Problem(
-            f"site {visit.name!r} is met on a batch of some length only", "do not branch on the data"
+            f"site {visit.name!r} is met on a batch of some length only",
+            "do not branch on the data",
         )
     plates = _plates(visit)
     if plate in plates and plates[0] != plate:

@@ -175,4 +175,3 @@ class CapturedEngine(EagerEngine):
         settle(self.trained, x)
         with isolated(density.dtype), torch.enable_grad():
             return self.gradient(batch)
-

@@ -151,9 +151,7 @@ class EagerEngine:
             }
             return torch.stack([self._bound(index or None) for _ in range(replicates)])
 
-    def _evaluate_streamed(
-        self, batches: StreamedBatches, replicates: int, local: bool
-    ) -> Tensor:
+    def _evaluate_streamed(self, batches: StreamedBatches, replicates: int, local: bool) -> Tensor:
         if local:
             data = batches.evaluated(_EVALUATION_ROWS)
             return torch.stack([self._bound(None, data) for _ in range(replicates)])
@@ -161,9 +159,7 @@ class EagerEngine:
         log_p, log_q = weigh_all(self.guide, draw, self.params, batches.all())
         return self.objective.bound((log_p - log_q).reshape(self.particles, replicates))
 
-    def _bound(
-        self, index: dict[str, Tensor] | None, data: list[Tensor] | None = None
-    ) -> Tensor:
+    def _bound(self, index: dict[str, Tensor] | None, data: list[Tensor] | None = None) -> Tensor:
         weights = self.guide.log_weights(
             self.particles, self.params, index, data=data, share=self.share
         )

@@ -28,9 +28,7 @@ class StreamedBatches:
         feed: Where batches come from; its ``position`` is all that its state is.
     """
 
-    def __init__(
-        self, density: Density, size: int, seed: int, *, prefetch: bool = True
-    ) -> None:
+    def __init__(self, density: Density, size: int, seed: int, *, prefetch: bool = True) -> None:
         self._stream, self._streamed = streamed_parts(density)
         self._density = density
         found = density.structure.plates[self._streamed.plate]

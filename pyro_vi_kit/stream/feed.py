@@ -39,9 +39,7 @@ class Feed(ABC):
         dtype: Precision of floating tensors.
     """
 
-    def __init__(
-        self, rows: int, layout: Layout, size: int, seed: int, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, rows: int, layout: Layout, size: int, seed: int, dtype: torch.dtype) -> None:
         self.rows = rows
         self.size = size
         self.seed = seed

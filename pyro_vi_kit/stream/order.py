@@ -69,9 +69,7 @@ def mix(seed: int, number: int) -> int:
     return z ^ (z >> 31)
 
 
-def _shifted(
-    values: np.ndarray, by: np.ndarray, key: np.uint64, size: np.uint64
-) -> np.ndarray:
+def _shifted(values: np.ndarray, by: np.ndarray, key: np.uint64, size: np.uint64) -> np.ndarray:
     """Numbers below ``size``, moved on around the circle by a hash of others; uint64 wraps."""
     z = by + key
     z *= np.uint64(0x9E3779B97F4A7C15)
