@@ -148,7 +148,7 @@ def _stream(args: tuple[Any, ...], rows: int | None) -> Stream | None:
         )
     from pyro_vi_kit.stream import Stream
 
-    return Stream(args[0], rows)
+    return Stream(next(iter(args)), rows)
 
 
 def _names(option: str, mapping: Mapping[str, Sequence[Any]] | None) -> dict[str, tuple[Any, ...]]:

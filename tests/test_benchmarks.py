@@ -38,6 +38,7 @@ SCRIPTS = (
     "speed_nuts",
     "speed_steps",
     "speed_svi",
+    "streaming",
 )
 needs_numpyro = pytest.mark.skipif(
     machine.numpyro_missing() is not None, reason=str(machine.numpyro_missing())

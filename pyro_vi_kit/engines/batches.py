@@ -19,7 +19,7 @@ class Batch(NamedTuple):
         data: Tensors in the place of the density's own, where data are streamed.
     """
 
-    index: dict[str, Tensor]
+    index: dict[str, Tensor]  # pyright: ignore[reportIncompatibleMethodOverride]
     data: list[Tensor] | None = None
 
 

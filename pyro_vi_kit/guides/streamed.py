@@ -53,13 +53,15 @@ def weigh_all(
 def joined_draws(draws: Sequence[Draw]) -> Draw:
     """Draws of one guide as one."""
     return Draw(
-        *(
-            {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            if isinstance(parts[0], Mapping)
-            else torch.cat(parts)
-            for parts in zip(*draws, strict=True)
-        )
+        _by_name([draw.z for draw in draws]),
+        torch.cat([draw.shared for draw in draws]),
+        _by_name([draw.local for draw in draws]),
+        _by_name([draw.flat for draw in draws]),
     )
+
+
+def _by_name(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _weigh(

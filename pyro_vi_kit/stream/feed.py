@@ -132,7 +132,7 @@ class LoaderFeed(Feed):
     """
 
     def __init__(self, source: Batches, *arguments: Any) -> None:
-        super().__init__(int(source.rows or 0), *arguments)
+        super().__init__(source.rows, *arguments)
         self._source = source
         self._batches: Iterator[list[Tensor]] | None = None
 

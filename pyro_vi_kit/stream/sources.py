@@ -41,7 +41,7 @@ class Rows:
                 "vi.Model(fn, torch.utils.data.DataLoader(dataset, batch_size=1024), rows=N)"
             )
         self.dataset: Any = dataset
-        self.rows = _length(dataset)
+        self.rows: int = _length(dataset) or 0
         if not self.rows:
             raise ModelError(
                 f"{type(dataset).__name__} has no rows: give the dataset a __len__ of at least 1"
@@ -102,7 +102,7 @@ class Batches:
 
     def __init__(self, loader: DataLoader[Any], rows: int | None) -> None:
         self.loader = loader
-        self.rows = _rows_of(loader) if rows is None else rows
+        self.rows: int = (_rows_of(loader) if rows is None else rows) or 0
         if not self.rows:
             raise ModelError(
                 "the loader has no length, and a minibatch is scaled by the number of all rows: give "

@@ -51,7 +51,7 @@ class Stream:
                     f"rows={rows} does not agree with the dataset's length, {self.source.rows}: leave "
                     "rows= out"
                 )
-        self.rows: int = int(self.source.rows or 0)
+        self.rows: int = self.source.rows
 
     @functools.cached_property
     def _example(self) -> tuple[Layout, list[Tensor]]:
