@@ -94,9 +94,7 @@ class RowFeed(Feed):
         """See `Feed.next`."""
         at = self._position
         if self._ahead is None:
-            rows = self._rows_at(at)
-            seed = mix(mix(self.seed, at.epoch), at.batch) >> 1
-            batch = self._layout.tensors(self._source.fetch_seeded(rows, seed), self.dtype)
+            batch = self._read(at, self._source.draws is not False)
         else:
             batch, self._ahead = self._ahead.result(), None
         last = at.batch + 1 >= self.per_epoch
@@ -112,9 +110,13 @@ class RowFeed(Feed):
             self._thread.shutdown(wait=True, cancel_futures=True)
         self._ahead, self._thread = None, None
 
-    def _read(self, at: Position) -> list[Tensor]:
-        """The batch at a position, in another thread: nothing may touch torch's random state."""
-        return self._layout.tensors(self._source.fetch(self._rows_at(at)), self.dtype)
+    def _read(self, at: Position, seeded: bool = False) -> list[Tensor]:
+        """The batch at a position; in another thread nothing may touch torch's random state."""
+        rows = self._rows_at(at)
+        if not seeded:
+            return self._layout.tensors(self._source.fetch(rows), self.dtype)
+        seed = mix(mix(self.seed, at.epoch), at.batch) >> 1
+        return self._layout.tensors(self._source.fetch_seeded(rows, seed), self.dtype)
 
     def _rows_at(self, at: Position) -> Any:
         if self._order is None or self._order[0] != at.epoch:

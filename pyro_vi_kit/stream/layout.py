@@ -36,6 +36,11 @@ class Layout:
 
     def __init__(self, batch: Any) -> None:
         leaves, self._spec = tree_flatten(arguments_of(batch))
+        # A plain tuple of tensors, which is what there mostly is, need not be taken apart each time.
+        self._count = len(leaves)
+        self._flat = isinstance(batch, list | tuple) and all(
+            isinstance(part, Tensor | np.ndarray) for part in batch
+        )
         if not leaves:
             raise ModelError("a batch of the stream is empty: its dataset gives no tensor per row")
         self.rows = len_of([_tensor(leaf) for leaf in leaves])
@@ -48,7 +53,10 @@ class Layout:
         Raises:
             ModelError: If the batch is nested in another way than the first.
         """
-        leaves, spec = tree_flatten(arguments_of(batch))
+        if self._flat and isinstance(batch, tuple) and len(batch) == self._count:
+            leaves, spec = list(batch), self._spec
+        else:
+            leaves, spec = tree_flatten(arguments_of(batch))
         if spec != self._spec:
             raise ModelError(
                 "a batch of the stream holds something else than the first: every row must give the "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any, NamedTuple
+
 import numpy as np
 import torch
 
@@ -9,6 +12,19 @@ import torch
 _HELD = 65_536
 _ROUNDS = 4
 _MASK = (1 << 64) - 1
+
+
+class _Kind(NamedTuple):
+    """Unsigned integers of one width, and two odd constants to hash with."""
+
+    number: Any
+    bits: int
+    one: int
+    other: int
+
+
+_SMALL = _Kind(np.uint32, 32, 0x9E3779B1, 0x85EBCA6B)
+_LARGE = _Kind(np.uint64, 64, 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9)
 
 
 class Order:
@@ -33,32 +49,51 @@ class Order:
             self._held = torch.randperm(rows, generator=generator).numpy()
             return
         self._held = None
-        self._width = int(np.ceil(np.sqrt(rows)))
-        self._height = -(-rows // self._width)
-        self._keys = [np.uint64(mix(mixed, i)) for i in range(_ROUNDS)]
+        # 32-bit numbers take half the time; the grid's sides then fit into 16 bits.
+        self._kind = _SMALL if rows < 2**31 else _LARGE
+        number = self._kind.number
+        self._width = number(math.isqrt(rows - 1) + 1)
+        self._height = number(-(-rows // int(self._width)))
+        self._keys = [number(mix(mixed, i) % 2**self._kind.bits) for i in range(_ROUNDS)]
 
     def rows_at(self, start: int, stop: int) -> np.ndarray:
         """The rows at positions from ``start`` to before ``stop``, int64."""
         if self._held is not None:
             return self._held[start:stop]
-        found = self._step(np.arange(start, stop, dtype=np.uint64))
-        outside = found >= self.rows
-        while outside.any():
-            found[outside] = self._step(found[outside])
+        found = self._step(np.arange(start, stop, dtype=self._kind.number))
+        if int(found.max()) >= self.rows:
             outside = found >= self.rows
+            while outside.any():
+                found[outside] = self._step(found[outside])
+                outside = found >= self.rows
         return found.astype(np.int64)
 
     def _step(self, position: np.ndarray) -> np.ndarray:
-        """Where the network sends positions of the grid, uint64."""
-        width, height = np.uint64(self._width), np.uint64(self._height)
-        row = position // width
-        column = position - row * width
+        """Where the network sends positions of the grid."""
+        row = position // self._width
+        column = position - row * self._width
         for i, key in enumerate(self._keys):
             if i % 2 == 0:
-                column = _shifted(column, row, key, width)
+                column = self._shifted(column, row, key, self._width)
             else:
-                row = _shifted(row, column, key, height)
-        return row * width + column
+                row = self._shifted(row, column, key, self._height)
+        return row * self._width + column
+
+    def _shifted(self, values: np.ndarray, by: np.ndarray, key: Any, size: Any) -> np.ndarray:
+        """Numbers below ``size``, moved on around the circle by a hash of others; integers wrap."""
+        number, bits, one, other = self._kind
+        half = number(bits // 2)
+        z = by + key
+        z *= number(one)
+        z ^= z >> half
+        z *= number(other)
+        z >>= half
+        # To a number below the size by a product: a remainder takes as long as all the rest.
+        z *= size
+        z >>= half
+        z += values
+        z -= size * (z >= size)
+        return z
 
 
 def mix(seed: int, number: int) -> int:
@@ -67,18 +102,3 @@ def mix(seed: int, number: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
-
-
-def _shifted(values: np.ndarray, by: np.ndarray, key: np.uint64, size: np.uint64) -> np.ndarray:
-    """Numbers below ``size``, moved on around the circle by a hash of others; uint64 wraps."""
-    z = by + key
-    z *= np.uint64(0x9E3779B97F4A7C15)
-    z ^= z >> np.uint64(32)
-    z *= np.uint64(0xBF58476D1CE4E5B9)
-    z >>= np.uint64(32)
-    # 32 bits to a number below the size, by a product: a remainder takes as long as all the rest.
-    z *= size
-    z >>= np.uint64(32)
-    z += values
-    z -= size * (z >= size)
-    return z
