@@ -135,7 +135,8 @@ class EagerEngine:
         """Independent estimates of the bound, `[replicates]`, nats, on the same noise at every call.
 
         Where a plate has more than 2,048 rows, they are of the bound on that many rows of it. Streamed
-        data without local latents are read as a whole, so that no row is preferred to another.
+        data without local latents are read as a whole, so that no row is preferred to another; of more
+        than 2,000 batches, so many.
         """
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
         with RandomStream(self._evaluation_seed), isolated(self.guide.density.dtype):
@@ -156,7 +157,7 @@ class EagerEngine:
             data = batches.evaluated(_EVALUATION_ROWS)
             return torch.stack([self._bound(None, data) for _ in range(replicates)])
         draw = self.guide.draw(replicates * self.particles)
-        log_p, log_q = weigh_all(self.guide, draw, self.params, batches.all())
+        log_p, log_q = weigh_all(self.guide, draw, self.params, batches.looked_at())
         return self.objective.bound((log_p - log_q).reshape(self.particles, replicates))
 
     def _bound(self, index: dict[str, Tensor] | None, data: list[Tensor] | None = None) -> Tensor:

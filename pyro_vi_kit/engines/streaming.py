@@ -12,6 +12,9 @@ from pyro_vi_kit.density.streamed import Streamed
 from pyro_vi_kit.engines.batches import Batch
 from pyro_vi_kit.stream import Stream
 
+# Batches that one look at the bound reads at the most.
+_LOOK = 2_000
+
 
 class StreamedBatches:
     """Batches of a stream for ever, and all of them once.
@@ -60,6 +63,20 @@ class StreamedBatches:
     def all(self) -> Iterator[list[Tensor]]:
         """The data tensors of every row once, the last batch as short as it is."""
         return self._density.batches(self.size)
+
+    def looked_at(self) -> Iterator[list[Tensor]]:
+        """The data tensors by which a bound is judged, the same at every call: of all rows.
+
+        Of more than 2,000 batches they are so many at random, and stand for the others.
+        """
+        if self.per_epoch <= _LOOK:
+            yield from self.all()
+            return
+        dtype = self._density.dtype
+        feed = self._stream.feed(self.size, self.feed.seed + 1, dtype, prefetch=False)
+        for _ in range(_LOOK):
+            yield self._completed(feed.next())
+        feed.close()
 
     def evaluated(self, rows: int) -> list[Tensor]:
         """The same rows at every call, so many at random, as data tensors."""
