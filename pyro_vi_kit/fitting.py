@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pyro_vi_kit import checkpoint as checkpoints
-from pyro_vi_kit import guides, identity, minibatches, resuming, training
+from pyro_vi_kit import guides, identity, minibatches, resuming, streaming, training
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import ModelError, OptionError
@@ -78,7 +78,8 @@ def fit(
             rate: ``functools.partial(torch.optim.Adam, lr=1e-3)``.
         batch_size: Rows of the data plate in each step, or ``{plate: rows}``. The model has to index
             its data with the plate's indices, or use `pyro.subsample`. Latents inside the plate get
-            numbers of their own, row by row, or an encoder (guide ``"amortized"``).
+            numbers of their own, row by row, or an encoder (guide ``"amortized"``). Streamed data
+            always come in batches: by default of about 200,000 numbers, or what the loader says.
         epochs: Train by so many passes over the data, in the place of steps that stop by themselves; a
             `vi.Epochs` also says the rate and its schedule, what to validate on and when to stop early.
         resume: An earlier fit of the same model, or the path of a saved one, to go on from: its
@@ -129,6 +130,8 @@ def fit(
         epochs,
     )
     _require_dtype(dtype)
+    streaming.require_streamable(request, guide)
+    request = streaming.with_batch_size(request)
     if earlier is None:
         guide, trainee, density = _trainee(request, guide, dtype)
         state = None
@@ -158,7 +161,7 @@ def fit(
         estimator=training.estimator_of(request, trainee)
         if outcome.method == stochastic.NAME
         else None,
-        batch_size=batch_size,
+        batch_size=request.batch_size,
         history={name: np.asarray(column) for name, column in outcome.history.items()},
     )
     if earlier is not None:

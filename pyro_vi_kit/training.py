@@ -9,11 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vi_kit import minibatches
+from pyro_vi_kit import minibatches, streaming
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.checkpoint import Checkpoint
-from pyro_vi_kit.density import Density, Plate
-from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine, PyroEngine
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.engines import (
+    Batches,
+    BatchSource,
+    CapturedEngine,
+    EagerEngine,
+    PyroEngine,
+    StreamedBatches,
+)
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import GaussianFamily
@@ -82,13 +89,16 @@ def train(
         return Trained(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
-    sizes = _sizes(request, trainee, density)
-    whitened = _whitened(request, trainee, density, sizes, checkpoint)
-    batches = Batches(sizes) if sizes else None
-    request = _with_particles(request, trainee, density)
-    engine = _engine(request, trainee, density, batches, steady=checkpoint is not None)
-    run = _run_stochastic if request.epochs is None else _run_epochs
-    outcome, bound = run(request, name, engine, whitened, checkpoint)
+    batches = _batches(request, trainee, density)
+    try:
+        whitened = _whitened(request, trainee, density, batches, checkpoint)
+        request = _with_particles(request, trainee, density)
+        engine = _engine(request, trainee, density, batches, steady=checkpoint is not None)
+        run = _run_stochastic if request.epochs is None else _run_epochs
+        outcome, bound = run(request, name, engine, whitened, checkpoint)
+    finally:
+        if isinstance(batches, StreamedBatches):
+            batches.close()
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     bound = bound if request.objective.multi_sample else None
@@ -99,7 +109,7 @@ def _engine(
     request: Request,
     guide: Guide,
     density: Density,
-    batches: Batches | None,
+    batches: BatchSource | None,
     *,
     steady: bool = False,
 ) -> EagerEngine | PyroEngine:
@@ -150,7 +160,8 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
     elif density.params:
         particles = 1
     elif request.batch_size is not None:
-        # Of what is global, the rows that a minibatch leaves out say more than draws do.
+        # The noise of a batch in the means cancels over an epoch. In the spreads it is multiplied by a
+        # draw, and does not: particles average it away.
         particles = 16 if any(block.plate for block in guide.blocks) else 4
     else:
         particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
@@ -191,14 +202,14 @@ def _whitened(
     request: Request,
     guide: Guide,
     density: Density,
-    sizes: Mapping[Plate, int],
+    batches: BatchSource | None,
     checkpoint: Checkpoint | None,
 ) -> bool:
     """Find a start unless there is one; whether parameters are measured in posterior sds."""
     if checkpoint is None:
-        return request.resumed or _initialise(request, guide, density, sizes)
+        return request.resumed or _initialise(request, guide, density, batches)
     if checkpoint.state is None:
-        found = request.resumed or _initialise(request, guide, density, sizes)
+        found = request.resumed or _initialise(request, guide, density, batches)
         checkpoint.facts["whitened"] = found
     return checkpoint.facts["whitened"]
 
@@ -277,8 +288,15 @@ def _run_stochastic(
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
         noisy=batches is not None,
-        tight=isinstance(guide, Guide) and not guide.density.params and not guide.point,
+        tight=isinstance(guide, Guide)
+        and not guide.density.params
+        and not guide.point
+        and batches is None,
     )
+    if isinstance(batches, StreamedBatches) and not encoded:
+        # A look reads all data, for all replicates at once: 32 draws of the guide.
+        replicates = max(8, 32 // engine.particles)
+        schedule = dataclasses.replace(schedule, replicates=replicates)
     label = f"{name} ({request.objective.name})"
     with Progress(label, schedule.max_steps, request.progress) as progress:
         return stochastic.fit(
@@ -295,7 +313,7 @@ def _encoded(guide: Guide) -> bool:
     return any(b.plate is not None and guide.table(b) is None for b in guide.blocks)
 
 
-def _replicates(batches: Batches | None, draws: int) -> int:
+def _replicates(batches: BatchSource | None, draws: int) -> int:
     """Draws of a look at the bound, which may cost half of the steps before it.
 
     Args:
@@ -379,7 +397,7 @@ def _gaussian_of(guide: Guide) -> Gaussian:
 
 
 def _initialise(
-    request: Request, guide: Guide, density: Density, sizes: Mapping[Plate, int]
+    request: Request, guide: Guide, density: Density, batches: BatchSource | None
 ) -> bool:
     """Start a single Gaussian-based block from the best Gaussian, or where ``init=`` says.
 
@@ -387,9 +405,9 @@ def _initialise(
         Whether it was the best Gaussian, in whose sds parameters are measured from now on.
     """
     start = _start(request, density)
-    if sizes and request.init == "auto":
+    if isinstance(batches, Batches) and request.init == "auto":
         seed, deadline = request.seed, request.deadline
-        return minibatches.start_on_rows(guide, sizes, seed, deadline, start)
+        return minibatches.start_on_rows(guide, batches.plates, seed, deadline, start)
     family = guide.families[guide.blocks[0].name]
     if len(guide.blocks) > 1 or not isinstance(family, GaussianFamily):
         if start is not None and isinstance(request.init, Mapping):
@@ -399,15 +417,21 @@ def _initialise(
         if start is not None:
             family.centre_on(start)
         return False
-    gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
+    if isinstance(batches, StreamedBatches):
+        gaussian = streaming.start(request, batches, density, start)
+    else:
+        gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
     family.start_from(gaussian.loc, gaussian.scale_tril)
     return True
 
 
-def _sizes(request: Request, guide: Guide, density: Density) -> dict[Plate, int]:
-    """Rows of a minibatch by plate; none where steps see all data."""
-    sizes = {}
-    if request.batch_size is not None:
-        sizes = minibatches.sizes_of(request.batch_size, density, guide)
+def _batches(request: Request, guide: Guide, density: Density) -> BatchSource | None:
+    """What steps see of the data; all of them when None."""
+    if density.streamed is not None:
+        streaming.require_compatible(request, guide)
+        return StreamedBatches(density, request.batch_size, request.seed)  # type: ignore[arg-type]
+    if request.batch_size is None:
+        return None
+    sizes = minibatches.sizes_of(request.batch_size, density, guide)
     minibatches.require_local(guide, sizes, request.objective.multi_sample)
-    return sizes
+    return Batches(sizes)

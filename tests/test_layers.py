@@ -20,6 +20,7 @@ import pyro_vi_kit as vi
 LAYERS = (
     ("errors", "types"),
     ("runtime", "psis", "metrics", "registry", "progress", "checkpoint"),
+    ("stream",),
     ("model", "export", "capture"),
     ("density", "modelfile"),
     ("groups", "gradients"),
@@ -27,6 +28,7 @@ LAYERS = (
     ("engines", "approximation", "summary", "verdict", "record"),
     ("methods", "evaluation", "storage"),
     ("posterior", "request", "minibatches"),
+    ("streaming",),
     ("resuming", "training", "identity"),
     ("fitting", "sampling"),
     ("comparison",),

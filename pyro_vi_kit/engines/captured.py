@@ -12,6 +12,7 @@ from pyro_vi_kit.capture import CaptureError, Program, capture_holding
 from pyro_vi_kit.engines import adam, tables
 from pyro_vi_kit.engines.adam import AdamState
 from pyro_vi_kit.engines.base import Stretch, all_finite
+from pyro_vi_kit.engines.batches import Batch
 from pyro_vi_kit.engines.eager import EagerEngine, settle
 from pyro_vi_kit.engines.tables import RowState
 from pyro_vi_kit.errors import first_line
@@ -74,16 +75,16 @@ class CapturedEngine(EagerEngine):
         try:
             with self._stream, torch.no_grad():
                 for count in range(1, steps + 1):
-                    index = self.batches.next() if self.batches else {}
-                    picked = [part for table in self.tables for part in table.pick(index)]
-                    rows = [*index.values(), *self._data]
+                    batch = self.batches.next() if self.batches else Batch({})
+                    picked = [part for table in self.tables for part in table.pick(batch.index)]
+                    rows = [*self._changing(batch), *self._data]
                     if whole:
                         weight = average.new_tensor(1.0 / count)
                         *new, average, bound = program(
                             *state, average, step_rate, weight, *picked, *rows
                         )
                         state = AdamState(*new[:4])
-                        self._put(index, new[4:])
+                        self._put(batch.index, new[4:])
                     else:
                         bound, gradient = program(self.adam.x, *rows)
                         finite = all_finite([bound, gradient])
@@ -131,7 +132,10 @@ class CapturedEngine(EagerEngine):
     def _recorded(self, function: Callable[..., Sequence[Tensor]]) -> Program:
         first, *others = (self._example(function, seed) for seed in range(3))
         # Known by their memory, data become inputs of the recording wherever the model uses them.
-        data = [tensor for tensor in self.guide.density.data if tensor.numel()]
+        # Streamed ones are among the inputs already.
+        density = self.guide.density
+        own = density.data[0 if density.streamed is None else density.streamed.tensors :]
+        data = [tensor for tensor in own if tensor.numel()]
         home = self.adam.x
         try:
             program, self._data = capture_holding(
@@ -150,14 +154,22 @@ class CapturedEngine(EagerEngine):
                 mean += 0.1 * torch.randn_like(mean)
                 square += torch.rand_like(square)
                 updates += seed
-            index = {} if self.batches is None else self.batches.example()
-            rows = list(index.values())
+            batch = Batch({}) if self.batches is None else self.batches.example()
+            rows = self._changing(batch)
             if function == self._gradient:
                 return [x, *rows]
             rate, weight = x.new_tensor(0.01 * (1 + seed)), x.new_tensor(1.0 / (1 + seed))
             average = torch.randn_like(x)
-            picked = [part for table in self.tables for part in _nearby(table.pick(index), seed)]
+            picked = [
+                part for table in self.tables for part in _nearby(table.pick(batch.index), seed)
+            ]
             return [x, mean, square, updates, average, rate, weight, *picked, *rows]
+
+    def _changing(self, batch: Batch) -> list[Tensor]:
+        """The tensors of a batch that are others in the next step."""
+        streamed = self.guide.density.streamed
+        data = batch.data[: streamed.tensors] if batch.data and streamed else []
+        return [*batch.index.values(), *data]
 
     def _step(
         self,
@@ -187,12 +199,15 @@ class CapturedEngine(EagerEngine):
 
     def _gradient(self, x: Tensor, *rest: Tensor, rows: Sequence[Tensor] = ()) -> Sequence[Tensor]:
         """The bound and the loss's gradients at parameters ``x`` and rows of the tables."""
-        index = None
-        if self.batches is not None:
-            index = dict(zip(self.batches.plates, rest, strict=False))
+        batch, density = None, self.guide.density
+        if density.streamed is not None:
+            tensors = density.streamed.tensors
+            batch = Batch({}, density.streamed.completed(rest[:tensors], density.data))
+        elif self.batches is not None:
+            batch = Batch(dict(zip(self.batches.plates, rest, strict=False)))
         settle(self.trained, x)
-        with isolated(self.guide.density.dtype), torch.enable_grad():
-            return self.gradient(index, rows)
+        with isolated(density.dtype), torch.enable_grad():
+            return self.gradient(batch, rows)
 
 
 def _rows_of(parts: Sequence[Tensor]) -> Iterator[RowState]:

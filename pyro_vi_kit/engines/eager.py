@@ -14,12 +14,14 @@ from pyro_vi_kit.checkpoint import cloned
 from pyro_vi_kit.density import Plate
 from pyro_vi_kit.engines import adam, tables
 from pyro_vi_kit.engines.base import Average, Stretch, all_finite
-from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.engines.batches import Batch, BatchSource
 from pyro_vi_kit.engines.clipping import clipped
+from pyro_vi_kit.engines.streaming import StreamedBatches
 from pyro_vi_kit.engines.tables import tables_of
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.groups import width_of
 from pyro_vi_kit.guides import Guide
+from pyro_vi_kit.guides.streamed import weigh_all
 from pyro_vi_kit.objectives import evaluate, surrogate
 from pyro_vi_kit.runtime import RandomStream, isolated
 from pyro_vi_kit.types import Objective
@@ -54,7 +56,7 @@ class EagerEngine:
         objective: Objective,
         *,
         seed: int,
-        batches: Batches | None = None,
+        batches: BatchSource | None = None,
         optimizer: OptimizerFactory | None = None,
         estimator: str = "pathwise",
         clip: float | None = None,
@@ -110,13 +112,13 @@ class EagerEngine:
         bounds, average = [], Average()
         for _ in range(steps):
             with self._stream, isolated(self.guide.density.dtype):
-                index = self.batches.next() if self.batches else None
-                rows = [table.pick(index or {}) for table in self.tables]
-                bound, gradient, *row_gradients = self.gradient(index, [row.x for row in rows])
+                batch = self.batches.next() if self.batches else Batch({})
+                rows = [table.pick(batch.index) for table in self.tables]
+                bound, gradient, *row_gradients = self.gradient(batch, [row.x for row in rows])
             finite = all_finite([bound, gradient, *row_gradients])
             self._move(gradient, finite, rate)
             for table, row, slope in zip(self.tables, rows, row_gradients, strict=True):
-                table.put(index or {}, tables.update(row, slope, finite, rate))
+                table.put(batch.index, tables.update(row, slope, finite, rate))
             bounds.append(torch.where(finite, bound, torch.nan))
             average.add({"": self.adam.x})
         return self._told(bounds, average.values[""])
@@ -138,18 +140,17 @@ class EagerEngine:
             if n not in known and id(p) not in apart
         }
 
-    def gradient(
-        self, index: Mapping[str, Tensor] | None, rows: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, ...]:
+    def gradient(self, batch: Batch | None, rows: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """The bound, nats, and the loss's gradients, on the noise that comes next.
 
         Args:
-            index: Rows of each plate that comes in minibatches.
-            rows: What the tables hold for them, `[B, p]` each.
+            batch: What the step sees of the data; all of them when None.
+            rows: What the tables hold for its rows, `[B, p]` each.
 
         Returns:
             The bound, the gradient `[P]`, and one `[B, p]` for each table.
         """
+        index, data = Batch({}) if batch is None else batch
         held = [row.detach().requires_grad_() for row in rows]
         with self._holding(held), self._mixed_precision():
             bound, loss = surrogate(
@@ -160,6 +161,7 @@ class EagerEngine:
                 index,
                 share=self.share,
                 estimator=self.estimator,
+                data=data,
             )
             wanted = [*self.trained.values(), *held]
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
@@ -257,10 +259,13 @@ class EagerEngine:
         """Independent estimates of the bound, `[replicates]`, nats, on the same noise at every call.
 
         They see all data, but for one case: where nothing but an encoder and the model's parameters
-        depends on a plate of more than 2,048 rows, they are of the bound on that many rows of it.
+        depends on a plate of more than 2,048 rows, they are of the bound on that many rows of it. Of
+        streamed data without local latents they see 2,000 batches at the most.
         """
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
         with RandomStream(self._evaluation_seed), isolated(self.guide.density.dtype):
+            if isinstance(self.batches, StreamedBatches):
+                return self._evaluate_streamed(self.batches, replicates, bool(local))
             index = self._looked_at(local)
             if not self.objective.multi_sample or not local:
                 return self._joint_bounds(replicates, index)
@@ -287,8 +292,20 @@ class EagerEngine:
         large = [plate for plate in plates if plate.size > _EVALUATION_ROWS]
         return {p.name: torch.randperm(p.size)[:_EVALUATION_ROWS] for p in large} or None
 
-    def _bound(self, index: Mapping[str, Tensor] | None) -> Tensor:
-        weights = self.guide.log_weights(self.particles, self.params, index, share=self.share)
+    def _evaluate_streamed(self, batches: StreamedBatches, replicates: int, local: bool) -> Tensor:
+        if local:
+            data = batches.evaluated(_EVALUATION_ROWS)
+            return torch.stack([self._bound(None, data) for _ in range(replicates)])
+        draw = self.guide.draw(replicates * self.particles)
+        log_p, log_q = weigh_all(self.guide, draw, self.params, batches.looked_at())
+        return self.objective.bound((log_p - log_q).reshape(self.particles, replicates))
+
+    def _bound(
+        self, index: Mapping[str, Tensor] | None, data: list[Tensor] | None = None
+    ) -> Tensor:
+        weights = self.guide.log_weights(
+            self.particles, self.params, index, data=data, share=self.share
+        )
         return evaluate(self.objective, weights)
 
 

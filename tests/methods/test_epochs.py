@@ -234,7 +234,7 @@ def test_what_rows_share_does_not_count():
     validation = Validation(guide, Elbo(1), model.args)
     with torch.no_grad():
         guide.families["global"].log_scale.fill_(-12.0)
-        guide.families["local"].encoder.layers[-1].weight.zero_()
+        guide.families["local"].source.layers[-1].weight.zero_()
     # q(z) = N(b, e^2s) at every row, m = 0: E log N(z; 0, 1) N(y; z, 1) / q(z), with b = s = 0.
     y = model.args[0]
     expected = (-0.5 * math.log(2 * math.pi) - 0.5 * (y**2 + 1)).mean()
