@@ -5,10 +5,9 @@
 A Bayesian logistic regression on a memory-mapped file of float32, which is written once into a
 temporary folder. Rows a second are of steps with one particle (mean field, Adam, float64, one thread),
 ours beside a hand-written torch loop that reads the same file and shuffles it as well; they take turns
-in one process, and ratios are of turns next to each other. Ours reads the next batch in a thread
-meanwhile, which helps where a second processor is idle; ``alone`` is without. Then a whole
-`vi.fit(model, "mean_field", batch_size=4096)`, its most memory, and how far it is from the
-optimum of the mean-field ELBO on all data, found by full-data L-BFGS.
+in one process, and ratios are of turns next to each other. Then a whole `vi.fit(model, "mean_field",
+batch_size=4096)`, its most memory, and how far it is from the optimum of the mean-field ELBO on all
+data, found by full-data L-BFGS.
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ QUICK = (20_000, 100_000)
 SPEED = {
     "rows": "rows of data",
     "ours": "ours (rows/s)",
-    "alone": "alone (rows/s)",
     "by_hand": "torch by hand (rows/s)",
-    "ours_ratio": "ours / by hand",
-    "alone_ratio": "alone / by hand",
+    "ratio": "ours / by hand",
 }
 FIT = {
     "rows": "rows of data",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import threading
+import time
 
 import numpy as np
 import pyro
@@ -228,6 +230,27 @@ def test_what_a_dataset_draws_is_repeated_too():
     first = [one.next()[0] for _ in range(3)]
     assert all(torch.equal(a, other.next()[0]) for a in first)
     assert not torch.equal(first[0], first[1])
+
+
+def test_slow_reads_go_on_in_a_thread():
+    class Slow(Whole):
+        threads = frozenset()
+
+        def __getitems__(self, rows):
+            time.sleep(0.003)
+            self.threads |= {threading.current_thread().name}
+            return super().__getitems__(rows)
+
+    slow, fast = Slow(*data()), Whole(*data())
+    feeds = [Stream(source).feed(100, 0, torch.float64) for source in (slow, fast)]
+    for _ in range(14):
+        one, other = (feed.next() for feed in feeds)
+        assert all(map(torch.equal, one, other))
+    assert any(name.startswith("pyro_vi_kit_feed") for name in slow.threads)
+    for feed in feeds:
+        feed.go_to(1, 3)
+    assert torch.equal(feeds[0].next()[0], feeds[1].next()[0])
+    feeds[0].close()
 
 
 def test_nothing_is_read_before_it_is_needed():

@@ -24,7 +24,6 @@ class StreamedBatches:
         density: The density of a streamed model.
         size: B, rows of a batch.
         seed: Of the order of rows.
-        prefetch: Whether a thread reads a dataset's next batch meanwhile.
 
     Attributes:
         plate: The data plate, of N rows.
@@ -32,13 +31,13 @@ class StreamedBatches:
         feed: Where batches come from; its ``position`` is all that its state is.
     """
 
-    def __init__(self, density: Density, size: int, seed: int, *, prefetch: bool = True) -> None:
+    def __init__(self, density: Density, size: int, seed: int) -> None:
         self._stream, self._streamed = streamed_parts(density)
         self._density = density
         found = density.structure.plates[self._streamed.plate]
         self.plate = Plate(found.name, found.dim, self._streamed.rows)
         self.size = size
-        self.feed = self._stream.feed(size, seed, density.dtype, prefetch=prefetch)
+        self.feed = self._stream.feed(size, seed, density.dtype)
         self._first: list[Tensor] | None = None
         self._evaluated: list[Tensor] | None = None
 
@@ -92,7 +91,7 @@ class StreamedBatches:
             yield from self.all()
             return
         dtype = self._density.dtype
-        feed = self._stream.feed(self.size, self.feed.seed + 1, dtype, prefetch=False)
+        feed = self._stream.feed(self.size, self.feed.seed + 1, dtype)
         for _ in range(_LOOK):
             yield self._completed(feed.next())
         feed.close()

@@ -1,7 +1,9 @@
-"""Batches for ever: reshuffled each epoch, the next one read while the last one is worked on."""
+"""Batches for ever: reshuffled each epoch, slow ones read while the last one is worked on."""
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +16,10 @@ from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.stream.layout import Layout, len_of
 from pyro_vi_kit.stream.order import Order, mix
 from pyro_vi_kit.stream.sources import Batches, Rows
+
+# Seconds that reading a batch takes where it is slow: the fastest of so many.
+_SLOW = 0.002
+_LOOKS = 3
 
 
 class Position(NamedTuple):
@@ -74,18 +80,18 @@ class Feed(ABC):
 class RowFeed(Feed):
     """Batches of a dataset, in an order of the feed's own.
 
-    A thread reads the next batch meanwhile, unless the dataset draws random numbers.
+    Where reading takes milliseconds, a thread reads the next batch meanwhile, unless the dataset draws
+    random numbers. What is read faster is not worth the handing over.
 
     Args:
         source: The dataset's rows.
-        prefetch: Whether to have that thread.
         *arguments: Those of `Feed` behind ``rows``.
     """
 
-    def __init__(self, source: Rows, *arguments: Any, prefetch: bool = True) -> None:
+    def __init__(self, source: Rows, *arguments: Any) -> None:
         super().__init__(source.rows, *arguments)
         self._source = source
-        self._prefetch = prefetch
+        self._reads, self._fastest = 0, math.inf
         self._thread: ThreadPoolExecutor | None = None
         self._ahead: Future[list[Tensor]] | None = None
         self._order: tuple[int, Order] | None = None
@@ -94,12 +100,15 @@ class RowFeed(Feed):
         """See `Feed.next`."""
         at = self._position
         if self._ahead is None:
+            started = time.perf_counter()
             batch = self._read(at, self._source.draws is not False)
+            self._reads += 1
+            self._fastest = min(self._fastest, time.perf_counter() - started)
         else:
             batch, self._ahead = self._ahead.result(), None
         last = at.batch + 1 >= self.per_epoch
         self._position = Position(at.epoch + 1, 0) if last else Position(at.epoch, at.batch + 1)
-        if self._prefetch and self._source.draws is False:
+        if self._reads >= _LOOKS and self._fastest > _SLOW and self._source.draws is False:
             self._thread = self._thread or ThreadPoolExecutor(1, "pyro_vi_kit_feed")
             self._ahead = self._thread.submit(self._read, self._position)
         return batch

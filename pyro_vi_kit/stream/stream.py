@@ -116,18 +116,18 @@ class Stream:
             )
         return batch_size
 
-    def feed(self, size: int, seed: int, dtype: torch.dtype, *, prefetch: bool = True) -> Feed:
+    def feed(self, size: int, seed: int, dtype: torch.dtype) -> Feed:
         """Batches for ever; see `Feed`."""
         arguments = (self.layout, size, seed, dtype)
         if isinstance(self.source, Rows):
-            return RowFeed(self.source, *arguments, prefetch=prefetch)
+            return RowFeed(self.source, *arguments)
         return LoaderFeed(self.source, *arguments)
 
     def sample(self, rows: int, seed: int, dtype: torch.dtype) -> list[Tensor]:
         """About this many rows at random, `[rows, ...]` each; a loader's first batches."""
         rows = min(rows, self.rows)
         if isinstance(self.source, Rows):
-            return self.feed(rows, seed, dtype, prefetch=False).next()
+            return self.feed(rows, seed, dtype).next()
         batches: list[list[Tensor]] = []
         for batch in self.source.epoch(seed, 0):
             batches.append(self.layout.tensors(batch, dtype))
