@@ -63,22 +63,22 @@ class CapturedEngine(EagerEngine):
     def _replay(self, program: Program, steps: int, rate: float) -> Stretch:
         average = torch.zeros_like(self.adam.x)
         step_rate = self.adam.x.new_tensor(rate)
+        weights = torch.arange(1, steps + 1, dtype=torch.float64).reciprocal().to(average)
         bounds = []
         whole = self._optimizer is None
         state = self.adam
         try:
             with self._stream, torch.no_grad():
-                for count in range(1, steps + 1):
+                for count, weight in enumerate(weights.unbind(), start=1):
                     rows = list(self.batches.next().values()) if self.batches else []
                     if whole:
-                        weight = average.new_tensor(1.0 / count)
                         *new, average, bound = program(
                             *state, average, step_rate, weight, *rows, *self._data
                         )
                         state = AdamState(*new)
                     else:
                         bound, gradient = program(self.adam.x, *rows, *self._data)
-                        finite = torch.isfinite(bound) & torch.isfinite(gradient).all()
+                        finite = adam.finite(bound, gradient)
                         self._move(gradient, finite, rate)
                         bound = torch.where(finite, bound, torch.nan)
                         average += (self.adam.x - average) / count
@@ -150,7 +150,7 @@ class CapturedEngine(EagerEngine):
         """One step as a pure function: the new state, the new average and the bound."""
         bound, gradient = self._gradient(x, *rest)
         with torch.no_grad():
-            finite = torch.isfinite(bound) & torch.isfinite(gradient).all()
+            finite = adam.finite(bound, gradient)
             state = adam.update(AdamState(x, mean, square, updates), gradient, finite, rate)
             average = torch.lerp(average, state.x, weight)
             return *state, average, torch.where(finite, bound, torch.nan)

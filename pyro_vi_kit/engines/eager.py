@@ -85,7 +85,7 @@ class EagerEngine:
             with self._stream, isolated(self.guide.density.dtype):
                 index = self.batches.next() if self.batches else None
                 bound, gradient = self.gradient(index)
-            finite = torch.isfinite(bound) & torch.isfinite(gradient).all()
+            finite = adam.finite(bound, gradient)
             self._move(gradient, finite, rate)
             bounds.append(torch.where(finite, bound, torch.nan))
             average.add({"": self.adam.x})
