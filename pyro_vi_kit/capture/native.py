@@ -1,6 +1,6 @@
 """Graphs compiled to machine code by Inductor, in a process of their own.
 
-Compiling takes 10 to 30 seconds and imports all of `torch.compile`, so it runs beside the fit and the
+Compiling takes 10 to 60 seconds and imports all of `torch.compile`, so it runs beside the fit and the
 result is swapped in when it is there. What comes out is a shared library, kept on disk: the next
 process that captures the same graph loads it in a millisecond.
 
