@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_vi_kit.capture import CaptureError, Program, capture_holding
 from pyro_vi_kit.engines import adam, tables
 from pyro_vi_kit.engines.adam import AdamState
-from pyro_vi_kit.engines.base import Stretch, all_finite
+from pyro_vi_kit.engines.base import Stretch
 from pyro_vi_kit.engines.batches import Batch
 from pyro_vi_kit.engines.eager import EagerEngine, settle
 from pyro_vi_kit.engines.tables import RowState
@@ -69,17 +69,17 @@ class CapturedEngine(EagerEngine):
     def _replay(self, program: Program, steps: int, rate: float) -> Stretch:
         average = torch.zeros_like(self.adam.x)
         step_rate = self.adam.x.new_tensor(rate)
+        weights = torch.arange(1, steps + 1, dtype=torch.float64).reciprocal().to(average)
         bounds = []
         whole = self._optimizer is None
         state = self.adam
         try:
             with self._stream, torch.no_grad():
-                for count in range(1, steps + 1):
+                for count, weight in enumerate(weights.unbind(), start=1):
                     batch = self.batches.next() if self.batches else Batch({})
                     picked = [part for table in self.tables for part in table.pick(batch.index)]
                     rows = [*self._changing(batch), *self._data]
                     if whole:
-                        weight = average.new_tensor(1.0 / count)
                         *new, average, bound = program(
                             *state, average, step_rate, weight, *picked, *rows
                         )
@@ -87,7 +87,7 @@ class CapturedEngine(EagerEngine):
                         self._put(batch.index, new[4:])
                     else:
                         bound, gradient = program(self.adam.x, *rows)
-                        finite = all_finite([bound, gradient])
+                        finite = adam.finite(bound, gradient)
                         self._move(gradient, finite, rate)
                         bound = torch.where(finite, bound, torch.nan)
                         average += (self.adam.x - average) / count
@@ -187,7 +187,7 @@ class CapturedEngine(EagerEngine):
         rest = rest[len(RowState._fields) * len(self.tables) :]
         bound, gradient, *slopes = self._gradient(x, *rest, rows=[row.x for row in picked])
         with torch.no_grad():
-            finite = all_finite([bound, gradient, *slopes])
+            finite = adam.finite(bound, gradient, *slopes)
             state = adam.update(AdamState(x, mean, square, updates), gradient, finite, rate)
             moved = [
                 part

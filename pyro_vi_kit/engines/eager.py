@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from pyro_vi_kit.checkpoint import cloned
 from pyro_vi_kit.density import Plate
 from pyro_vi_kit.engines import adam, tables
-from pyro_vi_kit.engines.base import Average, Stretch, all_finite
+from pyro_vi_kit.engines.base import Average, Stretch
 from pyro_vi_kit.engines.batches import Batch, BatchSource
 from pyro_vi_kit.engines.clipping import clipped
 from pyro_vi_kit.engines.streaming import StreamedBatches
@@ -115,7 +115,7 @@ class EagerEngine:
                 batch = self.batches.next() if self.batches else Batch({})
                 rows = [table.pick(batch.index) for table in self.tables]
                 bound, gradient, *row_gradients = self.gradient(batch, [row.x for row in rows])
-            finite = all_finite([bound, gradient, *row_gradients])
+            finite = adam.finite(bound, gradient, *row_gradients)
             self._move(gradient, finite, rate)
             for table, row, slope in zip(self.tables, rows, row_gradients, strict=True):
                 table.put(batch.index, tables.update(row, slope, finite, rate))
