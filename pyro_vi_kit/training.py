@@ -430,8 +430,8 @@ def _batches(request: Request, guide: Guide, density: Density) -> BatchSource | 
     if density.streamed is not None:
         streaming.require_compatible(request, guide)
         return StreamedBatches(density, request.batch_size, request.seed)  # type: ignore[arg-type]
-    if request.batch_size is None:
-        return None
-    sizes = minibatches.sizes_of(request.batch_size, density, guide)
+    sizes = {}
+    if request.batch_size is not None:
+        sizes = minibatches.sizes_of(request.batch_size, density, guide)
     minibatches.require_local(guide, sizes, request.objective.multi_sample)
-    return Batches(sizes)
+    return Batches(sizes) if sizes else None
