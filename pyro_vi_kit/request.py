@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from pyro_vi_kit import device as device_module
 from pyro_vi_kit import objectives
+from pyro_vi_kit.device import Device, device_of
 from pyro_vi_kit.engines import NAMES as ENGINES
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import OptionError, UnknownNameError
@@ -29,6 +33,7 @@ class Request:
         own_tolerance: Whether the user gave it, so that it is absolute.
         steps: The most stochastic steps.
         resumed: Whether the guide is trained already.
+        device: Where everything is; where the model's data are when None.
         deadline: `time.monotonic` second at which to stop.
     """
 
@@ -48,6 +53,7 @@ class Request:
     seed: int
     progress: bool | None
     resumed: bool
+    device: torch.device | None
 
 
 def checked(
@@ -65,6 +71,7 @@ def checked(
     seed: int | None,
     progress: bool | None,
     resumed: bool,
+    device: Device | None,
 ) -> Request:
     """The request for these options.
 
@@ -119,7 +126,19 @@ def checked(
         seed=fresh_seed() if seed is None else seed,
         progress=progress,
         resumed=resumed,
+        device=_usable(device, model, engine),
     )
+
+
+def _usable(device: Device | None, model: Model, engine: str) -> torch.device | None:
+    found = device_module.checked(device)
+    where = device_of((model.args, dict(model.kwargs))) if found is None else found
+    if engine == "compiled" and where.type != "cpu":
+        raise OptionError(
+            f"engine='compiled' compiles for the CPU, and this fit is on {str(where)!r}: leave engine= "
+            "out, and steps are recorded as a CUDA graph"
+        )
+    return found
 
 
 def _require_positive(option: str, value: object) -> None:

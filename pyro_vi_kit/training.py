@@ -12,6 +12,8 @@ from torch import Tensor
 from pyro_vi_kit import minibatches
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.density import Density, Plate
+from pyro_vi_kit.density.runner import placed
+from pyro_vi_kit.device import device_of
 from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine, PyroEngine
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
@@ -79,7 +81,7 @@ def train(
         )
     sizes = _sizes(request, trainee, density)
     whitened = request.resumed or _initialise(request, trainee, density, sizes)
-    batches = Batches(sizes) if sizes else None
+    batches = Batches(sizes, density.device) if sizes else None
     request = _with_particles(request, trainee, density)
     engine = _engine(request, trainee, density, batches)
     outcome, bound = _run_stochastic(request, name, engine, whitened)
@@ -151,19 +153,22 @@ def _train_pyro_guide(
             "batch_size= needs a guide of this package; with a Pyro guide of your own, give the plates "
             "of model and guide a subsample_size"
         )
+    where = request.device or device_of((request.model.args, dict(request.model.kwargs)))
+    model = placed(request.model, where)
     engine = PyroEngine(
-        request.model,
+        model,
         guide,
         request.objective,
         seed=request.seed,
         density=density,
         optimizer=request.optimizer,
         state=state,
+        device=where,
     )
     estimator_of(request, guide)
     outcome, bound = _run_stochastic(request, name_of(guide), engine, whitened=False)
     dtype = default_dtype() if density is None else density.dtype
-    approximation = TraceApproximation(request.model, guide, engine.state, dtype, density)
+    approximation = TraceApproximation(model, guide, engine.state, dtype, density, engine.device)
     bound = bound if request.objective.multi_sample else None
     return Trained(approximation, outcome, engine.name, bound)
 
@@ -272,7 +277,7 @@ def _start(request: Request, density: Density) -> Tensor | None:
     if isinstance(request.init, Mapping):
         return density.unconstrain(request.init)
     if request.init == "origin":
-        return torch.zeros(density.dim, dtype=density.dtype)
+        return torch.zeros(density.dim, dtype=density.dtype, device=density.device)
     return None
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from pyro_vi_kit.density import Plate
 from pyro_vi_kit.errors import OptionError
 
+_CPU = torch.device("cpu")
+
 
 class Batches:
     """Minibatches without replacement: each epoch is a fresh permutation.
@@ -18,12 +20,13 @@ class Batches:
 
     Args:
         sizes: B, rows of a minibatch, for each plate. An epoch is one of the first plate.
+        device: Where indices are wanted. They are drawn on the CPU, so that they are the same on all.
 
     Raises:
         OptionError: If a size is no number of rows.
     """
 
-    def __init__(self, sizes: Mapping[Plate, int]) -> None:
+    def __init__(self, sizes: Mapping[Plate, int], device: torch.device = _CPU) -> None:
         for plate, size in sizes.items():
             whole = isinstance(size, int) and not isinstance(size, bool)
             if not whole or not 1 <= size <= plate.size:
@@ -33,6 +36,7 @@ class Batches:
                 )
         self.sizes = {plate.name: size for plate, size in sizes.items()}
         self._rows = {plate.name: plate.size for plate in sizes}
+        self._device = device
         self._order = {name: torch.empty(0, dtype=torch.long) for name in self.sizes}
 
     @property
@@ -60,7 +64,7 @@ class Batches:
         chosen = {}
         for name, size in self.sizes.items():
             if len(self._order[name]) < size:
-                self._order[name] = torch.randperm(self._rows[name])
+                self._order[name] = self._shuffled(name)
             chosen[name], self._order[name] = self._order[name].split(
                 [size, len(self._order[name]) - size]
             )
@@ -68,4 +72,7 @@ class Batches:
 
     def example(self) -> dict[str, Tensor]:
         """Rows of the right number, which count for nothing."""
-        return {n: torch.randperm(self._rows[n])[:size] for n, size in self.sizes.items()}
+        return {name: self._shuffled(name)[:size] for name, size in self.sizes.items()}
+
+    def _shuffled(self, name: str) -> Tensor:
+        return torch.randperm(self._rows[name], device="cpu").to(self._device)

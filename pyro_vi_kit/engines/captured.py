@@ -74,7 +74,8 @@ class CapturedEngine(EagerEngine):
                     picked = [part for table in self.tables for part in table.pick(index)]
                     rows = [*index.values(), *self._data]
                     if whole:
-                        weight = average.new_tensor(1.0 / count)
+                        # Filled where it is: a copy from the CPU would wait for the device.
+                        weight = average.new_full((), 1.0 / count)
                         *new, average, bound = program(
                             *state, average, step_rate, weight, *picked, *rows
                         )
@@ -174,7 +175,8 @@ class CapturedEngine(EagerEngine):
         if self.batches is not None:
             index = dict(zip(self.batches.plates, rest, strict=False))
         settle(self.trained, x)
-        with isolated(self.guide.density.dtype), torch.enable_grad():
+        density = self.guide.density
+        with isolated(density.dtype, density.device), torch.enable_grad():
             return self.gradient(index, rows)
 
 

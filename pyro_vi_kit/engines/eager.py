@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyro_vi_kit.density import Plate
+from pyro_vi_kit.density import Density, Plate
 from pyro_vi_kit.engines import adam, tables
 from pyro_vi_kit.engines.base import Average, Stretch, all_finite
 from pyro_vi_kit.engines.batches import Batches
@@ -73,7 +73,7 @@ class EagerEngine:
                 "optimizer= moves all rows of a plate at each step; with batch_size= and latents in "
                 f"plate {self.tables[0].plate!r} leave it out"
             )
-        self.adam = adam.start(_flattened(self.trained, guide.density.dtype))
+        self.adam = adam.start(_flattened(self.trained, guide.density))
         self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
         # A bound per datum holds for given globals, so all its particles share one draw of them.
         self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
@@ -95,9 +95,9 @@ class EagerEngine:
 
     def run(self, steps: int, rate: float) -> Stretch:
         """So many updates at this learning rate."""
-        bounds, average = [], Average()
+        bounds, average, density = [], Average(), self.guide.density
         for _ in range(steps):
-            with self._stream, isolated(self.guide.density.dtype):
+            with self._stream, isolated(density.dtype, density.device):
                 index = self.batches.next() if self.batches else None
                 rows = [table.pick(index or {}) for table in self.tables]
                 bound, gradient, *row_gradients = self.gradient(index, [row.x for row in rows])
@@ -111,7 +111,7 @@ class EagerEngine:
 
     def _told(self, bounds: list[Tensor], average: Tensor) -> Stretch:
         """What a run gave: the bound of each step, and the mean of the trained parameters `[P]`."""
-        found = torch.stack(bounds).double()
+        found = torch.stack(bounds).double().cpu()
         self.skipped += int(found.isnan().sum())
         means = split(average, self.trained)
         return Stretch(found, means | self._constants())
@@ -186,11 +186,12 @@ class EagerEngine:
         depends on a plate of more than 2,048 rows, they are of the bound on that many rows of it.
         """
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
-        with RandomStream(self._evaluation_seed), isolated(self.guide.density.dtype):
+        density = self.guide.density
+        with RandomStream(self._evaluation_seed), isolated(density.dtype, density.device):
             index = self._looked_at(local)
             if not self.objective.multi_sample or not local:
-                return self._joint_bounds(replicates, index)
-            return torch.stack([self._bound(index) for _ in range(replicates)])
+                return self._joint_bounds(replicates, index).cpu()
+            return torch.stack([self._bound(index) for _ in range(replicates)]).cpu()
 
     def _joint_bounds(self, replicates: int, index: Mapping[str, Tensor] | None) -> Tensor:
         """Bounds of all latents at once, `[replicates]`, from as many draws as memory has room for."""
@@ -211,17 +212,21 @@ class EagerEngine:
             # The optimum of some rows is not that of all: for N of them it is sqrt(N / rows) sds away.
             return None
         large = [plate for plate in plates if plate.size > _EVALUATION_ROWS]
-        return {p.name: torch.randperm(p.size)[:_EVALUATION_ROWS] for p in large} or None
+        cast = self.guide.density.cast
+        rows = {
+            p.name: cast(torch.randperm(p.size, device="cpu")[:_EVALUATION_ROWS]) for p in large
+        }
+        return rows or None
 
     def _bound(self, index: Mapping[str, Tensor] | None) -> Tensor:
         weights = self.guide.log_weights(self.particles, self.params, index, share=self.share)
         return evaluate(self.objective, weights)
 
 
-def _flattened(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _flattened(parameters: Mapping[str, Tensor], density: Density) -> Tensor:
     """The parameters as one vector `[P]`, of which they become views."""
     parts = [p.detach().reshape(-1) for p in parameters.values()]
-    flat = torch.cat(parts or [torch.zeros(0, dtype=dtype)])
+    flat = torch.cat(parts or [torch.zeros(0, dtype=density.dtype, device=density.device)])
     settle(parameters, flat)
     return flat
 
