@@ -40,7 +40,9 @@ def _generators() -> list[torch.Generator]:
 
 def random_state() -> list[bytes]:
     """What torch's global generators stand at: equal to an earlier one where nothing was drawn."""
-    return [generator.get_state().numpy().tobytes() for generator in _generators()]
+    # Past the modes that a model runs under: they would take these tensors for the model's.
+    with torch._C.DisableTorchFunction():
+        return [generator.get_state().numpy().tobytes() for generator in _generators()]
 
 
 class RandomStream:
