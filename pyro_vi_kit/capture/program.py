@@ -33,8 +33,8 @@ class Program:
     """A captured function, for inputs of the shapes that it was captured on.
 
     It begins in TorchScript. Once it has run for five seconds it has itself compiled, beside what goes
-    on, and is faster when that is done; a graph that was compiled before is compiled from the start. On a
-    GPU it is a CUDA graph instead, and is not compiled.
+    on, and is faster when that is done; a graph that was compiled before is compiled from the start.
+    On a GPU it is a CUDA graph instead, and is not compiled.
 
     Args:
         graph: The recording.
@@ -53,7 +53,7 @@ class Program:
         self._run: replay.Run = replay.python(graph)
         self.how = "python"
         self._library: Library | None = None
-        where = next((tensor.device for tensor in inputs if tensor.device.type != "cpu"), None)
+        where = _elsewhere(inputs)
         self.note = impossible(graph) if where is None else self._launch_at_once(where, inputs)
         if not self.note and where is None:
             self._library = Library(graph, inputs)
@@ -150,6 +150,11 @@ class Program:
         except RuntimeError as error:
             self.note = f"the compiled graph does not run: {first_line(error)}"
         library.discard()
+
+
+def _elsewhere(inputs: Sequence[Tensor]) -> torch.device | None:
+    """The device that these are on, where that is not the CPU."""
+    return next((tensor.device for tensor in inputs if tensor.device.type != "cpu"), None)
 
 
 def capture(

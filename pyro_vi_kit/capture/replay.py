@@ -70,8 +70,8 @@ def on_cuda(function: Run, inputs: Sequence[Tensor]) -> Run:
         inputs: An example of its inputs, noise included, all on one CUDA device.
 
     Raises:
-        RuntimeError: If one of its operations cannot be part of a CUDA graph: it waits for the device, or
-            takes memory of the host.
+        RuntimeError: If one of its operations cannot be part of a CUDA graph, since it waits for the
+            device or takes memory of the host.
     """
     device = inputs[0].device
     static = [tensor.detach().clone() for tensor in inputs]
