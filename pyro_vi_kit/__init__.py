@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pyro_vi_kit.comparison import compare as compare
     from pyro_vi_kit.errors import ViError as ViError
     from pyro_vi_kit.fitting import fit as fit
+    from pyro_vi_kit.methods.epochs import Epochs as Epochs
     from pyro_vi_kit.model import Model as Model
     from pyro_vi_kit.posterior import Posterior as Posterior
     from pyro_vi_kit.posterior import load as load
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 # Everything public and where it lives. Imported on first use (PEP 562), so that the command line
 # answers `--help` without loading torch.
 _HOME = {
+    "Epochs": "pyro_vi_kit.methods.epochs",
     "Model": "pyro_vi_kit.model",
     "Posterior": "pyro_vi_kit.posterior",
     "ViError": "pyro_vi_kit.errors",

@@ -25,6 +25,7 @@ from pyro_vi_kit.groups import (
     width_of,
 )
 from pyro_vi_kit.guides import Guide
+from pyro_vi_kit.guides.streamed import joined_draws, weigh_all
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream, isolated, private_params
 
@@ -100,7 +101,10 @@ class GuideApproximation:
         self.density: Density = guide.density
         self.dtype = guide.density.dtype
         self.params = {key: self.density.cast(value.detach()) for key, value in params.items()}
-        self.cost = width_of(self.density)
+        self._width = width_of(self.density)
+        self.cost = self._width
+        if self.density.streamed is not None and self.density.model.stream is not None:
+            self.cost = self.density.streamed.rows * self.density.model.stream.numbers
 
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
@@ -124,6 +128,8 @@ class GuideApproximation:
     @torch.no_grad()
     def _weighed(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """Unconstrained draws by site, as `unconstrained` gives them, and their log densities."""
+        if self.density.streamed is not None:
+            return self._weighed_on_stream(draws, seed)
         parts, log_p, log_q = [], [], []
         with RandomStream(seed), isolated(self.dtype, self.density.device):
             for size in self._sizes(draws):
@@ -134,17 +140,24 @@ class GuideApproximation:
                 log_q.append(draw.shared + sum(rows.sum(-1) for rows in draw.local.values()))
         return _joined(parts), Weighed(_told(torch.cat(log_p)), _told(torch.cat(log_q)))
 
+    def _weighed_on_stream(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
+        """The same, in one pass over all batches for all draws."""
+        with RandomStream(seed), isolated(self.dtype, self.density.device):
+            draw = joined_draws([self.guide.draw(size) for size in self._sizes(draws)])
+            log_p, log_q = weigh_all(self.guide, draw, self.params, self.density.batches())
+        return draw.z, Weighed(_told(log_p), _told(log_q))
+
     def _constrained(self, z: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         # Discrete sites are drawn given z, with the seed that `groups` passes on.
         with RandomStream(seed + 1):
-            return in_chunks(lambda part: self.density.constrain(part, self.params), z, self.cost)
+            return in_chunks(lambda part: self.density.constrain(part, self.params), z, self._width)
 
     def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.predict`."""
         z = self.unconstrained(draws, seed)
         with RandomStream(seed + 1):
             values = in_chunks(
-                lambda part: self.density.simulate(part, model, self.params), z, self.cost
+                lambda part: self.density.simulate(part, model, self.params), z, self._width
             )
         latent = {site.name for site in (*self.density.latents, *self.density.discrete)}
         return {name: value for name, value in values.items() if name not in latent}
@@ -168,7 +181,7 @@ class GuideApproximation:
         return GuideApproximation(self.name, self.guide.moved_to(density), self.params)
 
     def _sizes(self, draws: int) -> list[int]:
-        chunk = max(1, _CHUNK_NUMBERS // max(self.cost, 1))
+        chunk = max(1, _CHUNK_NUMBERS // max(self._width, 1))
         return [min(chunk, draws - i) for i in range(0, draws, chunk)]
 
 

@@ -85,6 +85,8 @@ def check(model: Model, *, dtype: torch.dtype = torch.float64, verbose: bool = T
 
 def _checks(found: Examination) -> Iterator[Check]:
     for name, make in _CHECKS.items():
+        if name == "stream" and found.model.stream is None:
+            continue
         if name in _NEED_A_RUN and found.last is None:
             yield Check(name, "note", "not checked, since the model does not run")
         else:
@@ -195,6 +197,11 @@ def _parameters(name: str, found: Examination) -> Check:
     return Check(name, "note", f"learned along with the guide: {', '.join(found.parameters)}")
 
 
+def _stream(name: str, found: Examination) -> Check:
+    rows = 0 if found.model.stream is None else found.model.stream.rows
+    return _verdict(name, found.stream_problems, f"batches stand for {rows:,} rows")
+
+
 def _verdict(
     name: str, problems: list[Problem], otherwise: str, outcome: Outcome = "fail"
 ) -> Check:
@@ -217,5 +224,6 @@ _CHECKS: dict[str, Callable[[str, Examination], Check]] = {
     "discrete sites": _discrete,
     "length": _length,
     "parameters": _parameters,
+    "stream": _stream,
 }
 _NEED_A_RUN = frozenset(_CHECKS) - {"model runs", "data"}

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vi_kit import guides, minibatches, resuming, training
+from pyro_vi_kit import checkpoint as checkpoints
+from pyro_vi_kit import guides, identity, minibatches, resuming, streaming, training
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.device import Device
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import ModelError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.methods import fixed_draws, stochastic
+from pyro_vi_kit.methods.epochs import Epochs
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.posterior import Posterior, is_small
 from pyro_vi_kit.record import Record
@@ -42,7 +44,9 @@ def fit(
     optimizer: OptimizerFactory | None = None,
     batch_size: int | Mapping[str, int] | None = None,
     device: Device | None = None,
+    epochs: int | Epochs | None = None,
     resume: Posterior | str | Path | None = None,
+    checkpoint: str | Path | None = None,
     seed: int | None = None,
     dtype: torch.dtype | None = None,
     progress: bool | None = None,
@@ -76,12 +80,19 @@ def fit(
             rate: ``functools.partial(torch.optim.Adam, lr=1e-3)``.
         batch_size: Rows of the data plate in each step, or ``{plate: rows}``. The model has to index
             its data with the plate's indices, or use `pyro.subsample`. Latents inside the plate get
-            numbers of their own, row by row, or an encoder (guide ``"amortized"``).
+            numbers of their own, row by row, or an encoder (guide ``"amortized"``). Streamed data
+            always come in batches: by default of about 200,000 numbers, or what the loader says.
         device: Where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``. Data, guide and copies of the
             model's weights are put there. By default where the model's data are, or the CPU.
+        epochs: Train by so many passes over the data, in the place of steps that stop by themselves; a
+            `vi.Epochs` also says the rate and its schedule, what to validate on and when to stop early.
         resume: An earlier fit of the same model, or the path of a saved one, to go on from: its
             parameters, and its guide, objective, engine and minibatches where none are given. Losses,
             evaluations and seconds are those of both.
+        checkpoint: A file that keeps the state of the fit, written every half minute, at the end of
+            every epoch and on Ctrl-C. Where it exists, the same call goes on from it, with the numbers
+            of a fit that was never stopped; where that has ended, it gives what it ended with. For
+            stochastic steps. No compiler takes over then, unless ``engine="compiled"``.
         seed: The same seed gives the same numbers on the same machine.
         dtype: Precision; float64 by default, torch's default dtype for ``"amortized"``.
         progress: Show progress on stderr; None shows it on a terminal only.
@@ -92,6 +103,7 @@ def fit(
     """
     started = time.monotonic()
     earlier = None
+    saved = None if checkpoint is None else checkpoints.read(checkpoint)
     if resume is not None:
         earlier = resuming.earlier_fit(resume, model, guide, device)
         record, guide = earlier.record, resuming.same_guide(earlier, guide)
@@ -102,6 +114,8 @@ def fit(
             estimator = "pathwise"
         batch_size = record.batch_size if batch_size is None else batch_size
         seed = resuming.seed_after(earlier) if seed is None else seed
+    if saved is not None and seed is None:
+        seed = saved.identity["seed"]
     request = checked(
         model,
         "elbo" if objective is None else objective,
@@ -117,9 +131,12 @@ def fit(
         seed,
         progress,
         earlier is not None,
+        epochs,
         device,
     )
     _require_dtype(dtype)
+    streaming.require_streamable(request, guide)
+    request = streaming.with_batch_size(request)
     if earlier is None:
         guide, trainee, density = _trainee(request, guide, dtype)
         state = None
@@ -127,8 +144,12 @@ def fit(
         trainee, density = resuming.trained_again(earlier, model, dtype, request.device)
         state = None if isinstance(trainee, Guide) else resuming.state_of(earlier)
     name = training.name_of(trainee)
+    kept = None
+    if checkpoint is not None:
+        told = identity.of(request, guide, trainee, density, earlier)
+        kept = checkpoints.Checkpoint(Path(checkpoint), told, saved)
     with one_thread(density is not None and is_small(density)):
-        trained = training.train(request, name, trainee, density, state)
+        trained = training.train(request, name, trainee, density, state, kept)
     outcome = trained.outcome
     record = Record(
         objective=request.objective,
@@ -138,14 +159,15 @@ def fit(
         status=outcome.status,
         losses=np.asarray(outcome.losses),
         evaluations=outcome.evaluations,
-        seconds=time.monotonic() - started,
+        seconds=time.monotonic() - started + (0.0 if kept is None else kept.seconds),
         seed=request.seed,
         bound=trained.bound,
         skipped=outcome.skipped,
         estimator=training.estimator_of(request, trainee)
         if outcome.method == stochastic.NAME
         else None,
-        batch_size=batch_size,
+        batch_size=request.batch_size,
+        history={name: np.asarray(column) for name, column in outcome.history.items()},
     )
     if earlier is not None:
         record = resuming.told_as_one(earlier.record, record)

@@ -124,9 +124,12 @@ def model_groups(
     Returns:
         posterior, unconstrained_posterior, posterior_predictive, log_likelihood, prior,
         prior_predictive, observed_data and constant_data, those that the model has. Predictive and
-        prior groups are left out where a distribution cannot be sampled.
+        prior groups are left out where a distribution cannot be sampled; of a streamed model, whatever
+        has a row for each datum is.
     """
     width = width_of(density)
+    if density.streamed is not None:
+        return _streamed_groups(density, z, chains, params, seed, prior_draws)
     with RandomStream(seed):  # for discrete sites
         values = in_chunks(lambda part: density.constrain(part, params), z, width)
     groups = {
@@ -144,6 +147,26 @@ def model_groups(
         groups["log_likelihood"] = _log_likelihood(density, likelihood, chains)
     groups |= prior_groups(density, prior_draws, params=params, seed=seed + 1)
     return groups | data_groups(density)
+
+
+def _streamed_groups(
+    density: Density,
+    z: Mapping[str, Tensor],
+    chains: int,
+    params: Mapping[str, Tensor] | None,
+    seed: int,
+    prior_draws: int,
+) -> dict[str, Group]:
+    """What is not about single data."""
+    inside = frozenset() if density.streamed is None else density.streamed.inside
+    with RandomStream(seed):
+        values = in_chunks(lambda part: density.constrain(part, params), z, width_of(density))
+    outside = {name: value for name, value in z.items() if name not in inside}
+    groups = {
+        "posterior": sampled(density, values, chains),
+        "unconstrained_posterior": sampled(density, outside, chains, unconstrained=True),
+    }
+    return groups | prior_groups(density, prior_draws, params=params, seed=seed + 1)
 
 
 def _log_likelihood(density: Density, values: Mapping[str, Tensor], chains: int) -> Group:
@@ -175,7 +198,9 @@ def prior_groups(
             values = density.simulate(None, params=params, draws=draws)
     except ModelError:
         return {}
-    observed = {site.name for site in density.structure.of_kind("observed")}
+    if density.streamed is not None:
+        values = {n: v for n, v in values.items() if n not in density.streamed.inside}
+    observed = {site.name for site in density.structure.of_kind("observed")} & set(values)
     inner = {name: value for name, value in values.items() if name not in observed}
     groups = {"prior": sampled(density, inner, 1)}
     if observed:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.guides.families import GaussianFamily
 from pyro_vi_kit.guides.local import LocalFamily
 from pyro_vi_kit.methods import fixed_draws
+from pyro_vi_kit.methods.newton import moved
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.runtime import RandomStream
 
@@ -24,6 +26,7 @@ BatchSize = int | Mapping[str, int]
 _START_ROWS = 10_000
 _START_NUMBERS = 2_000_000
 _START_DIM = 400
+_TOLERANCE = 0.01
 
 
 def sizes_of(
@@ -85,9 +88,10 @@ def guide_for(spec: GuideSpec, density: Density, batch_size: BatchSize | None) -
         OptionError: If the guide cannot take minibatches of this model.
         ModelError: If the model cannot be subsampled.
     """
-    if batch_size is None or isinstance(spec, guides.Amortized):
+    whole = batch_size is None or density.streamed is not None
+    if whole or isinstance(spec, guides.Amortized):
         return spec.build(density)
-    sizes = sizes_of(batch_size, density)
+    sizes = sizes_of(batch_size, density)  # type: ignore[arg-type]
     inside = [
         plate
         for plate in sizes
@@ -134,7 +138,7 @@ def require_local(guide: Guide, sizes: Mapping[Plate, int], multi_sample: bool) 
 
 def start_on_rows(
     guide: Guide,
-    sizes: Mapping[Plate, int],
+    names: Sequence[str],
     seed: int,
     deadline: float | None,
     start: Tensor | None,
@@ -146,7 +150,7 @@ def start_on_rows(
 
     Args:
         guide: The guide, untrained.
-        sizes: Rows of a minibatch by plate.
+        names: The plates that come in minibatches.
         seed: Of the rows and of the fit.
         deadline: `time.monotonic` second at which to stop.
         start: Unconstrained point `[D]` of a model without latents in these plates; the search's own
@@ -160,17 +164,30 @@ def start_on_rows(
         return False
     inside = {b.plate.name: b.dim for b in guide.blocks if b.plate is not None}
     width = sum(_dim(guide, block.name) for block in guide.blocks if block.plate is None)
-    if width > _START_DIM or any(name not in {p.name for p in sizes} for name in inside):
+    if width > _START_DIM or any(name not in names for name in inside):
         return False
+    plates = [density.structure.plates[name] for name in names]
     with RandomStream(seed):
-        rows = {p.name: _some(density, p, inside.get(p.name, 0), width, len(sizes)) for p in sizes}
+        rows = {
+            p.name: _some(density, p, inside.get(p.name, 0), width, len(plates)) for p in plates
+        }
     part = density.subset(rows)
     try:
         gaussian = fixed_draws.prefit(part, seed, deadline, None if inside else start)
     except ModelError:
         return False
-    _hand_over(guide, part, gaussian, {p.name: p.size / len(rows[p.name]) for p in sizes})
+    if not inside and any(len(rows[p.name]) < p.size for p in plates):
+        gaussian = moved(gaussian, lambda z: _whole(density, z, deadline), _TOLERANCE)
+    _hand_over(guide, part, gaussian, {p.name: p.size / len(rows[p.name]) for p in plates})
     return True
+
+
+def _whole(density: Density, z: Tensor, deadline: float | None) -> tuple[float, Tensor] | None:
+    """The log density of all data at `[D]`, nats, and its gradient; None where time ran out."""
+    if deadline is not None and time.monotonic() > deadline:
+        return None
+    value, gradient = density.log_prob_and_grad(z.unsqueeze(0))
+    return float(value), gradient[0]
 
 
 def _startable(family: object) -> bool:

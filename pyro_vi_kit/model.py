@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyro_vi_kit.errors import ModelError
+
+if TYPE_CHECKING:
+    from pyro_vi_kit.stream import Stream
 
 
 @dataclass(frozen=True, init=False, eq=False)
@@ -18,24 +22,34 @@ class Model:
     Args:
         fn: Any Pyro callable: a function, a handler-wrapped function, a ``PyroModule``.
         *args: Positional arguments of ``fn``. Tensors among them (also inside lists, tuples and
-            dicts) are the data.
+            dicts) are the data. Or one `torch.utils.data.Dataset` or `DataLoader`, whose data never
+            are in memory at once: ``fn`` is then called with a batch, a tuple as positional arguments
+            and a dict as keyword arguments. It declares a plate as long as the batch,
+            ``pyro.plate("row", len(x))``, which is scaled to all rows.
         kwargs: Keyword arguments of ``fn``.
         coords: Names of what a dimension holds, ``{"school": ["A", "B", ...]}``. Dimensions are named
             after plates; ``dims`` names the others.
         dims: Names of a site's dimensions where plates do not say them,
             ``{"beta": ["coefficient"]}``: either its event dimensions or all of its dimensions.
         name: Shown in tables and files; taken from ``fn`` when not given.
+        rows: Number of all rows, for a loader that cannot say it.
+
+    Attributes:
+        stream: The data that are read a batch at a time; None where they are arguments. ``args`` and
+            ``kwargs`` then hold an example of a batch, read when they are first asked for.
 
     Raises:
-        ModelError: If ``fn`` is not callable, or ``coords`` / ``dims`` are not mappings of sequences.
+        ModelError: If ``fn`` is not callable, ``coords`` / ``dims`` are not mappings of sequences, or
+            a dataset cannot be streamed.
     """
 
     fn: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
     coords: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
     name: str = "model"
+    stream: Stream | None = None
 
     def __init__(
         self,
@@ -45,6 +59,7 @@ class Model:
         coords: Mapping[str, Sequence[Any]] | None = None,
         dims: Mapping[str, Sequence[str]] | None = None,
         name: str | None = None,
+        rows: int | None = None,
     ) -> None:
         if not callable(fn):
             raise ModelError(
@@ -53,11 +68,33 @@ class Model:
             )
         set_field = functools.partial(object.__setattr__, self)
         set_field("fn", fn)
-        set_field("args", args)
-        set_field("kwargs", dict(kwargs or {}))
+        stream = _stream(args, rows)
+        set_field("stream", stream)
+        if stream is None:
+            set_field("args", args)
+            set_field("kwargs", dict(kwargs or {}))
+        else:
+            set_field("_constants", dict(kwargs or {}))
         set_field("coords", _names("coords", coords))
         set_field("dims", _names("dims", dims))
         set_field("name", name or _callable_name(fn))
+
+    def __getattr__(self, name: str) -> Any:
+        """The arguments of a streamed model, read when they are first asked for."""
+        stream = self.__dict__.get("stream")
+        if name not in ("args", "kwargs") or stream is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        args, kwargs = stream.example()
+        constants = self.__dict__["_constants"]
+        twice = sorted(set(kwargs) & set(constants))
+        if twice:
+            raise ModelError(
+                f"{twice[0]!r} is given by kwargs= and by each batch: leave it out of one of them"
+            )
+        object.__setattr__(self, "args", args)
+        # The batch's tensors first: they are what steps replace.
+        object.__setattr__(self, "kwargs", kwargs | constants)
+        return self.__dict__[name]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the Pyro model; without arguments, on its own data."""
@@ -89,6 +126,29 @@ class Model:
         return tuple(
             positional[i] if i < len(positional) else f"arg{i}" for i in range(len(self.args))
         )
+
+
+def _stream(args: tuple[Any, ...], rows: int | None) -> Stream | None:
+    """The stream that the positional arguments are, if they are one.
+
+    Raises:
+        ModelError: If there are other positional arguments beside a dataset or loader.
+    """
+    # Where nobody has loaded it, no argument is of its classes, and torch need not be loaded.
+    data = sys.modules.get("torch.utils.data")
+    streams = [] if data is None else [isinstance(a, data.Dataset | data.DataLoader) for a in args]
+    if not any(streams):
+        if rows is not None:
+            raise ModelError("rows= is for a DataLoader as the only positional argument")
+        return None
+    if len(args) > 1:
+        raise ModelError(
+            "a dataset or loader must be the only positional argument: it gives what changes from row "
+            "to row, and what does not is given by kwargs={...}"
+        )
+    from pyro_vi_kit.stream import Stream
+
+    return Stream(next(iter(args)), rows)
 
 
 def _names(option: str, mapping: Mapping[str, Sequence[Any]] | None) -> dict[str, tuple[Any, ...]]:

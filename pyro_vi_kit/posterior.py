@@ -18,6 +18,7 @@ from pyro_vi_kit.errors import ModelError, OptionError, ViError
 from pyro_vi_kit.evaluation import Evaluation, evaluate, usable
 from pyro_vi_kit.groups import coords_of, dims_of, squeeze
 from pyro_vi_kit.guides import GuideSpec
+from pyro_vi_kit.methods.result import HISTORY
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.psis import psis, resample
 from pyro_vi_kit.record import Record
@@ -28,6 +29,14 @@ from pyro_vi_kit.verdict import Verdict, judge
 
 if TYPE_CHECKING:
     import pandas as pd
+
+# Numbers that all draws together may make in a streamed model to be weighed for an export.
+_WEIGHABLE = 10_000_000_000
+_LEFT_OUT = (
+    "The data are streamed, so that there is nothing here with a row for each datum: no observed_data, "
+    "constant_data, log_likelihood and predictive groups; sample_stats only where the draws are few "
+    "enough to be weighed on all data."
+)
 
 
 class Posterior:
@@ -71,6 +80,21 @@ class Posterior:
     def losses(self) -> np.ndarray:
         """Minus the bound at each step, `[steps]`, nats; NaN where a step was skipped."""
         return self.record.losses
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """A row for each epoch; none where steps did not go by epochs.
+
+        Columns: ``epoch``; ``seconds`` since training began; ``rate``, the learning rate at its end;
+        ``bound``, mean training bound, and ``validation``, bound on data held out, both in nats per row
+        of the data (where these have a plate).
+        """
+        import pandas as pd
+
+        frame = pd.DataFrame(
+            {name: self.record.history.get(name, []) for name in HISTORY}, dtype=float
+        )
+        return frame.astype({"epoch": int})
 
     @property
     def evaluations(self) -> int:
@@ -240,6 +264,11 @@ class Posterior:
         """
         _require_draws(draws)
         seed = fresh_seed() if seed is None else seed
+        if self.model.stream is not None and not (args or kwargs):
+            raise OptionError(
+                "predict() of a streamed model needs the inputs to predict at, posterior.predict(x, "
+                "None): its own data are not in memory"
+            )
         model = self.model.with_args(*args, **kwargs) if args or kwargs else self.model
         try:
             with self._few_threads():
@@ -295,15 +324,21 @@ class Posterior:
     def groups(self, draws: int, seed: int) -> dict[str, export.Group]:
         """What `to_arviz` exports, as plain arrays."""
         groups = self.approximation.groups(draws, seed)
-        if not self.approximation.point:
+        if not self.approximation.point and self._weighable(draws):
             log_p, log_q = (t.numpy()[None] for t in self.approximation.weigh(draws, seed))
             groups["sample_stats"] = export.Group(
                 {"log_p": log_p, "log_q": log_q, "log_w": log_p - log_q}
             )
+        history = {name: c for name, c in self.record.history.items() if name != "epoch"}
+        dims = {"loss": ["step"]} | {name: ["epoch"] for name in history}
         groups["loss_trace"] = export.Group(
-            {"loss": self.losses}, {"loss": ["step"]}, sampled=False, attrs={"unit": "nats"}
+            {"loss": self.losses} | history, dims, sampled=False, attrs={"unit": "nats"}
         )
         return groups
+
+    def _weighable(self, draws: int) -> bool:
+        """Whether so many draws are weighed on all data in about a minute."""
+        return self.model.stream is None or draws * self.approximation.cost <= _WEIGHABLE
 
     def attrs(self, seed: int) -> dict[str, Any]:
         """How it was made and how good it is, in what netCDF can hold."""
@@ -314,6 +349,8 @@ class Posterior:
                 "verdict": self.verdict.level,
                 "verdict_reasons": "; ".join(self.verdict.reasons),
             }
+        if self.model.stream is not None:
+            attrs |= {"streamed_rows": self.model.stream.rows, "left_out": _LEFT_OUT}
         if self.parameters:
             attrs["learned_parameters"] = ", ".join(self.parameters)
         return attrs

@@ -46,10 +46,17 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self, bound: float | None = None, steps: int = 1) -> None:
-        """So many more steps are done; ``bound`` in nats."""
+    def step(self, bound: float | None = None, steps: int = 1, words: str | None = None) -> None:
+        """So many more steps are done; ``bound`` in nats, or ``words`` in its place."""
         if self._bar is None:
             return
-        if bound is not None:
-            self._bar.set_postfix_str(f"bound {bound:.2f} nats", refresh=False)
+        if words is None and bound is not None:
+            words = f"bound {bound:.2f} nats"
+        if words is not None:
+            self._bar.set_postfix_str(words, refresh=False)
         self._bar.update(steps)
+
+    def line(self, text: str) -> None:
+        """A line that stays, where a bar would leave nothing behind: in a log, not on a terminal."""
+        if self._bar is not None and not sys.stderr.isatty():
+            self._bar.write(text, file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Record:
         skipped: Steps whose gradient was not finite.
         estimator: Of the gradient, where steps were stochastic: ``pathwise`` or ``dreg``.
         batch_size: Rows of the data plate in each step; all when None.
+        history: What is told of each epoch, columns of equal length; empty where there were none.
         note: Why steps were not captured, where they should have been; empty otherwise.
     """
 
@@ -43,6 +44,7 @@ class Record:
     estimator: str | None = None
     batch_size: int | Mapping[str, int] | None = None
     note: str = ""
+    history: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def attrs(self) -> dict[str, str | int | float]:
         """What an exported file says of it."""

@@ -16,6 +16,7 @@ from pyro_vi_kit.engines import NAMES as ENGINES
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import OptionError, UnknownNameError
 from pyro_vi_kit.methods import NAMES as METHODS
+from pyro_vi_kit.methods.epochs import Epochs
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import fresh_seed
 from pyro_vi_kit.types import Objective
@@ -33,6 +34,7 @@ class Request:
         own_tolerance: Whether the user gave it, so that it is absolute.
         steps: The most stochastic steps.
         resumed: Whether the guide is trained already.
+        epochs: How to train by epochs; None where steps stop by themselves.
         device: Where everything is; where the model's data are when None.
         deadline: `time.monotonic` second at which to stop.
     """
@@ -53,7 +55,8 @@ class Request:
     seed: int
     progress: bool | None
     resumed: bool
-    device: torch.device | None
+    epochs: Epochs | None = None
+    device: torch.device | None = None
 
 
 def checked(
@@ -71,7 +74,8 @@ def checked(
     seed: int | None,
     progress: bool | None,
     resumed: bool,
-    device: Device | None,
+    epochs: int | Epochs | None = None,
+    device: Device | None = None,
 ) -> Request:
     """The request for these options.
 
@@ -109,6 +113,12 @@ def checked(
             "optimizer= must make an optimiser from parameters, e.g. "
             "functools.partial(torch.optim.Adam, lr=1e-3)"
         )
+    plan = _plan(epochs, method, engine)
+    if plan is not None and plan.rate is not None and optimizer is not None:
+        raise OptionError(
+            "Epochs(rate=) is that of the Adam of this package; optimizer= has a rate of its own, which "
+            "the schedule multiplies: leave rate= out"
+        )
     return Request(
         model=model,
         objective=objectives.make(objective),
@@ -126,6 +136,7 @@ def checked(
         seed=fresh_seed() if seed is None else seed,
         progress=progress,
         resumed=resumed,
+        epochs=plan,
         device=_usable(device, model, engine),
     )
 
@@ -139,6 +150,21 @@ def _usable(device: Device | None, model: Model, engine: str) -> torch.device | 
             "out, and steps are recorded as a CUDA graph"
         )
     return found
+
+
+def _plan(epochs: object, method: str, engine: str) -> Epochs | None:
+    """What ``epochs=`` stands for."""
+    if epochs is None or isinstance(epochs, Epochs):
+        plan = epochs
+    else:
+        _require_integer("epochs", epochs, at_least=1)
+        plan = Epochs(epochs)  # type: ignore[arg-type]
+    wrong = "method='lbfgs'" if method == "lbfgs" else "engine='pyro'" if engine == "pyro" else ""
+    if plan is not None and wrong:
+        raise OptionError(
+            f"epochs= are of stochastic steps on the engines of this package: leave out {wrong}"
+        )
+    return plan
 
 
 def _require_positive(option: str, value: object) -> None:

@@ -122,10 +122,22 @@ def told_as_one(earlier: Record, record: Record) -> Record:
     return dataclasses.replace(
         record,
         losses=np.concatenate([earlier.losses, record.losses]),
+        history=_history_as_one(earlier, record),
         evaluations=earlier.evaluations + record.evaluations,
         seconds=earlier.seconds + record.seconds,
         skipped=earlier.skipped + record.skipped,
     )
+
+
+def _history_as_one(earlier: Record, record: Record) -> dict[str, np.ndarray]:
+    """The epochs of both, the later ones counted on from the earlier."""
+    if not earlier.history or not record.history:
+        return dict(earlier.history or record.history)
+    before = {"epoch": len(earlier.history["epoch"]), "seconds": earlier.seconds}
+    return {
+        name: np.concatenate([column, record.history[name] + before.get(name, 0)])
+        for name, column in earlier.history.items()
+    }
 
 
 def _shapes(params: dict[str, Any]) -> list[list[Any]]:

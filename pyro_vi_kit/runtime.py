@@ -60,6 +60,14 @@ class RandomStream:
         self._states: list[torch.Tensor] = []
         self._outer: list[list[torch.Tensor]] = []
 
+    def state(self) -> list[torch.Tensor]:
+        """Where each generator stands, as bytes; none where nothing was drawn yet."""
+        return [state.clone() for state in self._states]
+
+    def restore(self, state: Sequence[torch.Tensor]) -> None:
+        """Go on from `state`."""
+        self._states = [generator.clone() for generator in state]
+
     def __enter__(self) -> RandomStream:
         LOCK.acquire()
         generators = _generators()

@@ -30,6 +30,7 @@ from pyro_vi_kit.types import Status
 
 GROUP = "vi_guide"
 _FORMAT = 2
+_HISTORY = "history_"
 
 
 class Restored(NamedTuple):
@@ -80,6 +81,7 @@ def guide_group(
         header["tables"] = tables_of(approximation.guide)
     variables = {f"tensor_{i}": array for i, array in enumerate(tensors.values())}
     variables["losses"] = record.losses
+    variables |= {f"{_HISTORY}{name}": column for name, column in record.history.items()}
     return export.Group(variables, sampled=False, attrs={"header": json.dumps(header)})
 
 
@@ -102,8 +104,7 @@ def restore(
         ModelError: If the model's latents are not those of the file.
         OptionError: If ``guide=`` is needed.
     """
-    header, tensors, losses = _read(path)
-    record = _record(header, losses)
+    header, tensors, record = _read(path)
     dtype = getattr(torch, header["dtype"])
     if header["guide"] is None:
         where = checked(device) or device_of((model.args, dict(model.kwargs)))
@@ -141,8 +142,8 @@ def _built(spec: GuideSpec, density: Density, tables: Sequence[str]) -> Guide:
         return guides.per_datum(spec, density, plates)
 
 
-def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], np.ndarray]:
-    """Header, tensors by name, and losses."""
+def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], Record]:
+    """Header, tensors by name, and how it was fitted."""
     datasets = export.datasets(export.read(path))
     if GROUP not in datasets:
         raise FileError(f"{path} holds no guide: it was not written by Posterior.save")
@@ -156,7 +157,12 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], np.ndarr
         name: torch.from_numpy(np.array(dataset[f"tensor_{i}"].values, dtype=dtype))
         for i, (name, dtype) in enumerate(header["tensors"])
     }
-    return header, tensors, dataset["losses"].values
+    history = {
+        str(name).removeprefix(_HISTORY): np.array(dataset[name].values)
+        for name in dataset.data_vars
+        if str(name).startswith(_HISTORY)
+    }
+    return header, tensors, _record(header, dataset["losses"].values, history)
 
 
 def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -216,12 +222,15 @@ def _spec(path: str | Path, header: Mapping[str, Any]) -> GuideSpec:
     return guides.specify(header["guide"], **options)
 
 
-def _record(header: Mapping[str, Any], losses: np.ndarray) -> Record:
+def _record(
+    header: Mapping[str, Any], losses: np.ndarray, history: Mapping[str, np.ndarray]
+) -> Record:
     name, options = header["objective"]
     return Record(
         objective=objectives.make(name, **options),
         status=Status(**header["status"]),
         losses=np.asarray(losses),
+        history=history,
         **header["record"],
     )
 

@@ -9,16 +9,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vi_kit import minibatches
+from pyro_vi_kit import minibatches, streaming
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
-from pyro_vi_kit.density import Density, Plate
+from pyro_vi_kit.checkpoint import Checkpoint
+from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.runner import placed
 from pyro_vi_kit.device import device_of
-from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine, PyroEngine
+from pyro_vi_kit.engines import (
+    Batches,
+    BatchSource,
+    CapturedEngine,
+    EagerEngine,
+    PyroEngine,
+    StreamedBatches,
+)
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import GaussianFamily
-from pyro_vi_kit.methods import fixed_draws, stochastic
+from pyro_vi_kit.methods import by_epochs, fixed_draws, stochastic
+from pyro_vi_kit.methods.course import laid_out
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
@@ -61,12 +70,15 @@ def train(
     trainee: Guide | PyroGuide,
     density: Density | None,
     state: dict[str, Any] | None,
+    checkpoint: Checkpoint | None = None,
 ) -> Trained:
     """Train by the method that fits."""
     if not isinstance(trainee, Guide) or density is None:
+        _refuse_for_pyro_guide(request, checkpoint)
         return _train_pyro_guide(request, trainee, density, state)
     _require_compatible(request, trainee)
     if _use_fixed_draws(request, trainee):
+        _refuse_fixed_draws(checkpoint)
         with Progress(f"{name} (L-BFGS)", enabled=request.progress) as progress:
             outcome = fixed_draws.fit(
                 trainee,
@@ -79,12 +91,16 @@ def train(
         return Trained(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
-    sizes = _sizes(request, trainee, density)
-    whitened = request.resumed or _initialise(request, trainee, density, sizes)
-    batches = Batches(sizes, density.device) if sizes else None
-    request = _with_particles(request, trainee, density)
-    engine = _engine(request, trainee, density, batches)
-    outcome, bound = _run_stochastic(request, name, engine, whitened)
+    batches = _batches(request, trainee, density)
+    try:
+        whitened = _whitened(request, trainee, density, batches, checkpoint)
+        request = _with_particles(request, trainee, density)
+        engine = _engine(request, trainee, density, batches, steady=checkpoint is not None)
+        run = _run_stochastic if request.epochs is None else _run_epochs
+        outcome, bound = run(request, name, engine, whitened, checkpoint)
+    finally:
+        if isinstance(batches, StreamedBatches):
+            batches.close()
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     bound = bound if request.objective.multi_sample else None
@@ -92,9 +108,14 @@ def train(
 
 
 def _engine(
-    request: Request, guide: Guide, density: Density, batches: Batches | None
+    request: Request,
+    guide: Guide,
+    density: Density,
+    batches: BatchSource | None,
+    *,
+    steady: bool = False,
 ) -> EagerEngine | PyroEngine:
-    """What executes the steps."""
+    """What executes the steps; where ``steady``, nothing on the clock may change how."""
     options: dict[str, Any] = {
         "seed": request.seed,
         "batches": batches,
@@ -102,12 +123,20 @@ def _engine(
     }
     estimator = estimator_of(request, guide)
     if request.engine == "pyro":
+        if steady:
+            raise OptionError(
+                "checkpoint= keeps the steps of this package's engines: leave out engine='pyro', or "
+                "save the posterior and go on with resume="
+            )
         return PyroEngine(request.model, guide, request.objective, density=density, **options)
     options["estimator"] = estimator
+    if request.epochs is not None:
+        _require_castable(request, density)
+        options |= {"clip": request.epochs.clip, "precision": request.epochs.autocast}
     if request.engine == "eager":
         return EagerEngine(guide, request.objective, **options)
     compiled = request.engine == "compiled"
-    return CapturedEngine(guide, request.objective, compiled=compiled, **options)
+    return CapturedEngine(guide, request.objective, compiled=compiled, steady=steady, **options)
 
 
 def estimator_of(request: Request, guide: Guide | PyroGuide) -> str:
@@ -133,7 +162,8 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
     elif density.params:
         particles = 1
     elif request.batch_size is not None:
-        # Of what is global, the rows that a minibatch leaves out say more than draws do.
+        # The noise of a batch in the means cancels over an epoch. In the spreads it is multiplied by a
+        # draw, and does not: particles average it away.
         particles = 16 if any(block.plate for block in guide.blocks) else 4
     else:
         particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
@@ -173,8 +203,72 @@ def _train_pyro_guide(
     return Trained(approximation, outcome, engine.name, bound)
 
 
+def _whitened(
+    request: Request,
+    guide: Guide,
+    density: Density,
+    batches: BatchSource | None,
+    checkpoint: Checkpoint | None,
+) -> bool:
+    """Find a start unless there is one; whether parameters are measured in posterior sds."""
+    if checkpoint is None:
+        return request.resumed or _initialise(request, guide, density, batches)
+    if checkpoint.state is None:
+        found = request.resumed or _initialise(request, guide, density, batches)
+        checkpoint.facts["whitened"] = found
+    return checkpoint.facts["whitened"]
+
+
+def _refuse_fixed_draws(checkpoint: Checkpoint | None) -> None:
+    if checkpoint is not None:
+        raise OptionError(
+            "checkpoint= is for stochastic steps, and this fit is one of L-BFGS on fixed draws, which "
+            "takes seconds: leave checkpoint= out, or ask for steps by method='stochastic', "
+            "batch_size= or epochs="
+        )
+
+
+def _refuse_for_pyro_guide(request: Request, checkpoint: Checkpoint | None) -> None:
+    if request.epochs is not None or checkpoint is not None:
+        option = "epochs=" if request.epochs is not None else "checkpoint="
+        raise OptionError(
+            f"{option} needs a guide of this package; a Pyro guide callable is trained by "
+            "pyro.infer.SVI with steps= or budget=, and goes on with resume="
+        )
+
+
+def _require_castable(request: Request, density: Density) -> None:
+    if request.epochs is not None and request.epochs.autocast and density.dtype != torch.float32:
+        raise OptionError(
+            "Epochs(precision='bfloat16') casts float32 and leaves float64 as it is: give "
+            "dtype=torch.float32 too"
+        )
+
+
+def _run_epochs(
+    request: Request,
+    name: str,
+    engine: EagerEngine | PyroEngine,
+    whitened: bool,
+    checkpoint: Checkpoint | None,
+) -> tuple[Outcome, float]:
+    if request.epochs is None or not isinstance(engine, EagerEngine):
+        raise AssertionError("epochs= goes with the engines of this package alone")
+    rate = _first_rate(engine.guide, whitened)
+    course = laid_out(engine, request.epochs, rate=rate, max_steps=request.steps)
+    label = f"{name} ({request.objective.name})"
+    with Progress(label, course.limit, request.progress) as progress:
+        return by_epochs.fit(
+            engine, course, deadline=request.deadline, progress=progress, checkpoint=checkpoint
+        )
+
+
 def _run_stochastic(
-    request: Request, name: str, engine: EagerEngine | PyroEngine, whitened: bool
+    request: Request,
+    name: str,
+    engine: EagerEngine | PyroEngine,
+    whitened: bool,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Outcome, float]:
     literal = isinstance(engine, PyroEngine)
     batches = engine.batches
@@ -184,10 +278,13 @@ def _run_stochastic(
     gaussian = isinstance(guide, Guide) and fixed_draws.applies_to(guide)
     encoded = isinstance(guide, Guide) and _encoded(guide)
     learns = not isinstance(guide, Guide) or encoded or bool(guide.density.params)
-    stretch = epoch * -(-100 // epoch)
+    # The error of an average falls with its length alone; of minibatches' noise there is much.
+    least = 100 if batches is None or learns else 500
+    stretch = epoch * -(-least // epoch)
     schedule = stochastic.Schedule(
         rate=_first_rate(guide, whitened),
         stretch=stretch,
+        epoch=epoch,
         patience=2 if gaussian else 4,
         max_steps=request.steps or stochastic.MAX_STEPS,
         # Pyro's own loss is slow to evaluate, one particle after another.
@@ -195,11 +292,25 @@ def _run_stochastic(
         tolerance=_tolerance(request, guide),
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
-        tight=isinstance(guide, Guide) and not guide.density.params and not guide.point,
+        noisy=batches is not None,
+        tight=isinstance(guide, Guide)
+        and not guide.density.params
+        and not guide.point
+        and batches is None,
     )
+    if isinstance(batches, StreamedBatches) and not encoded:
+        # A look reads all data, for all replicates at once: 32 draws of the guide.
+        replicates = max(8, 32 // engine.particles)
+        schedule = dataclasses.replace(schedule, replicates=replicates)
     label = f"{name} ({request.objective.name})"
     with Progress(label, schedule.max_steps, request.progress) as progress:
-        return stochastic.fit(engine, schedule, deadline=request.deadline, progress=progress)
+        return stochastic.fit(
+            engine,
+            schedule,
+            deadline=request.deadline,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
 
 
 def _encoded(guide: Guide) -> bool:
@@ -207,7 +318,7 @@ def _encoded(guide: Guide) -> bool:
     return any(b.plate is not None and guide.table(b) is None for b in guide.blocks)
 
 
-def _replicates(batches: Batches | None, draws: int) -> int:
+def _replicates(batches: BatchSource | None, draws: int) -> int:
     """Draws of a look at the bound, which may cost half of the steps before it.
 
     Args:
@@ -217,7 +328,7 @@ def _replicates(batches: Batches | None, draws: int) -> int:
     if batches is None:
         return 256
     # Forwards and back, a step costs three times as much as a look.
-    return min(256, max(16, int(1.5 * draws * batches.share)))
+    return min(1024, max(16, int(1.5 * draws * batches.share)))
 
 
 def _tolerance(request: Request, guide: Guide | PyroGuide) -> float:
@@ -265,6 +376,7 @@ def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
         and request.estimator == "auto"
         and request.steps is None
         and request.batch_size is None
+        and request.epochs is None
     )
 
 
@@ -290,7 +402,7 @@ def _gaussian_of(guide: Guide) -> Gaussian:
 
 
 def _initialise(
-    request: Request, guide: Guide, density: Density, sizes: Mapping[Plate, int]
+    request: Request, guide: Guide, density: Density, batches: BatchSource | None
 ) -> bool:
     """Start a single Gaussian-based block from the best Gaussian, or where ``init=`` says.
 
@@ -298,9 +410,9 @@ def _initialise(
         Whether it was the best Gaussian, in whose sds parameters are measured from now on.
     """
     start = _start(request, density)
-    if sizes and request.init == "auto":
+    if isinstance(batches, Batches) and request.init == "auto":
         seed, deadline = request.seed, request.deadline
-        return minibatches.start_on_rows(guide, sizes, seed, deadline, start)
+        return minibatches.start_on_rows(guide, batches.plates, seed, deadline, start)
     family = guide.families[guide.blocks[0].name]
     if len(guide.blocks) > 1 or not isinstance(family, GaussianFamily):
         if start is not None and isinstance(request.init, Mapping):
@@ -310,15 +422,21 @@ def _initialise(
         if start is not None:
             family.centre_on(start)
         return False
-    gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
+    if isinstance(batches, StreamedBatches):
+        gaussian = streaming.start(request, batches, density, start)
+    else:
+        gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
     family.start_from(gaussian.loc, gaussian.scale_tril)
     return True
 
 
-def _sizes(request: Request, guide: Guide, density: Density) -> dict[Plate, int]:
-    """Rows of a minibatch by plate; none where steps see all data."""
+def _batches(request: Request, guide: Guide, density: Density) -> BatchSource | None:
+    """What steps see of the data; all of them when None."""
+    if density.streamed is not None:
+        streaming.require_compatible(request, guide)
+        return StreamedBatches(density, request.batch_size, request.seed)  # type: ignore[arg-type]
     sizes = {}
     if request.batch_size is not None:
         sizes = minibatches.sizes_of(request.batch_size, density, guide)
     minibatches.require_local(guide, sizes, request.objective.multi_sample)
-    return sizes
+    return Batches(sizes, density.device) if sizes else None

@@ -15,7 +15,7 @@ import pyro
 import pytest
 import torch
 
-from benchmarks import accuracy, growth, imports, speed_nuts, speed_steps, speed_svi
+from benchmarks import accuracy, growth, imports, speed_nuts, speed_steps, speed_svi, streaming
 from benchmarks.lib import machine, race, references
 from benchmarks.lib.clock import pace
 from benchmarks.lib.options import chosen
@@ -38,6 +38,7 @@ SCRIPTS = (
     "speed_nuts",
     "speed_steps",
     "speed_svi",
+    "streaming",
 )
 needs_numpyro = pytest.mark.skipif(
     machine.numpyro_missing() is not None, reason=str(machine.numpyro_missing())
@@ -234,6 +235,26 @@ def test_growth_counts_every_kind_of_cell():
         for size in (10, 100, 1000)
     ]
     assert "| slope        |          1.00 |" in growth.table("data", rows, "ms")
+
+
+@pytest.mark.slow
+def test_streaming_measures_a_fit_against_the_optimum(tmp_path):
+    worker = "benchmarks.peers.streaming"
+    shape = {"folder": str(tmp_path), "rows": 3000, "columns": 3}
+    assert call(f"{worker}:write", shape, cap=60).error is None
+    found = call(f"{worker}:fit", shape | {"batch": 500}, cap=60).value
+    assert found["status"] == "converged"
+    assert found["mean_error_sd"] < 0.2
+    assert found["sd_error"] < 0.2
+    speed = call(f"{worker}:steps", shape | {"batch": 500, "seconds": 0.01}, cap=60).value
+    rows = [
+        {"what": "steps", "rows": 3000, "error": None, **speed},
+        {"what": "fit", "rows": 3000, "error": None, **found},
+        {"what": "fit", "rows": 9000, "error": "stopped after 9 s"},
+    ]
+    text = streaming.report(rows)
+    assert "| converged |" in text
+    assert "- fit at 9,000: stopped after 9 s" in text
 
 
 # -- clocks, races and workers ---------------------------------------------------------------------

@@ -169,6 +169,18 @@ def test_fit_options_reach_the_guide_and_the_objective():
     assert document["method"] == "stochastic"
 
 
+def test_fit_by_epochs_with_a_checkpoint(tmp_path):
+    path = str(tmp_path / "run.ckpt")
+    options = ("--guide", "mean_field", "--epochs", "2", "--checkpoint", path, "--json")
+    first, again = (json.loads(vi_kit("fit", LINE, *options).stdout) for _ in range(2))
+    assert first["method"] == "stochastic"
+    assert first["status"]["advice"].startswith("Trained for 2 epochs")
+    assert again["elbo"] == first["elbo"]
+    refused = vi_kit("fit", LINE, *options, "--seed", "1")
+    assert refused.exit_code == 2
+    assert "seed 0, now 1" in refused.stderr
+
+
 def test_a_rejected_fit_exits_with_3(model):
     result = vi_kit("fit", model(NARROW), "--guide", "mean_field")
     assert result.exit_code == 3

@@ -19,7 +19,8 @@ import pyro_vi_kit as vi
 # of one layer do not know each other. A new module takes its place here.
 LAYERS = (
     ("errors", "types"),
-    ("runtime", "device", "psis", "metrics", "registry", "progress"),
+    ("runtime", "device", "psis", "metrics", "registry", "progress", "checkpoint"),
+    ("stream",),
     ("model", "export", "capture"),
     ("density", "modelfile"),
     ("groups", "gradients"),
@@ -27,7 +28,8 @@ LAYERS = (
     ("engines", "approximation", "summary", "verdict", "record"),
     ("methods", "evaluation", "storage"),
     ("posterior", "request", "minibatches"),
-    ("resuming", "training"),
+    ("streaming",),
+    ("resuming", "training", "identity"),
     ("fitting", "sampling"),
     ("comparison",),
     ("plots",),

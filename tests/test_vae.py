@@ -135,7 +135,7 @@ def test_minibatches_see_every_digit_once_per_epoch(zoo):
     batches.next = lambda: seen.append(next_batch()) or seen[-1]
     for _ in range(14):
         assert math.isfinite(float(engine.run(1, 1e-3).bounds))
-    rows = torch.cat([index["digit"] for index in seen])
+    rows = torch.cat([batch.index["digit"] for batch in seen])
     assert len(rows) == len(rows.unique()) == 1400
 
 

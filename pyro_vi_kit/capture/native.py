@@ -1,6 +1,6 @@
 """Graphs compiled to machine code by Inductor, in a process of their own.
 
-Compiling takes 10 to 30 seconds and imports all of `torch.compile`, so it runs beside the fit and the
+Compiling takes 10 to 60 seconds and imports all of `torch.compile`, so it runs beside the fit and the
 result is swapped in when it is there. What comes out is a shared library, kept on disk: the next
 process that captures the same graph loads it in a millisecond.
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from pyro_vi_kit.capture.graph import Graph
 
-_WORKER = Path(__file__).with_name("worker.py")
+_WORKER, _LOWERINGS = (Path(__file__).with_name(name) for name in ("worker.py", "lowerings.py"))
 # Beyond this many operations the compiler takes minutes.
 MAX_NODES = 3000
 _MAX_KEPT = 256
@@ -170,8 +170,10 @@ def _spelled(value: Any) -> list[str]:
 
 
 def _key(job: str) -> str:
-    """Other graphs, shapes, torch versions and processors have other libraries."""
-    parts = (job, torch.__version__, torch.backends.cpu.get_cpu_capability(), _processor())
+    """Other graphs, shapes, torch versions, processors and ways to compile have other libraries."""
+    how = [path.read_text() for path in (_WORKER, _LOWERINGS)]
+    capability = torch.backends.cpu.get_cpu_capability()
+    parts = (job, *how, torch.__version__, capability, _processor())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 

@@ -39,6 +39,7 @@ class Program:
     Args:
         graph: The recording.
         inputs: An example of its inputs, noise included.
+        compiles: Whether it may be compiled.
 
     Attributes:
         graph: The recording.
@@ -46,7 +47,7 @@ class Program:
         note: Why it is not compiled, where it cannot be.
     """
 
-    def __init__(self, graph: Graph, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, graph: Graph, inputs: Sequence[Tensor], *, compiles: bool = True) -> None:
         self.graph = graph
         self._lock = threading.Lock()
         self._spent, self._next_look = 0.0, _PATIENCE
@@ -54,11 +55,15 @@ class Program:
         self.how = "python"
         self._library: Library | None = None
         where = _elsewhere(inputs)
-        self.note = impossible(graph) if where is None else self._launch_at_once(where, inputs)
-        if not self.note and where is None:
+        if where is not None:
+            compiles, self.note = False, self._launch_at_once(where, inputs)
+        else:
+            self.note = impossible(graph) if compiles else ""
+        if compiles and not self.note and not _mixed(graph):
             self._library = Library(graph, inputs)
             self._adopt(inputs)
-        if self.how == "python" and len(graph.nodes) <= _MAX_SCRIPT:
+        # TorchScript leaves out casts to half precision and back, and so rounds differently.
+        if self.how == "python" and len(graph.nodes) <= _MAX_SCRIPT and not _mixed(graph):
             try:
                 self._run, self.how = replay.script(self._run, inputs), "script"
             except RuntimeError as error:  # an operation that TorchScript does not know
@@ -157,8 +162,18 @@ def _elsewhere(inputs: Sequence[Tensor]) -> torch.device | None:
     return next((tensor.device for tensor in inputs if tensor.device.type != "cpu"), None)
 
 
+def _mixed(graph: Graph) -> bool:
+    """Whether it casts to half precision."""
+    half = (torch.bfloat16, torch.float16)
+    return any(value in half for node in graph.nodes for value in node.kwargs.values())
+
+
 def capture(
-    function: Function, inputs: Sequence[Tensor], checks: Iterable[Sequence[Tensor]]
+    function: Function,
+    inputs: Sequence[Tensor],
+    checks: Iterable[Sequence[Tensor]],
+    *,
+    compiles: bool = True,
 ) -> Program:
     """Record ``function(*inputs)``, and replay it on other inputs to see that it is the same.
 
@@ -167,6 +182,7 @@ def capture(
             function of interest has its gradient among its results.
         inputs: What to record on; contiguous tensors, none of which shares memory with another.
         checks: Other inputs of the same shapes. Each also has other noise.
+        compiles: Whether the program may be compiled, now or later.
 
     Raises:
         CaptureError: If the function cannot be recorded, or a replay differs.
@@ -175,7 +191,7 @@ def capture(
         with RandomStream(0):
             graph = record(function, inputs)
         with RandomStream(0), torch.no_grad():
-            program = Program(graph, [*inputs, *graph.draw_noise()])
+            program = Program(graph, [*inputs, *graph.draw_noise()], compiles=compiles)
         for seed, other in enumerate(checks, start=1):
             _require_same(function, program, other, seed)
     return program
@@ -186,6 +202,8 @@ def capture_holding(
     inputs: Sequence[Tensor],
     held: Sequence[Tensor],
     checks: Iterable[Sequence[Tensor]],
+    *,
+    compiles: bool = True,
 ) -> tuple[Program, list[Tensor]]:
     """Capture ``function(*inputs, *held)`` with ``held`` as inputs, or as constants if it must be.
 
@@ -196,6 +214,7 @@ def capture_holding(
         inputs: What changes from call to call.
         held: What does not: data, learned parameters.
         checks: Other values of ``inputs``.
+        compiles: As for `capture`.
 
     Returns:
         The program, and what it takes behind its inputs: ``held``, or nothing.
@@ -205,11 +224,12 @@ def capture_holding(
     """
     held, checks = list(held), list(checks)
     try:
-        return capture(function, [*inputs, *held], [[*check, *held] for check in checks]), held
+        whole = [[*check, *held] for check in checks]
+        return capture(function, [*inputs, *held], whole, compiles=compiles), held
     except CaptureError:
         if not held:
             raise
-    return capture(lambda *points: function(*points, *held), inputs, checks), []
+    return capture(lambda *points: function(*points, *held), inputs, checks, compiles=compiles), []
 
 
 def _require_same(

@@ -2,11 +2,13 @@
 
     python worker.py FOLDER LIBRARY
 
-reads FOLDER/job.json and writes LIBRARY, or FOLDER/error.txt. Imports nothing of this package.
+reads FOLDER/job.json and writes LIBRARY, or FOLDER/error.txt. Imports nothing of this package but the
+file beside it.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import operator
 import os
@@ -64,9 +66,13 @@ def _compile(job: dict[str, Any]) -> Path:
         for shape, stride, dtype in job["inputs"]
     )
     torch.set_num_threads(job["threads"])
+    # Found beside this script, which is where Python looks first.
+    importlib.import_module("lowerings").install()
     options = {
         "compile_threads": 1,
         "cpp.threads": job["threads"],
+        # Where nothing but loops is left of a graph: allocating tensors would take a third of the time.
+        "aot_inductor.allow_stack_allocation": True,
     }
     with torch.no_grad():
         return Path(str(torch._inductor.aot_compile(module, inputs, options=options)))

@@ -61,6 +61,8 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 )
 @click.option("--budget", type=float, help="Seconds after which to stop with what there is.")
 @click.option("--steps", type=click.IntRange(min=1), help="The most stochastic steps.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Train by passes over the data.")
+@click.option("--checkpoint", type=click.Path(), help="Keep the fit here; go on if it exists.")
 @click.option("--resume", type=click.Path(), help="A fit written by --out, to go on from.")
 @seed_option
 @click.option("--batch-size", type=int, help="Rows of the data in a step (guide amortized).")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pyro_vi_kit.density.problems import (
     sums,
 )
 from pyro_vi_kit.density.runner import Runner
+from pyro_vi_kit.density.streamed import Streamed, streamed
 from pyro_vi_kit.density.structure import Site, discover
 from pyro_vi_kit.density.terms import Terms, add_up
 from pyro_vi_kit.device import Device, checked
@@ -55,11 +57,12 @@ class Density:
         params: Unconstrained learned parameters by name, copies of the user's.
         observed: Values of the observed sites.
         batching: How K points are evaluated: see `batching.batched`.
+        streamed: How a batch stands for all data, where they are streamed: ``data`` is an example then.
 
     Raises:
         ModelError: If the model raises, has no continuous latent, has discrete latents that cannot be
             summed out, changes its structure, holds NaN in its data, or draws random numbers outside
-            its sample sites.
+            its sample sites; if it is streamed, and has no plate that follows the batch.
     """
 
     @torch.enable_grad()  # a caller may have gradients off; what follows differentiates
@@ -87,6 +90,10 @@ class Density:
             if p.owner is not None
         }
         require_usable(visits)
+        self.streamed: Streamed | None = (
+            None if model.stream is None else streamed(self._runner, model.stream)
+        )
+        self._index: Mapping[str, Tensor] | None = None
         self.latents: list[Site] = self.structure.of_kind("latent")
         self.discrete: list[Site] = self.structure.of_kind("discrete")
         self._example = {v.name: v.value for v in visits.values() if v.kind == "discrete"}
@@ -124,12 +131,14 @@ class Density:
             z: Unconstrained values `[K, *batch, *event]` by site; on a minibatch, the plate's batch
                 dim has the minibatch's length.
             params: Unconstrained learned parameters; `self.params` by default.
-            data: Tensors in the place of `self.data`, in the same order.
+            data: Tensors in the place of `self.data`, in the same order. For a streamed model they are
+                a batch of any length B, and the scale of its plate is N / B.
             index: Minibatch indices `[B]` by plate.
             jacobian: Whether the density is that of z (with the log determinant of the constraining
                 transforms) or that of the constrained values.
         """
         scale: dict[str, float] = {}
+        index = self._index if index is None else index
 
         def single(point: Values) -> tuple[Tensor, dict[str, Tensor]]:
             replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
@@ -139,7 +148,37 @@ class Density:
             return terms.shared, terms.local
 
         shared, local = self._batched(single, z)
+        if self.streamed is not None:
+            scale[self.streamed.plate] = self.streamed.scale(self.data if data is None else data)
         return Terms(shared, local, scale)
+
+    def batches(self, size: int | None = None) -> Iterator[list[Tensor]]:
+        """The data tensors of a streamed model, a batch at a time, every row once.
+
+        Args:
+            size: Rows of a dataset's batches, the last may have fewer; by default about 200,000 numbers.
+                A loader has its own.
+        """
+        stream, streamed = self.model.stream, self.streamed
+        if stream is not None and streamed is not None:
+            for batch in stream.all_batches(size or stream.size_for(None), self.dtype):
+                yield streamed.completed(batch, self.data)
+
+    def held(
+        self, data: Sequence[Tensor] | None = None, index: Mapping[str, Tensor] | None = None
+    ) -> Density:
+        """The same density of a part of the data, scaled to all of them: an estimate of it.
+
+        Args:
+            data: A batch of a streamed model, in the place of `self.data`.
+            index: Rows `[B]` by plate of data in memory.
+        """
+        other = copy.copy(self)
+        other._index = index
+        if data is not None:
+            other.data = list(data)
+            other._runner = self._runner.holding(data)
+        return other
 
     def log_prob(
         self,
@@ -169,8 +208,10 @@ class Density:
         """Latent and deterministic values `{site: [K, *batch, *event]}` at K points.
 
         Discrete latents are drawn, exactly, given the continuous ones, from torch's global random
-        state: enter a `runtime.RandomStream` around it where the model has any.
+        state: enter a `runtime.RandomStream` around it where the model has any. Of a streamed model
+        they are the sites outside its data plate.
         """
+        inside = frozenset() if self.streamed is None else self.streamed.inside
 
         def single(point: Values) -> Values:
             replay = Replay(unconstrained=point, constrained=self._drawn(point, params, data))
@@ -178,7 +219,7 @@ class Density:
             return {
                 name: self._exported(visit)
                 for name, visit in replay.visits.items()
-                if visit.kind in ("latent", "deterministic", "discrete")
+                if visit.kind in ("latent", "deterministic", "discrete") and name not in inside
             }
 
         return self._sampled(single, self._by_site(z))
@@ -301,13 +342,21 @@ class Density:
             )
         return tensor.reshape(shape)
 
-    def observations(self, data: Model | None = None) -> Values:
-        """Values of the observed sites, of the model's own data or of the same model on other."""
+    def observations(self, data: Model | Sequence[Tensor] | None = None) -> Values:
+        """Values of the observed sites.
+
+        Args:
+            data: The same model on other arguments, or tensors in the place of `self.data`; the
+                model's own data by default.
+        """
         if data is None:
             return self.observed
         replay = Replay(constrained=self._example)
         with self._runner.isolated(), torch.no_grad():
-            self._run(replay, model=data)
+            if isinstance(data, Model):
+                self._run(replay, model=data)
+            else:
+                self._run(replay, data=data)
         return _observed(replay.visits)
 
     def visits(

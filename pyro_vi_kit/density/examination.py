@@ -27,6 +27,7 @@ from pyro_vi_kit.density.problems import (
     sums,
 )
 from pyro_vi_kit.density.runner import Runner
+from pyro_vi_kit.density.streamed import streamed
 from pyro_vi_kit.density.structure import is_improper, parameters_of, starts
 from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.density.terms import add_up
@@ -182,6 +183,19 @@ class Examination:
         visits = [*self._of_kind("latent"), *self._of_kind("observed")]
         problems = map(plateless_problem, visits)
         return [problem for problem in problems if problem is not None]
+
+    @property
+    def stream_problems(self) -> list[Problem]:
+        """Why the batches of a streamed model do not stand for all data."""
+        stream = self.model.stream
+        if stream is None or not self._unconstrained():
+            return []
+        try:
+            streamed(self.runner, stream)
+        except ModelError as error:
+            what, _, remedy = str(error).rpartition(": ")
+            return [Problem(what, remedy)]
+        return []
 
     @property
     def improper(self) -> list[str]:

@@ -248,7 +248,9 @@ def _base(fn: Any) -> Any:
 
 @contextlib.contextmanager
 def subsample_indices(
-    index: Mapping[str, Tensor], declared: dict[str, int] | None = None
+    index: Mapping[str, Tensor],
+    declared: dict[str, int] | None = None,
+    streamed_rows: int | None = None,
 ) -> Iterator[None]:
     """Make every plate use these indices, all of its rows where none are given.
 
@@ -258,6 +260,8 @@ def subsample_indices(
     Args:
         index: Indices [B] by plate name.
         declared: Filled with the subsample size of each plate that declares one.
+        streamed_rows: N of a streamed model. A plate of that size that declares a subsample has it at
+            hand already, as its arguments: its rows are the first ones.
     """
     original = SubsampleMessenger._subsample
 
@@ -274,6 +278,9 @@ def subsample_indices(
         if declared is not None and subsample_size is not None and subsample_size < size:
             declared[name] = int(subsample_size)
         given = index.get(name)
+        if given is None and subsample_size is not None and size == streamed_rows:
+            at_hand = torch.arange(min(subsample_size, size), device=device)
+            return original(name, size, None, at_hand, use_cuda, device)
         chosen = torch.arange(size, device=device) if given is None else given
         return original(name, size, None, chosen, use_cuda, device)
 

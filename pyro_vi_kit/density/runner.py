@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,13 @@ class Runner:
         self.owners: dict[tuple[nn.Module, str], str] = {}
         self.nesting = 0
         self.precision: Precision | None = Precision(dtype, self.device)
+        self._streamed_rows = None if model.stream is None else model.stream.rows
+
+    def holding(self, data: Sequence[Tensor]) -> Runner:
+        """The same runner with these tensors as its own data."""
+        other = copy.copy(self)
+        other.data = list(data)
+        return other
 
     def cast(self, leaf: Any) -> Any:
         """A tensor on this device, a floating one detached and in this precision; else as it is."""
@@ -117,7 +125,7 @@ class Runner:
         declared: dict[str, int],
     ) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(subsample_indices(index or {}, declared))
+            stack.enter_context(subsample_indices(index or {}, declared, self._streamed_rows))
             if params:
                 # A PyroModule writes its parameters into the store by itself.
                 stack.enter_context(private_params())

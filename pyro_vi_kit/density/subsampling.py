@@ -115,7 +115,12 @@ def _blamed(
 
 
 def _agrees(site: Site, visit: Visit, other: Visit, index: Mapping[str, Tensor]) -> bool:
-    whole, part = visit.unscaled(), other.unscaled()
+    whole = visit.unscaled()
+    try:
+        part = other.unscaled()
+    except (RuntimeError, ValueError):
+        # All rows of the data meet a distribution of some.
+        return False
     for plate in site.plates:
         if plate.name in index and whole.dim() >= -plate.dim and whole.shape[plate.dim] > 1:
             whole = whole.index_select(whole.dim() + plate.dim, index[plate.name])

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pyro_vi_kit.engines.base import Engine, Stretch
-from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.engines.batches import Batch, Batches, BatchSource
 from pyro_vi_kit.engines.captured import CapturedEngine
 from pyro_vi_kit.engines.eager import EagerEngine, OptimizerFactory
 from pyro_vi_kit.engines.pyro import PyroEngine
+from pyro_vi_kit.engines.streaming import StreamedBatches
 
 NAMES = ("auto", "captured", "compiled", "eager", "pyro")
 
 __all__ = [
     "NAMES",
+    "Batch",
+    "BatchSource",
     "Batches",
     "CapturedEngine",
     "EagerEngine",
     "Engine",
     "OptimizerFactory",
     "PyroEngine",
+    "StreamedBatches",
     "Stretch",
 ]

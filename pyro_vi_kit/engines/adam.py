@@ -31,6 +31,14 @@ def start(x: Tensor) -> AdamState:
     return AdamState(x, torch.zeros_like(x), torch.zeros_like(x), x.new_zeros(()))
 
 
+def finite(bound: Tensor, *gradients: Tensor) -> Tensor:
+    """Whether a step can be taken: no NaN and no infinity in its bound and gradients; a scalar.
+
+    Either would be left in a sum, and one number is sooner looked at than all.
+    """
+    return torch.isfinite(sum((gradient.sum() for gradient in gradients), bound))
+
+
 def update(state: AdamState, gradient: Tensor, finite: Tensor, rate: float | Tensor) -> AdamState:
     """The state behind one step; the same state where the step is not ``finite``.
 

@@ -1,8 +1,9 @@
-"""Which rows of a data plate a step sees."""
+"""Which rows of the data a step sees."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,6 +12,53 @@ from pyro_vi_kit.density import Plate
 from pyro_vi_kit.errors import OptionError
 
 _CPU = torch.device("cpu")
+
+
+class Batch(NamedTuple):
+    """What one step sees of the data.
+
+    Attributes:
+        index: Rows `[B]` by plate, of data in memory.
+        data: Tensors in the place of the density's own, where data are streamed.
+    """
+
+    index: dict[str, Tensor]  # pyright: ignore[reportIncompatibleMethodOverride]
+    data: list[Tensor] | None = None
+
+
+class BatchSource(Protocol):
+    """Where the steps of a fit have their batches from."""
+
+    @property
+    def plates(self) -> list[str]:
+        """The plates whose rows batches index, in the order of `Batch.index`."""
+        ...
+
+    @property
+    def epoch(self) -> int:
+        """Batches in which all rows are seen once, but for those that fill none."""
+        ...
+
+    @property
+    def share(self) -> float:
+        """The share of all rows that a batch has."""
+        ...
+
+    def next(self) -> Batch:
+        """The next batch."""
+        ...
+
+    def example(self) -> Batch:
+        """Any batch, the order of `next` left alone; from torch's global random state."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, as tensors and plain values."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        ...
 
 
 class Batches:
@@ -56,7 +104,7 @@ class Batches:
         first = self.plates[0]
         return self.sizes[first] / self._rows[first]
 
-    def next(self) -> dict[str, Tensor]:
+    def next(self) -> Batch:
         """Indices `[B]` by plate.
 
         Rows that do not fill a minibatch are dropped for the epoch; the next permutation drops others.
@@ -68,11 +116,19 @@ class Batches:
             chosen[name], self._order[name] = self._order[name].split(
                 [size, len(self._order[name]) - size]
             )
-        return chosen
+        return Batch(chosen)
 
-    def example(self) -> dict[str, Tensor]:
-        """Rows of the right number, which count for nothing."""
-        return {name: self._shuffled(name)[:size] for name, size in self.sizes.items()}
+    def example(self) -> Batch:
+        """See `BatchSource.example`."""
+        return Batch({name: self._shuffled(name)[:size] for name, size in self.sizes.items()})
+
+    def state(self) -> dict[str, Tensor]:
+        """The rows that are left of this epoch, in order, by plate."""
+        return {name: order.clone() for name, order in self._order.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`."""
+        self._order = {name: state[name].clone().to(self._device) for name in self.sizes}
 
     def _shuffled(self, name: str) -> Tensor:
         return torch.randperm(self._rows[name], device="cpu").to(self._device)

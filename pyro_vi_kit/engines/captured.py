@@ -11,7 +11,8 @@ from torch import Tensor
 from pyro_vi_kit.capture import CaptureError, Program, capture_holding
 from pyro_vi_kit.engines import adam, tables
 from pyro_vi_kit.engines.adam import AdamState
-from pyro_vi_kit.engines.base import Stretch, all_finite
+from pyro_vi_kit.engines.base import Stretch
+from pyro_vi_kit.engines.batches import Batch
 from pyro_vi_kit.engines.eager import EagerEngine, settle
 from pyro_vi_kit.engines.tables import RowState
 from pyro_vi_kit.errors import first_line
@@ -35,9 +36,13 @@ class CapturedEngine(EagerEngine):
         note: Why steps are not captured, or not compiled; empty otherwise.
     """
 
-    def __init__(self, *args: Any, compiled: bool = False, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, compiled: bool = False, steady: bool = False, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
         self._compiled = compiled
+        self._compiles = compiled or not steady
+        self._was = "captured"
         self._program: Program | None = None
         self._data: list[Tensor] = []
         self._tried = False
@@ -47,7 +52,7 @@ class CapturedEngine(EagerEngine):
     def name(self) -> str:
         """``captured``, ``compiled``, or ``eager`` where a recording was not possible."""
         if self._program is None:
-            return "eager" if self._tried else "captured"
+            return "eager" if self._tried else self._was
         return "compiled" if self._program.how == "native" else "captured"
 
     def run(self, steps: int, rate: float) -> Stretch:
@@ -64,26 +69,25 @@ class CapturedEngine(EagerEngine):
     def _replay(self, program: Program, steps: int, rate: float) -> Stretch:
         average = torch.zeros_like(self.adam.x)
         step_rate = self.adam.x.new_tensor(rate)
+        weights = torch.arange(1, steps + 1, dtype=torch.float64).reciprocal().to(average)
         bounds = []
         whole = self._optimizer is None
         state = self.adam
         try:
             with self._stream, torch.no_grad():
-                for count in range(1, steps + 1):
-                    index = self.batches.next() if self.batches else {}
-                    picked = [part for table in self.tables for part in table.pick(index)]
-                    rows = [*index.values(), *self._data]
+                for count, weight in enumerate(weights.unbind(), start=1):
+                    batch = self.batches.next() if self.batches else Batch({})
+                    picked = [part for table in self.tables for part in table.pick(batch.index)]
+                    rows = [*self._changing(batch), *self._data]
                     if whole:
-                        # Filled where it is: a copy from the CPU would wait for the device.
-                        weight = average.new_full((), 1.0 / count)
                         *new, average, bound = program(
                             *state, average, step_rate, weight, *picked, *rows
                         )
                         state = AdamState(*new[:4])
-                        self._put(index, new[4:])
+                        self._put(batch.index, new[4:])
                     else:
                         bound, gradient = program(self.adam.x, *rows)
-                        finite = all_finite([bound, gradient])
+                        finite = adam.finite(bound, gradient)
                         self._move(gradient, finite, rate)
                         bound = torch.where(finite, bound, torch.nan)
                         average += (self.adam.x - average) / count
@@ -99,6 +103,17 @@ class CapturedEngine(EagerEngine):
         """Write the tables' rows back, of which each has five parts."""
         for table, moved in zip(self.tables, _rows_of(parts), strict=True):
             table.put(index, moved)
+
+    def state(self) -> dict[str, Any]:
+        """See `EagerEngine.state`."""
+        return super().state() | {"note": self.note}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See `EagerEngine.restore`."""
+        super().restore(state)
+        self._was, self.note = state["name"], state["note"]
+        # Where it began uncaptured, it goes on uncaptured.
+        self._tried = self._was == "eager"
 
     # -- recording ----------------------------------------------------------------------------
 
@@ -117,10 +132,15 @@ class CapturedEngine(EagerEngine):
     def _recorded(self, function: Callable[..., Sequence[Tensor]]) -> Program:
         first, *others = (self._example(function, seed) for seed in range(3))
         # Known by their memory, data become inputs of the recording wherever the model uses them.
-        data = [tensor for tensor in self.guide.density.data if tensor.numel()]
+        # Streamed ones are among the inputs already.
+        density = self.guide.density
+        own = density.data[0 if density.streamed is None else density.streamed.tensors :]
+        data = [tensor for tensor in own if tensor.numel()]
         home = self.adam.x
         try:
-            program, self._data = capture_holding(function, first, data, others)
+            program, self._data = capture_holding(
+                function, first, data, others, compiles=self._compiles
+            )
         finally:
             settle(self.trained, home)
         return program
@@ -134,14 +154,22 @@ class CapturedEngine(EagerEngine):
                 mean += 0.1 * torch.randn_like(mean)
                 square += torch.rand_like(square)
                 updates += seed
-            index = {} if self.batches is None else self.batches.example()
-            rows = list(index.values())
+            batch = Batch({}) if self.batches is None else self.batches.example()
+            rows = self._changing(batch)
             if function == self._gradient:
                 return [x, *rows]
             rate, weight = x.new_tensor(0.01 * (1 + seed)), x.new_tensor(1.0 / (1 + seed))
             average = torch.randn_like(x)
-            picked = [part for table in self.tables for part in _nearby(table.pick(index), seed)]
+            picked = [
+                part for table in self.tables for part in _nearby(table.pick(batch.index), seed)
+            ]
             return [x, mean, square, updates, average, rate, weight, *picked, *rows]
+
+    def _changing(self, batch: Batch) -> list[Tensor]:
+        """The tensors of a batch that are others in the next step."""
+        streamed = self.guide.density.streamed
+        data = batch.data[: streamed.tensors] if batch.data and streamed else []
+        return [*batch.index.values(), *data]
 
     def _step(
         self,
@@ -159,7 +187,7 @@ class CapturedEngine(EagerEngine):
         rest = rest[len(RowState._fields) * len(self.tables) :]
         bound, gradient, *slopes = self._gradient(x, *rest, rows=[row.x for row in picked])
         with torch.no_grad():
-            finite = all_finite([bound, gradient, *slopes])
+            finite = adam.finite(bound, gradient, *slopes)
             state = adam.update(AdamState(x, mean, square, updates), gradient, finite, rate)
             moved = [
                 part
@@ -171,13 +199,15 @@ class CapturedEngine(EagerEngine):
 
     def _gradient(self, x: Tensor, *rest: Tensor, rows: Sequence[Tensor] = ()) -> Sequence[Tensor]:
         """The bound and the loss's gradients at parameters ``x`` and rows of the tables."""
-        index = None
-        if self.batches is not None:
-            index = dict(zip(self.batches.plates, rest, strict=False))
+        batch, density = None, self.guide.density
+        if density.streamed is not None:
+            tensors = density.streamed.tensors
+            batch = Batch({}, density.streamed.completed(rest[:tensors], density.data))
+        elif self.batches is not None:
+            batch = Batch(dict(zip(self.batches.plates, rest, strict=False)))
         settle(self.trained, x)
-        density = self.guide.density
         with isolated(density.dtype, density.device), torch.enable_grad():
-            return self.gradient(index, rows)
+            return self.gradient(batch, rows)
 
 
 def _rows_of(parts: Sequence[Tensor]) -> Iterator[RowState]:

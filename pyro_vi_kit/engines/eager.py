@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pyro_vi_kit.checkpoint import cloned
 from pyro_vi_kit.density import Density, Plate
 from pyro_vi_kit.engines import adam, tables
-from pyro_vi_kit.engines.base import Average, Stretch, all_finite
-from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.engines.base import Average, Stretch
+from pyro_vi_kit.engines.batches import Batch, BatchSource
+from pyro_vi_kit.engines.clipping import clipped
+from pyro_vi_kit.engines.streaming import StreamedBatches
 from pyro_vi_kit.engines.tables import tables_of
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.groups import width_of
 from pyro_vi_kit.guides import Guide
+from pyro_vi_kit.guides.streamed import weigh_all
 from pyro_vi_kit.objectives import evaluate, surrogate
 from pyro_vi_kit.runtime import RandomStream, isolated
 from pyro_vi_kit.types import Objective
@@ -40,6 +45,9 @@ class EagerEngine:
         batches: Minibatches of the data plate; the full data when None.
         optimizer: Makes a torch optimiser from parameters; Adam when None.
         estimator: Of the gradient: ``pathwise`` or ``dreg``.
+        clip: Length of the gradient at the most.
+        precision: ``bfloat16`` for mixed precision (`torch.autocast`) in the model and the guide; None
+            for none. Parameters and updates keep their own.
     """
 
     def __init__(
@@ -48,13 +56,17 @@ class EagerEngine:
         objective: Objective,
         *,
         seed: int,
-        batches: Batches | None = None,
+        batches: BatchSource | None = None,
         optimizer: OptimizerFactory | None = None,
         estimator: str = "pathwise",
+        clip: float | None = None,
+        precision: str | None = None,
     ) -> None:
         self.guide = guide
         self.objective = objective
         self.estimator = estimator
+        self.clip = clip
+        self.precision = precision
         self.params = {
             name: value.detach().clone().requires_grad_(value.requires_grad)
             for name, value in guide.density.params.items()
@@ -75,6 +87,8 @@ class EagerEngine:
             )
         self.adam = adam.start(_flattened(self.trained, guide.density))
         self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        self._rates = [group.get("lr") for group in groups]
         # A bound per datum holds for given globals, so all its particles share one draw of them.
         self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
 
@@ -97,14 +111,16 @@ class EagerEngine:
         """So many updates at this learning rate."""
         bounds, average, density = [], Average(), self.guide.density
         for _ in range(steps):
-            with self._stream, isolated(density.dtype, density.device):
-                index = self.batches.next() if self.batches else None
-                rows = [table.pick(index or {}) for table in self.tables]
-                bound, gradient, *row_gradients = self.gradient(index, [row.x for row in rows])
-            finite = all_finite([bound, gradient, *row_gradients])
+            # Batches are read on the CPU, so outside of what makes the device the default one.
+            with self._stream:
+                batch = self.batches.next() if self.batches else Batch({})
+                rows = [table.pick(batch.index) for table in self.tables]
+                with isolated(density.dtype, density.device):
+                    bound, gradient, *row_gradients = self.gradient(batch, [row.x for row in rows])
+            finite = adam.finite(bound, gradient, *row_gradients)
             self._move(gradient, finite, rate)
             for table, row, slope in zip(self.tables, rows, row_gradients, strict=True):
-                table.put(index or {}, tables.update(row, slope, finite, rate))
+                table.put(batch.index, tables.update(row, slope, finite, rate))
             bounds.append(torch.where(finite, bound, torch.nan))
             average.add({"": self.adam.x})
         return self._told(bounds, average.values[""])
@@ -114,9 +130,9 @@ class EagerEngine:
         found = torch.stack(bounds).double().cpu()
         self.skipped += int(found.isnan().sum())
         means = split(average, self.trained)
-        return Stretch(found, means | self._constants())
+        return Stretch(found, means | self._unmoved())
 
-    def _constants(self) -> dict[str, Tensor]:
+    def _unmoved(self) -> dict[str, Tensor]:
         """Parameters that no step moves. Tables are left out: their rows are averages already."""
         known = self.trained.keys()
         apart = {id(table.table.rows) for table in self.tables}
@@ -126,20 +142,19 @@ class EagerEngine:
             if n not in known and id(p) not in apart
         }
 
-    def gradient(
-        self, index: Mapping[str, Tensor] | None, rows: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, ...]:
+    def gradient(self, batch: Batch | None, rows: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
         """The bound, nats, and the loss's gradients, on the noise that comes next.
 
         Args:
-            index: Rows of each plate that comes in minibatches.
-            rows: What the tables hold for them, `[B, p]` each.
+            batch: What the step sees of the data; all of them when None.
+            rows: What the tables hold for its rows, `[B, p]` each.
 
         Returns:
             The bound, the gradient `[P]`, and one `[B, p]` for each table.
         """
+        index, data = Batch({}) if batch is None else batch
         held = [row.detach().requires_grad_() for row in rows]
-        with self._holding(held):
+        with self._holding(held), self._mixed_precision():
             bound, loss = surrogate(
                 self.guide,
                 self.objective,
@@ -148,12 +163,15 @@ class EagerEngine:
                 index,
                 share=self.share,
                 estimator=self.estimator,
+                data=data,
             )
             wanted = [*self.trained.values(), *held]
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
         count = len(self.trained)
-        flat = [gradient.reshape(-1) for gradient in gradients[:count]]
-        return bound, torch.cat(flat or [loss.new_zeros(0)]), *gradients[count:]
+        parts = [gradient.reshape(-1) for gradient in gradients[:count]]
+        flat = torch.cat(parts) if parts else self.adam.x
+        flat, *slopes = clipped([flat, *gradients[count:]], self.clip)
+        return bound.to(flat.dtype), flat, *slopes
 
     @contextlib.contextmanager
     def _holding(self, rows: Sequence[Tensor]) -> Iterator[None]:
@@ -165,6 +183,13 @@ class EagerEngine:
         finally:
             for table in self.tables:
                 table.table.held = None
+
+    def _mixed_precision(self) -> contextlib.AbstractContextManager[Any]:
+        if self.precision is None:
+            return contextlib.nullcontext()
+        # Without its cache of cast weights a recorded step is the step itself.
+        dtype = getattr(torch, self.precision)
+        return torch.autocast(self.adam.x.device.type, dtype=dtype, cache_enabled=False)
 
     @torch.no_grad()
     def _move(self, gradient: Tensor, finite: Tensor, rate: float) -> None:
@@ -178,16 +203,72 @@ class EagerEngine:
                 self.trained[name].grad = part
             self._optimizer.step()
 
+    def scale_rates(self, factor: float) -> float | None:
+        """Bring the rates of a torch optimiser of the user's to this multiple of what they were.
+
+        Returns:
+            The first of them now; None where there is none.
+        """
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        for group, rate in zip(groups, self._rates, strict=True):
+            if rate is not None:
+                group["lr"] = rate * factor
+        return groups[0].get("lr") if groups else None
+
+    # -- stopping and going on ----------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything a step depends on, as tensors and plain values of its own."""
+        return {
+            "name": self.name,
+            "adam": cloned(list(self.adam)),
+            "tables": [cloned(list(table.state)) for table in self.tables],
+            "constants": cloned(self._constants()),
+            "stream": self._stream.state(),
+            "batches": None if self.batches is None else self.batches.state(),
+            "optimizer": None if self._optimizer is None else cloned(self._optimizer.state_dict()),
+            "skipped": self.skipped,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, in an engine made with the same options."""
+        # Parameters are views of x, so x itself has to stay.
+        x = self.adam.x
+        moments = [part.to(x.device) for part in cloned(state["adam"][1:])]
+        self.adam = adam.AdamState(x.copy_(state["adam"][0]), *moments)
+        for name, value in self._constants().items():
+            value.copy_(state["constants"][name])
+        for table, parts in zip(self.tables, state["tables"], strict=True):
+            # The guide shows the averages, so these tensors have to stay.
+            for mine, part in zip(table.state, parts, strict=True):
+                mine.copy_(part)
+        self._stream.restore(state["stream"])
+        if self.batches is not None:
+            self.batches.restore(state["batches"])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        self.skipped = state["skipped"]
+
+    def _constants(self) -> dict[str, Tensor]:
+        """What belongs to the guide or the model and is not in the flat vector: frames, buffers."""
+        model = {f"model.{name}": value for name, value in self.params.items()}
+        everything = self.guide.state_dict(keep_vars=True) | model
+        return {n: v.detach() for n, v in everything.items() if n not in self.trained}
+
     @torch.no_grad()
     def evaluate(self, replicates: int) -> Tensor:
         """Independent estimates of the bound, `[replicates]`, nats, on the same noise at every call.
 
         They see all data, but for one case: where nothing but an encoder and the model's parameters
-        depends on a plate of more than 2,048 rows, they are of the bound on that many rows of it.
+        depends on a plate of more than 2,048 rows, they are of the bound on that many rows of it. Of
+        streamed data without local latents they see 2,000 batches at the most.
         """
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
         density = self.guide.density
         with RandomStream(self._evaluation_seed), isolated(density.dtype, density.device):
+            if isinstance(self.batches, StreamedBatches):
+                return self._evaluate_streamed(self.batches, replicates, bool(local)).cpu()
             index = self._looked_at(local)
             if not self.objective.multi_sample or not local:
                 return self._joint_bounds(replicates, index).cpu()
@@ -218,8 +299,20 @@ class EagerEngine:
         }
         return rows or None
 
-    def _bound(self, index: Mapping[str, Tensor] | None) -> Tensor:
-        weights = self.guide.log_weights(self.particles, self.params, index, share=self.share)
+    def _evaluate_streamed(self, batches: StreamedBatches, replicates: int, local: bool) -> Tensor:
+        if local:
+            data = batches.evaluated(_EVALUATION_ROWS)
+            return torch.stack([self._bound(None, data) for _ in range(replicates)])
+        draw = self.guide.draw(replicates * self.particles)
+        log_p, log_q = weigh_all(self.guide, draw, self.params, batches.looked_at())
+        return self.objective.bound((log_p - log_q).reshape(self.particles, replicates))
+
+    def _bound(
+        self, index: Mapping[str, Tensor] | None, data: list[Tensor] | None = None
+    ) -> Tensor:
+        weights = self.guide.log_weights(
+            self.particles, self.params, index, data=data, share=self.share
+        )
         return evaluate(self.objective, weights)
 
 

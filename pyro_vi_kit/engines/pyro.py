@@ -22,7 +22,7 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.handlers import sample_sites, subsample_indices
 from pyro_vi_kit.device import device_of
 from pyro_vi_kit.engines.base import Average, Stretch, all_finite
-from pyro_vi_kit.engines.batches import Batches
+from pyro_vi_kit.engines.batches import BatchSource
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.model import Model
@@ -83,7 +83,7 @@ class PyroEngine:
         *,
         seed: int,
         density: Density | None = None,
-        batches: Batches | None = None,
+        batches: BatchSource | None = None,
         optimizer: Callable[..., Any] | None = None,
         state: dict[str, Any] | None = None,
         device: torch.device | None = None,
@@ -180,7 +180,7 @@ class PyroEngine:
         """Plates see the rows of the next minibatch."""
         if self.batches is None:
             return contextlib.nullcontext()
-        return subsample_indices(self.batches.next())
+        return subsample_indices(self.batches.next().index)
 
     def _loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
         self._optim.loss = float(self._loss.loss_and_grads(*args, **kwargs))
@@ -214,7 +214,7 @@ class PyroEngine:
 
 
 def _require_valid_multi_sample(
-    traces: tuple[poutine.Trace, poutine.Trace], objective: Objective, batches: Batches | None
+    traces: tuple[poutine.Trace, poutine.Trace], objective: Objective, batches: BatchSource | None
 ) -> None:
     """Refuse what `RenyiELBO` gets wrong.
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -86,17 +86,21 @@ class Guide(nn.Module):
         particles: int,
         index: Mapping[str, Tensor] | None = None,
         *,
+        data: Sequence[Tensor] | None = None,
         share: bool = False,
         detached: bool = False,
+        given: Draw | None = None,
     ) -> Draw:
         """K reparameterised draws, from torch's global random state.
 
         Args:
             particles: K.
             index: Rows `[B]` of each local plate; all by default.
+            data: Tensors in the place of the density's own, for an encoder to read.
             share: Give all particles the same draw of the globals, as a bound per datum needs.
             detached: Take log q at constant parameters, so that its gradient flows through the draws
                 alone.
+            given: An earlier draw of as many particles, whose globals are taken again.
         """
         values: dict[str, Tensor] = {}
         local: dict[str, Tensor] = {}
@@ -106,11 +110,14 @@ class Guide(nn.Module):
             family: Any = self.families[block.name]
             if block.plate is None:
                 count = 1 if share else particles
-                flat, log_q = family.draw((count,), detached=detached)
+                if given is not None:
+                    flat, log_q = given.flat[block.name], given.shared
+                else:
+                    flat, log_q = family.draw((count,), detached=detached)
                 shared = shared + log_q
                 values.update(block.unpack(flat.expand(particles, -1)))
             else:
-                rows = self.rows(block, index)
+                rows = self.rows(block, index, data)
                 if family.conditioned:
                     shape, rows = self._beside(self._global(flats), rows, particles)
                     # Given shared globals log q is of the local draws alone.
@@ -140,20 +147,23 @@ class Guide(nn.Module):
         params: Mapping[str, Tensor] | None = None,
         index: Mapping[str, Tensor] | None = None,
         *,
+        data: Sequence[Tensor] | None = None,
         share: bool = False,
     ) -> LogWeights:
         """Log p(x, z) - log q(z) at K fresh draws, differentiable in guide and model parameters."""
-        draw = self.draw(particles, index, share=share)
-        return self.weigh(draw, params, index)
+        draw = self.draw(particles, index, data=data, share=share)
+        return self.weigh(draw, params, index, data=data)
 
     def weigh(
         self,
         draw: Draw,
         params: Mapping[str, Tensor] | None = None,
         index: Mapping[str, Tensor] | None = None,
+        *,
+        data: Sequence[Tensor] | None = None,
     ) -> LogWeights:
         """The log weights of these draws."""
-        terms = self.density.terms(draw.z, params, index=index, jacobian=not self.point)
+        terms = self.density.terms(draw.z, params, data, index, jacobian=not self.point)
         shared, local, scale = terms.shared - draw.shared, {}, {}
         for plate, rows in terms.local.items():
             if plate in draw.local:
@@ -162,17 +172,25 @@ class Guide(nn.Module):
                 shared = shared + terms.scale[plate] * rows.sum(-1)
         return LogWeights(shared, local, scale)
 
-    def rows(self, block: Block, index: Mapping[str, Tensor] | None = None) -> Tensor:
+    def rows(
+        self,
+        block: Block,
+        index: Mapping[str, Tensor] | None = None,
+        data: Sequence[Tensor] | None = None,
+    ) -> Tensor:
         """What a local block knows of these rows: their table, or what an encoder sees, `[B, F]`.
 
         Args:
             block: A local one.
             index: Rows `[B]` of each local plate; all by default.
+            data: Tensors in the place of the density's own, for an encoder to read.
         """
         chosen = (index or {}).get(block.plate.name) if block.plate is not None else None
         table = self.table(block)
         if table is not None:
             return table.pick(chosen)
+        if data is not None:
+            return encoder_inputs(self.density, block, self.density.observations(data))
         context = self.context(block)
         return context if chosen is None else context[chosen]
 

@@ -5,39 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
+from pyro_vi_kit.guides.coupling_layers import (
+    MAX_LOG_SCALE,
+    Step,
+    couple,
+    slope_of_log_q,
+    uncouple,
+)
 from pyro_vi_kit.guides.families import DenseNormal, GaussianFamily
 
-# A layer scales by at most e^2: unbounded scales blow up where the flow has not been yet.
-_MAX_LOG_SCALE = 2.0
 # An optimiser like Adam moves every weight of a last layer at once, and their effects add up. In this
 # unit a step means about as much for a network's output as it does for the affine map.
 _OUTPUT_UNIT = 0.25
 _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
-
-
-class _Step(NamedTuple):
-    """What one layer did, for the way of a gradient back through it.
-
-    Attributes:
-        moved: The half before it was moved, `[..., D - a]`.
-        activations: Of the hidden layers, each `[..., H]`.
-        squashed: Tanh of the network's first half: log scales up to a factor, `[..., D - a]`.
-        scale: Of the moved half, `[..., D - a]`.
-    """
-
-    moved: Tensor
-    activations: list[Tensor]
-    squashed: Tensor
-    scale: Tensor
 
 
 class CouplingFlow(GaussianFamily):
@@ -67,12 +55,12 @@ class CouplingFlow(GaussianFamily):
         self.affine = DenseNormal(dim, scale)
         self.permutations: Tensor
         self.register_buffer("permutations", permutations)
-        self._dim, self._split = dim, dim // 2
-        moved = dim - self._split
+        self._dim = dim
+        given, moved = dim // 2, dim - dim // 2
         self.unit: Tensor
-        unit = torch.tensor([_OUTPUT_UNIT / _MAX_LOG_SCALE] * moved + [_OUTPUT_UNIT] * moved)
+        unit = torch.tensor([_OUTPUT_UNIT / MAX_LOG_SCALE] * moved + [_OUTPUT_UNIT] * moved)
         self.register_buffer("unit", unit, persistent=False)
-        widths = [self._split, *hidden, 2 * moved]
+        widths = [given, *hidden, 2 * moved]
         shapes = list(pairwise(widths)) if dim > 1 else []
         self.weights = nn.ParameterList(torch.randn(layers, i, o) / math.sqrt(i) for i, o in shapes)
         self.biases = nn.ParameterList(torch.zeros(layers, o) for _, o in shapes)
@@ -101,64 +89,38 @@ class CouplingFlow(GaussianFamily):
         # Zero, with the slope of log q at constant parameters.
         return value, log_q.detach() + ((value - value.detach()) * slope).sum(-1)
 
-    def couple(self, x: Tensor) -> tuple[Tensor, Tensor, list[_Step]]:
+    def couple(self, x: Tensor) -> tuple[Tensor, Tensor, list[Step]]:
         """Through the layers: `[..., D]`, the log determinant `[...]`, and what each layer did."""
-        steps, log_scales = [], []
-        for layer, (weights, biases) in enumerate(self._layers()):
-            given, moved = self._halves(x)
-            log_scale, shift, activations, squashed = _network(given, weights, biases)
-            scale = log_scale.exp()
-            steps.append(_Step(moved, activations, squashed, scale))
-            log_scales.append(log_scale)
-            x = torch.cat([moved * scale + shift, given], -1)
-            if layer % 2:
-                x = x.index_select(-1, self.permutations[layer // 2])
-        return x, _summed(log_scales, x), steps
+        if not len(self.weights):
+            return x, x.new_zeros(x.shape[:-1]), []
+        flat = x.reshape(-1, self._dim)
+        y, log_det, steps = couple(flat, self.permutations, *self._networks())
+        return y.reshape(x.shape), log_det.reshape(x.shape[:-1]), steps
 
     def uncouple(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Back through the layers: `[..., D]`, and the log determinant of `couple` there, `[...]`."""
-        log_scales = []
-        for layer, (weights, biases) in reversed(list(enumerate(self._layers()))):
-            if layer % 2:
-                y = y.index_select(-1, self.permutations[layer // 2].argsort())
-            moved, given = y.split([self._dim - self._split, self._split], -1)
-            log_scale, shift, _, _ = _network(given, weights, biases)
-            log_scales.append(log_scale)
-            y = torch.cat([given, (moved - shift) * (-log_scale).exp()], -1)
-        return y, _summed(log_scales, y)
+        if not len(self.weights):
+            return y, y.new_zeros(y.shape[:-1])
+        flat = y.reshape(-1, self._dim)
+        x, log_det = uncouple(flat, self.permutations, *self._networks())
+        return x.reshape(y.shape), log_det.reshape(y.shape[:-1])
 
     @torch.no_grad()
-    def _slope(self, noise: Tensor, steps: list[_Step], scale_tril: Tensor) -> Tensor:
-        """Gradient of log q at constant parameters, at the draws: `[..., D]`.
+    def _slope(self, noise: Tensor, steps: list[Step], scale_tril: Tensor) -> Tensor:
+        """Gradient of log q at constant parameters, at the draws: `[..., D]`."""
+        flat = noise.reshape(-1, self._dim)
+        if steps:
+            weights, _ = self._networks()
+            slope = slope_of_log_q(flat, steps, self.permutations, weights)
+        else:
+            slope = -flat
+        slope = torch.linalg.solve_triangular(scale_tril, slope, upper=False, left=False)
+        return slope.reshape(noise.shape)
 
-        Carried along with the draws, layer by layer, as Vaitl et al. (2024) do it: in a layer
-        y = (x_b e^s(x_a) + t(x_a), x_a), log q(y) = log q(x) - sum s(x_a).
-        """
-        slope = -noise
-        for layer, (step, (weights, _)) in enumerate(zip(steps, self._layers(), strict=True)):
-            given, moved = self._halves(slope)
-            shift = moved / step.scale
-            log_scale = torch.addcmul(torch.ones_like(moved), step.moved, moved) * _MAX_LOG_SCALE
-            back = torch.cat([_through_tanh(log_scale, step.squashed), shift], -1)
-            for weight, activation in zip(weights[:0:-1], step.activations[::-1], strict=True):
-                back = _through_tanh(back @ weight.T, activation)
-            slope = torch.cat([shift, given - back @ weights[0].T], -1)
-            if layer % 2:
-                slope = slope.index_select(-1, self.permutations[layer // 2])
-        return torch.linalg.solve_triangular(scale_tril, slope, upper=False, left=False)
-
-    def _halves(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.split([self._split, self._dim - self._split], -1)
-
-    def _layers(self) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-        """Weights and biases of each layer's network."""
-        if not len(self.weights):
-            return []
-        stacked = [*self.weights[:-1], self.weights[-1] * self.unit]
-        offsets = [*self.biases[:-1], self.biases[-1] * self.unit]
-        weights = zip(*(w.unbind() for w in stacked), strict=True)
-        biases = zip(*(b.unbind() for b in offsets), strict=True)
-        return list(zip(weights, biases, strict=True))
+    def _networks(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and biases of all layers' networks, the last in its unit."""
+        weights = [*self.weights[:-1], self.weights[-1] * self.unit]
+        return weights, [*self.biases[:-1], self.biases[-1] * self.unit]
 
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Take this Gaussian as the frame; parameters go back to zero."""
@@ -203,28 +165,3 @@ class _Coupling(dist.transforms.Transform):
         if self._log_det[0] is x and self._log_det[1] is y:
             return self._log_det[2]
         return self._flow.couple(x)[1]
-
-
-def _network(
-    given: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """Log scale and shift of the moved half, and what a gradient needs on its way back."""
-    x, activations = given, []
-    for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
-        x = torch.tanh(linear(x, weight.T, bias))
-        activations.append(x)
-    raw, shift = linear(x, weights[-1].T, biases[-1]).chunk(2, -1)
-    squashed = torch.tanh(raw)
-    return squashed * _MAX_LOG_SCALE, shift, activations, squashed
-
-
-def _through_tanh(gradient: Tensor, value: Tensor) -> Tensor:
-    """A gradient on its way back through a tanh that had this value."""
-    return torch.addcmul(gradient, gradient, value * value, value=-1.0)
-
-
-def _summed(log_scales: list[Tensor], like: Tensor) -> Tensor:
-    """The log determinant: the sum of all layers' log scales, `[...]`."""
-    if not log_scales:
-        return like.new_zeros(like.shape[:-1])
-    return torch.cat(log_scales, -1).sum(-1)

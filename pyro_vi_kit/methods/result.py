@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 
 from pyro_vi_kit.types import Status
 
+# What is told of each epoch: its number, seconds since the start of training, learning rate at its
+# end, mean training bound and validation bound, both in nats per row of the data.
+HISTORY = ("epoch", "seconds", "rate", "bound", "validation")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -17,6 +21,8 @@ class Outcome:
         losses: Minus the bound at each step, nats; NaN where a step was skipped.
         evaluations: Per-sample gradient evaluations of the log density.
         skipped: Steps whose gradient was not finite.
+        history: A list of numbers for each of `HISTORY`, one for each epoch; empty where steps do not
+            go by epochs.
         engine: What evaluated the density, where that was no stochastic engine.
     """
 
@@ -25,4 +31,5 @@ class Outcome:
     losses: list[float] = field(default_factory=list)
     evaluations: int = 0
     skipped: int = 0
+    history: dict[str, list[float]] = field(default_factory=dict)
     engine: str = "eager"

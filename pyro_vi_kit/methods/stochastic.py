@@ -15,14 +15,16 @@ Andersen, Vehtari & Huggins 2022). The fit has converged when that is below the 
 from __future__ import annotations
 
 import math
-import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.engines import Engine
 from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.methods.runs import Runs, read, write
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.types import Status
 
@@ -32,7 +34,6 @@ MAX_STEPS = 20_000
 _DECAY = 0.3
 _MAX_DECAYS = 5
 _MAX_BAD_STRETCHES = 4
-_RUN_STEPS = 64
 # Of fewer replicates a variance may be small by chance.
 _FEW = 16
 
@@ -45,6 +46,7 @@ class Schedule:
         rate: First learning rate; parameters are measured in posterior sds.
         stretch: Steps between two looks at the bound, at first; later a quarter of those made at the
             same rate.
+        epoch: Steps of an epoch, of which stretches are multiples.
         patience: Stretches before a rate may fall. Networks go through long flat stretches that lead
             somewhere; a Gaussian does not.
         max_steps: The most steps.
@@ -52,16 +54,19 @@ class Schedule:
         tolerance: Nats that may be left to gain.
         relative: The same as a share of the bound's size; the larger of both counts.
         tight: Whether even log weights prove the optimum, as they do where the evidence is fixed.
+        noisy: Whether steps see some of the data, so that each rate leaves an error of its own.
     """
 
     rate: float = 0.005
     stretch: int = 100
+    epoch: int = 1
     patience: int = 4
     max_steps: int = MAX_STEPS
     replicates: int = 64
     tolerance: float = 0.01
     relative: float = 0.0
     tight: bool = False
+    noisy: bool = False
 
 
 @dataclass
@@ -86,16 +91,31 @@ class _Best:
 
 @dataclass
 class _Search:
-    """A fit under way."""
+    """A fit under way.
 
-    engine: Engine
+    Attributes:
+        decays: How often the rate has fallen; -1 before the first look.
+        before: The best when this rate began.
+        steps: Made with this rate, in stretches that have ended.
+        history: The best behind each of them, and how many steps that was.
+        bad: Stretches in a row that failed.
+        status: How it ended.
+    """
+
     schedule: Schedule
-    deadline: float | None
-    progress: Progress
+    runs: Runs
     best: _Best = field(default_factory=_Best)
-    losses: list[float] = field(default_factory=list)
+    decays: int = -1
+    before: Tensor = field(default_factory=lambda: torch.tensor([-math.inf]))
+    steps: int = 0
+    history: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: int = 0
-    run_steps: int = 1
+    status: Status | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What executes steps."""
+        return self.runs.engine
 
     @property
     def tolerance(self) -> float:
@@ -106,67 +126,165 @@ class _Search:
     @property
     def ended(self) -> str:
         """What has run out: ``""``, ``budget`` or ``steps``."""
-        if self.deadline is not None and time.monotonic() > self.deadline:
+        if self.runs.late:
             return "budget"
-        return "steps" if len(self.losses) >= self.schedule.max_steps else ""
+        return "steps" if len(self.runs.losses) >= self.schedule.max_steps else ""
+
+    def state(self) -> dict[str, Any]:
+        """Everything that what follows depends on, but for the losses."""
+        return {
+            "engine": self.engine.state(),  # type: ignore[attr-defined]
+            "runs": self.runs.state(),
+            "values": self.best.values,
+            "bounds": self.best.bounds,
+            "decays": self.decays,
+            "before": self.before,
+            "steps": self.steps,
+            "history": list(self.history),
+            "bad": self.bad,
+            "status": None if self.status is None else asdict(self.status),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`."""
+        self.engine.restore(state["engine"])  # type: ignore[attr-defined]
+        self.runs.restore(state["runs"], state["losses"])
+        self.best = _Best(state["values"], state["bounds"])
+        self.decays, self.before = state["decays"], state["before"]
+        self.steps, self.history = state["steps"], [(at, bounds) for at, bounds in state["history"]]
+        self.bad = state["bad"]
+        self.status = None if state["status"] is None else Status(**state["status"])
 
 
 def fit(
-    engine: Engine, schedule: Schedule, *, deadline: float | None, progress: Progress
+    engine: Engine,
+    schedule: Schedule,
+    *,
+    deadline: float | None,
+    progress: Progress,
+    checkpoint: Checkpoint | None = None,
 ) -> tuple[Outcome, float]:
     """Train the engine's parameters; leave the best average in them.
 
     Args:
-        engine: What executes steps.
+        engine: What executes steps; one with `state` and `restore` where there is a checkpoint.
         schedule: How long to go on.
         deadline: `time.monotonic` second at which to stop.
         progress: Told each run of steps.
+        checkpoint: Where to keep the state of the fit, and to go on from.
 
     Returns:
         How the fit went, and the bound at its end in nats.
     """
-    search = _Search(engine, schedule, deadline, progress)
+    search = _Search(schedule, Runs(engine, deadline, progress))
+    if checkpoint is not None and checkpoint.state is not None:
+        search.restore(checkpoint.state)
     try:
-        status = _run(search)
+        status = search.status or _run(search, checkpoint)
     except KeyboardInterrupt:
-        status = Status(False, "interrupted", "Interrupted; the best parameters so far were kept.")
+        on = "" if checkpoint is None else f" The same call goes on from {checkpoint.path}."
+        status = Status(
+            False, "interrupted", f"Interrupted; the best parameters so far were kept.{on}"
+        )
     if search.best.values:
-        _write(engine, search.best.values)
-    evaluations = len(search.losses) * engine.particles
-    outcome = Outcome(NAME, status, search.losses, evaluations, engine.skipped)
+        write(engine, search.best.values)
+    if checkpoint is not None:
+        _keep(search, status, checkpoint)
+    losses = search.runs.losses
+    outcome = Outcome(NAME, status, losses, len(losses) * engine.particles, engine.skipped)
     return outcome, search.best.bound
 
 
-def _run(search: _Search) -> Status:
-    """Levels of ever smaller rates."""
-    schedule = search.schedule
-    _look(search)
-    if schedule.tight and _spread(search) <= search.tolerance:
-        return Status(
-            True,
-            "converged",
-            f"It starts where the log weights are even to within {_spread(search):.2g} nats: nothing "
-            f"is left to gain. {_bound_words(search)}",
-        )
-    left = se = math.inf
-    for decays in range(_MAX_DECAYS + 1):
-        before = search.best.bounds
-        _level(search, schedule.rate * _DECAY**decays)
-        ended = search.ended
-        if search.bad >= _MAX_BAD_STRETCHES or (ended and not search.best.values):
-            return _diverged(search.engine)
-        gain, se = _gain(search.best.bounds, before)
-        if ended:
-            return Status(False, "budget", _budget_advice(search, ended, gain, se))
-        left = max(gain, 0.0) * _DECAY / (1.0 - _DECAY)
-        if search.bad == 0 and decays > 0 and left <= max(search.tolerance, se):
+def _keep(search: _Search, status: Status, checkpoint: Checkpoint) -> None:
+    """Write how it ended, or, where time ran out, how it stood before its last run."""
+    if status.reason == "interrupted" or (status.reason == "budget" and search.ended != "steps"):
+        checkpoint.write()
+        return
+    search.status = status
+    checkpoint.mark(search.state, search.runs.losses, now=True)
+
+
+def _run(search: _Search, checkpoint: Checkpoint | None) -> Status:
+    """Levels of ever smaller rates, each of stretches of steps."""
+    schedule, runs = search.schedule, search.runs
+    if search.decays < 0:
+        _look(search)
+        if schedule.tight and _spread(search) <= search.tolerance:
             return Status(
                 True,
                 "converged",
-                f"Smaller steps would gain about {left:.2g} nats (s.e. {se:.2g}), going by what the "
-                f"last fall of the learning rate gained. {_bound_words(search)}",
+                f"It starts where the log weights are even to within {_spread(search):.2g} nats: "
+                f"nothing is left to gain. {_bound_words(search)}",
             )
-        _write(search.engine, search.best.values)
+        _begin_level(search)
+    while True:
+        if runs.length == 0:
+            runs.begin(_length(search))
+        if checkpoint is not None:
+            checkpoint.mark(search.state, runs.losses)
+        if runs.advance(schedule.rate * _DECAY**search.decays):
+            continue
+        if _level_is_over(search):
+            status = _end_level(search)
+            if status is not None:
+                return status
+            _begin_level(search)
+
+
+def _begin_level(search: _Search) -> None:
+    search.decays += 1
+    search.before, search.steps = search.best.bounds, 0
+    search.history = [(0, search.best.bounds)]
+
+
+def _length(search: _Search) -> int:
+    """Steps of the next stretch: whole epochs, over which the noise of minibatches cancels."""
+    schedule = search.schedule
+    length = max(schedule.stretch, search.steps // 4)
+    length = -(-length // schedule.epoch) * schedule.epoch
+    return min(length, schedule.max_steps - len(search.runs.losses))
+
+
+def _level_is_over(search: _Search) -> bool:
+    """Close a stretch; whether the second half of this rate's steps gained nothing that counts."""
+    schedule, engine = search.schedule, search.engine
+    skipped = search.runs.failed
+    average, made = search.runs.end()
+    search.steps += made
+    last = read(engine)
+    write(engine, average)
+    finite = _look(search)
+    write(engine, last)
+    failed = skipped or not finite
+    search.bad = search.bad + 1 if failed else 0
+    if failed or search.ended:
+        return True
+    search.history.append((search.steps, search.best.bounds))
+    half = next(bounds for at, bounds in reversed(search.history) if at <= search.steps // 2)
+    gain, se = _gain(search.best.bounds, half)
+    enough = search.steps >= schedule.patience * schedule.stretch
+    return enough and gain <= max(search.tolerance, 2.0 * se)
+
+
+def _end_level(search: _Search) -> Status | None:
+    """How the fit ends behind this rate; None where a smaller one is next, from the best average."""
+    ended = search.ended
+    if search.bad >= _MAX_BAD_STRETCHES or (ended and not search.best.values):
+        return _diverged(search.engine)
+    gain, se = _gain(search.best.bounds, search.before)
+    if ended:
+        return Status(False, "budget", _budget_advice(search, ended, gain, se))
+    left = max(gain, 0.0) * _DECAY / (1.0 - _DECAY)
+    if search.bad == 0 and search.decays > 0 and left <= max(search.tolerance, se):
+        return Status(
+            True,
+            "converged",
+            f"Smaller steps would gain about {left:.2g} nats (s.e. {se:.2g}), going by what the "
+            f"last fall of the learning rate gained. {_bound_words(search)}",
+        )
+    write(search.engine, search.best.values)
+    if search.decays < _MAX_DECAYS:
+        return None
     if search.bad or not math.isfinite(left):
         return _diverged(search.engine)
     return Status(
@@ -178,68 +296,23 @@ def _run(search: _Search) -> Status:
     )
 
 
-def _level(search: _Search, rate: float) -> None:
-    """Stretches at one rate, until the second half of them gained nothing that counts."""
-    schedule = search.schedule
-    steps, history = 0, [(0, search.best.bounds)]
-    while True:
-        skipped = search.engine.skipped
-        length = max(schedule.stretch, steps // 4)
-        average, made = _stretch(search, min(length, schedule.max_steps - len(search.losses)), rate)
-        steps += made
-        last = _read(search.engine)
-        _write(search.engine, average)
-        finite = _look(search)
-        _write(search.engine, last)
-        failed = search.engine.skipped - skipped > made // 2 or not finite
-        search.bad = search.bad + 1 if failed else 0
-        if failed or search.ended:
-            return
-        history.append((steps, search.best.bounds))
-        half = next(bounds for at, bounds in reversed(history) if at <= steps // 2)
-        gain, se = _gain(search.best.bounds, half)
-        enough = steps >= schedule.patience * schedule.stretch
-        if enough and gain <= max(search.tolerance, 2.0 * se):
-            return
-
-
-def _stretch(search: _Search, length: int, rate: float) -> tuple[dict[str, Tensor], int]:
-    """A stretch of steps: the average of its iterates, and how many steps were made.
-
-    In short runs, so that a deadline is met and an interrupt loses little. Their lengths do not depend
-    on time, which would show in the last bits of the average, until a deadline is near.
-    """
-    average: dict[str, Tensor] = {}
-    done, pace = 0, 0.0
-    while done < length:
-        steps = min(search.run_steps, length - done)
-        search.run_steps = min(2 * search.run_steps, _RUN_STEPS)
-        if search.deadline is not None and pace > 0.0:
-            steps = max(1, min(steps, int((search.deadline - time.monotonic()) / pace)))
-        started = time.monotonic()
-        run = search.engine.run(steps, rate)
-        now = time.monotonic()
-        done += steps
-        search.losses.extend((-run.bounds).tolist())
-        search.progress.step(float(run.bounds[-1]), steps)
-        for name, value in run.average.items():
-            if name not in average or not value.is_floating_point():
-                average[name] = value
-            else:
-                average[name] += (value - average[name]) * (steps / done)
-        if search.deadline is not None and now > search.deadline:
-            break
-        pace = (now - started) / steps
-    return average, done
-
-
 def _look(search: _Search) -> bool:
     """Keep the parameters as the best if they are; whether their bound is a number at all."""
-    bounds = search.engine.evaluate(search.schedule.replicates)
+    bounds = search.engine.evaluate(search.schedule.replicates).cpu()
     gain = float((bounds - search.best.bounds).mean())
-    if gain > 0:
-        search.best.bounds, search.best.values = bounds, _read(search.engine)
+    if gain + _slack(search, bounds) > 0:
+        search.best.bounds, search.best.values = bounds, read(search.engine)
     return bool(torch.isfinite(bounds.mean()))
+
+
+def _slack(search: _Search, bounds: Tensor) -> float:
+    """What a look may fall short by and still be kept, nats.
+
+    A smaller rate is expected to be nearer the optimum, so what noise alone may have taken is no loss.
+    """
+    if not search.schedule.noisy or search.decays < 1:
+        return 0.0
+    return min(_gain(bounds, search.best.bounds)[1], search.tolerance)
 
 
 def _gain(after: Tensor, before: Tensor) -> tuple[float, float]:
@@ -261,17 +334,6 @@ def _spread(search: _Search) -> float:
     if len(bounds) < _FEW or not bool(bounds.isfinite().all()):
         return math.inf
     return 0.5 * search.engine.particles * float(bounds.var())
-
-
-def _read(engine: Engine) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in engine.parameters().items()}
-
-
-@torch.no_grad()
-def _write(engine: Engine, values: dict[str, Tensor]) -> None:
-    for name, parameter in engine.parameters().items():
-        if name in values:
-            parameter.copy_(values[name])
 
 
 def _diverged(engine: Engine) -> Status:

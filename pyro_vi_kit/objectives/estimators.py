@@ -16,7 +16,7 @@ parameters keep the ordinary weights w~_k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,7 @@ class Drawable(Protocol):
         particles: int,
         index: Mapping[str, Tensor] | None = None,
         *,
+        data: Sequence[Tensor] | None = None,
         share: bool = False,
         detached: bool = False,
     ) -> Any:
@@ -50,6 +51,8 @@ class Drawable(Protocol):
         draw: Any,
         params: Mapping[str, Tensor] | None = None,
         index: Mapping[str, Tensor] | None = None,
+        *,
+        data: Sequence[Tensor] | None = None,
     ) -> LogWeights:
         """The log weights of these draws."""
         ...
@@ -64,6 +67,7 @@ def surrogate(
     *,
     share: bool,
     estimator: str,
+    data: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One estimate of the bound, and a loss whose gradient estimates minus the bound's gradient.
 
@@ -78,13 +82,14 @@ def surrogate(
         index: Rows of each local plate; all when None.
         share: Give all particles the same draw of the globals, as a bound per datum needs.
         estimator: ``pathwise`` or ``dreg``; the latter only where `valid` says so.
+        data: Tensors in the place of the density's own, where data are streamed.
 
     Returns:
         The bound, detached, and the loss: scalars in nats, the loss for its gradient only.
     """
     detached = estimator == "dreg"
-    draw = guide.draw(particles, index, share=share, detached=detached)
-    weights = guide.weigh(draw, params, index)
+    draw = guide.draw(particles, index, data=data, share=share, detached=detached)
+    weights = guide.weigh(draw, params, index, data=data)
     bound = evaluate(objective, weights)
     if detached and objective.order != 1.0:
         for block in guide.blocks:

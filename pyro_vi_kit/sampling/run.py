@@ -84,6 +84,11 @@ def nuts(
     Warns:
         SamplerWarning: For each problem of the draws, and where ``auto`` falls back on Pyro.
     """
+    if isinstance(model, Model) and model.stream is not None:
+        raise OptionError(
+            "nuts reads all data at each step, and those of this model are streamed: pass tensors, "
+            "vi.Model(fn, x, y)"
+        )
     name = _choose(sampler)
     seed = fresh_seed() if seed is None else seed
     plan = Plan(

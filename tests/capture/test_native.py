@@ -57,6 +57,36 @@ def test_compiled_graph_is_the_function_and_is_found_again(cache):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def products(a, b, stack, power):
+    """Products of matrices: plain, transposed, added to, in batches, with a vector."""
+    row, column = a[:1], b[:, :1]
+    inner = torch.addmm(column.T, torch.tanh(a @ b), b.T, beta=0.5)
+    inner = inner + torch.addmm(b.T, a, a, alpha=-1.0)
+    results = [inner, stack @ stack.mT, stack.mT @ stack, row @ column, column @ row, a @ b[:, 0]]
+    return [result * 0.9**power for result in results]
+
+
+def products_and_a_large_one(a, b, stack, power):
+    """One of them is left to a library."""
+    return [*products(a, b, stack, power), a.repeat(40, 1) @ b.repeat(1, 40)]
+
+
+def matrices(seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(5, 5), (5, 5), (3, 4, 7), ()]
+    return [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_COMPILER, reason="there is no C++ compiler")
+@pytest.mark.parametrize("function", [products, products_and_a_large_one])
+def test_small_products_are_products(cache, function):
+    captured = capture(function, matrices(0), [matrices(1)])
+    assert captured.compile(matrices(2)), captured.note
+    for found, expected in zip(captured(*matrices(3)), function(*matrices(3)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_compiler_that_fails_is_no_harm(cache, monkeypatch):
     monkeypatch.setenv("CXX", "/bin/false")
     captured = program()

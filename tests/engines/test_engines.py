@@ -236,7 +236,7 @@ def test_minibatches_cover_each_row_once_per_epoch():
     plate = Density(local_model(n=12)).structure.plates["datum"]
     batches = Batches({plate: 4})
     with RandomStream(0):
-        epochs = [[batches.next()["datum"] for _ in range(3)] for _ in range(5)]
+        epochs = [[batches.next().index["datum"] for _ in range(3)] for _ in range(5)]
     for epoch in epochs:
         assert sorted(torch.cat(epoch).tolist()) == list(range(12))
     assert len({tuple(torch.cat(epoch).tolist()) for epoch in epochs}) == 5
@@ -246,7 +246,7 @@ def test_rows_that_do_not_fill_a_minibatch_take_turns():
     plate = Density(local_model(n=7)).structure.plates["datum"]
     batches = Batches({plate: 3})
     with RandomStream(0):
-        epochs = [torch.cat([batches.next()["datum"] for _ in range(2)]) for _ in range(40)]
+        epochs = [torch.cat([batches.next().index["datum"] for _ in range(2)]) for _ in range(40)]
     assert all(len(epoch.unique()) == 6 for epoch in epochs)
     # Each epoch drops one of 7 at random: 40 epochs miss a given row with probability (6/7)^40.
     assert len({(set(range(7)) - set(epoch.tolist())).pop() for epoch in epochs}) == 7
@@ -266,10 +266,10 @@ def test_the_eager_engine_trains_on_every_row_of_an_epoch(monkeypatch):
     seen = []
     draw = guide.draw
 
-    def spy(particles, index=None, *, share=False, detached=False):
+    def spy(particles, index=None, *, share=False, **options):
         seen.append(index["datum"])
         assert share
-        return draw(particles, index, share=share, detached=detached)
+        return draw(particles, index, share=share, **options)
 
     monkeypatch.setattr(guide, "draw", spy)
     for _ in range(3):

@@ -146,6 +146,17 @@ def test_a_worse_stretch_starts_again_from_the_best():
     assert float(engine.x) == 1.0
 
 
+def test_stretches_are_whole_epochs():
+    engine = Quadratic(start=10.0)
+    looks, evaluate = [], engine.evaluate
+    engine.evaluate = lambda replicates: looks.append(len(engine.rates)) or evaluate(replicates)
+    run(engine, rate=1e-4, stretch=20, epoch=14, replicates=4, max_steps=1400)
+    # Of 20 steps at least, and later of a quarter of those made.
+    assert looks[:4] == [0, 28, 56, 84]
+    assert all(at % 14 == 0 for at in looks)
+    assert looks[-1] - looks[-2] > 28
+
+
 def test_an_interrupt_keeps_the_best():
     engine = Quadratic(start=0.0)
     step, steps = engine.step, count()
