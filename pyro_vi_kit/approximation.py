@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.handlers import kind_of, sample_sites
+from pyro_vi_kit.density.runner import placed
 from pyro_vi_kit.export import Group
 from pyro_vi_kit.groups import (
     data_groups,
@@ -35,7 +36,7 @@ _CHUNK_NUMBERS = 4_000_000
 
 
 class Weighed(NamedTuple):
-    """log p(x, z) and log q(z) at draws from q, each `[S]`, float64, in nats."""
+    """log p(x, z) and log q(z) at draws from q, each `[S]`, float64, on the CPU, in nats."""
 
     log_p: Tensor
     log_q: Tensor
@@ -99,7 +100,7 @@ class GuideApproximation:
         self.point = guide.point
         self.density: Density = guide.density
         self.dtype = guide.density.dtype
-        self.params = {key: value.detach() for key, value in params.items()}
+        self.params = {key: self.density.cast(value.detach()) for key, value in params.items()}
         self._width = width_of(self.density)
         self.cost = self._width
         if self.density.streamed is not None and self.density.model.stream is not None:
@@ -112,7 +113,7 @@ class GuideApproximation:
     @torch.no_grad()
     def unconstrained(self, draws: int, seed: int) -> dict[str, Tensor]:
         """Unconstrained draws by site, `[S, ...]`."""
-        with RandomStream(seed), isolated(self.guide.density.dtype):
+        with RandomStream(seed), isolated(self.dtype, self.density.device):
             return _joined([self.guide.draw(size).z for size in self._sizes(draws)])
 
     def weigh(self, draws: int, seed: int) -> Weighed:
@@ -130,22 +131,21 @@ class GuideApproximation:
         if self.density.streamed is not None:
             return self._weighed_on_stream(draws, seed)
         parts, log_p, log_q = [], [], []
-        with RandomStream(seed), isolated(self.guide.density.dtype):
+        with RandomStream(seed), isolated(self.dtype, self.density.device):
             for size in self._sizes(draws):
                 draw = self.guide.draw(size)
                 terms = self.density.terms(draw.z, self.params, jacobian=not self.guide.point)
                 parts.append(draw.z)
                 log_p.append(terms.total())
                 log_q.append(draw.shared + sum(rows.sum(-1) for rows in draw.local.values()))
-        weighed = Weighed(torch.cat(log_p).double(), torch.cat(log_q).double())
-        return _joined(parts), weighed
+        return _joined(parts), Weighed(_told(torch.cat(log_p)), _told(torch.cat(log_q)))
 
     def _weighed_on_stream(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """The same, in one pass over all batches for all draws."""
-        with RandomStream(seed), isolated(self.guide.density.dtype):
+        with RandomStream(seed), isolated(self.dtype, self.density.device):
             draw = joined_draws([self.guide.draw(size) for size in self._sizes(draws)])
             log_p, log_q = weigh_all(self.guide, draw, self.params, self.density.batches())
-        return draw.z, Weighed(log_p.double(), log_q.double())
+        return draw.z, Weighed(_told(log_p), _told(log_q))
 
     def _constrained(self, z: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         # Discrete sites are drawn given z, with the seed that `groups` passes on.
@@ -177,7 +177,7 @@ class GuideApproximation:
 
     def moved_to(self, model: Model) -> GuideApproximation:
         """The same trained guide on other data of the same model."""
-        density = Density(model, dtype=self.density.dtype)
+        density = Density(model, dtype=self.density.dtype, device=self.density.device)
         return GuideApproximation(self.name, self.guide.moved_to(density), self.params)
 
     def _sizes(self, draws: int) -> list[int]:
@@ -210,6 +210,7 @@ class TraceApproximation:
         state: The private parameter store it was trained in.
         dtype: Default dtype of the fit.
         density: The model's Density, where it has one: names the dims of what is exported.
+        device: Where the guide and the model's arguments are.
     """
 
     def __init__(
@@ -219,8 +220,10 @@ class TraceApproximation:
         state: dict[str, Any],
         dtype: torch.dtype,
         density: Density | None,
+        device: torch.device,
     ) -> None:
         self.model = model
+        self.device = device
         self.guide = guide
         self.state = state
         self.dtype = dtype
@@ -246,6 +249,7 @@ class TraceApproximation:
     def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.predict`."""
         values: dict[str, list[Tensor]] = {}
+        model = placed(model, self.device)
         with self._running(seed):
             for _ in range(draws):
                 guide = poutine.trace(self.guide).get_trace(*self.model.args, **self.model.kwargs)
@@ -261,7 +265,8 @@ class TraceApproximation:
         """See `Approximation.groups`."""
         values = self.draw(draws, seed)
         if self.density is None:
-            return {"posterior": Group({n: v.numpy()[None] for n, v in values.items()})}
+            arrays = {name: value.cpu().numpy()[None] for name, value in values.items()}
+            return {"posterior": Group(arrays)}
         groups = {"posterior": sampled(self.density, values, 1)}
         return groups | prior_groups(self.density, 500, seed=seed + 2) | data_groups(self.density)
 
@@ -283,7 +288,8 @@ class TraceApproximation:
     def _running(self, seed: int) -> Iterator[None]:
         with (
             RandomStream(seed),
-            isolated(self.dtype),
+            isolated(self.dtype, self.device),
+            contextlib.nullcontext() if self.density is None else self.density.casting(),
             private_params(self.state),
             torch.no_grad(),
         ):
@@ -302,4 +308,9 @@ def _values(pairs: Sequence[Pair]) -> dict[str, Tensor]:
 def _log_probs(pairs: Sequence[Pair]) -> Weighed:
     log_p = torch.stack([torch.as_tensor(model.log_prob_sum()) for model, _ in pairs])
     log_q = torch.stack([torch.as_tensor(guide.log_prob_sum()) for _, guide in pairs])
-    return Weighed(log_p.detach().double(), log_q.detach().double())
+    return Weighed(_told(log_p), _told(log_q))
+
+
+def _told(log_density: Tensor) -> Tensor:
+    """A log density as it is handed out: detached, float64, on the CPU."""
+    return log_density.detach().double().cpu()

@@ -13,6 +13,7 @@ import torch
 from pyro_vi_kit import checkpoint as checkpoints
 from pyro_vi_kit import guides, identity, minibatches, resuming, streaming, training
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.device import Device
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import ModelError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
@@ -42,6 +43,7 @@ def fit(
     init: str | Mapping[str, Any] = "auto",
     optimizer: OptimizerFactory | None = None,
     batch_size: int | Mapping[str, int] | None = None,
+    device: Device | None = None,
     epochs: int | Epochs | None = None,
     resume: Posterior | str | Path | None = None,
     checkpoint: str | Path | None = None,
@@ -80,6 +82,8 @@ def fit(
             its data with the plate's indices, or use `pyro.subsample`. Latents inside the plate get
             numbers of their own, row by row, or an encoder (guide ``"amortized"``). Streamed data
             always come in batches: by default of about 200,000 numbers, or what the loader says.
+        device: Where to compute: ``"cuda"``, ``"cuda:1"``, ``"cpu"``. Data, guide and copies of the
+            model's weights are put there. By default where the model's data are, or the CPU.
         epochs: Train by so many passes over the data, in the place of steps that stop by themselves; a
             `vi.Epochs` also says the rate and its schedule, what to validate on and when to stop early.
         resume: An earlier fit of the same model, or the path of a saved one, to go on from: its
@@ -101,7 +105,7 @@ def fit(
     earlier = None
     saved = None if checkpoint is None else checkpoints.read(checkpoint)
     if resume is not None:
-        earlier = resuming.earlier_fit(resume, model, guide)
+        earlier = resuming.earlier_fit(resume, model, guide, device)
         record, guide = earlier.record, resuming.same_guide(earlier, guide)
         objective = resuming.objective_of(record) if objective is None else objective
         method = "stochastic" if (method, record.method) == ("auto", "stochastic") else method
@@ -128,6 +132,7 @@ def fit(
         progress,
         earlier is not None,
         epochs,
+        device,
     )
     _require_dtype(dtype)
     streaming.require_streamable(request, guide)
@@ -136,7 +141,7 @@ def fit(
         guide, trainee, density = _trainee(request, guide, dtype)
         state = None
     else:
-        trainee, density = resuming.trained_again(earlier, model, dtype)
+        trainee, density = resuming.trained_again(earlier, model, dtype, request.device)
         state = None if isinstance(trainee, Guide) else resuming.state_of(earlier)
     name = training.name_of(trainee)
     kept = None
@@ -180,13 +185,19 @@ def _trainee(
 ) -> tuple[GuideSpec | Guide | PyroGuide, Guide | PyroGuide, Density | None]:
     """What ``guide=`` stands for, the guide itself, untrained, and the model's Density if it has one."""
     if isinstance(guide, Guide):
+        if request.device not in (None, guide.density.device):
+            raise OptionError(
+                f"device={str(request.device)!r}, and this guide was built on "
+                f"{str(guide.density.device)!r}: build it there, vi.guides.make(..., device=...), or "
+                "give its name"
+            )
         return guide, guide, guide.density
     if guide is not None and not isinstance(guide, str | GuideSpec) and callable(guide):
         return guide, guide, _density_or_none(request)
     spec = guides.specify("full_rank" if guide is None else guide)  # type: ignore[arg-type]
     if dtype is None:
         dtype = default_dtype() if spec.name == "amortized" else torch.float64
-    density = Density(request.model, dtype=dtype)
+    density = Density(request.model, dtype=dtype, device=request.device)
     if guide is None and density.dim > fixed_draws.MAX_DIM:
         spec = guides.specify("mean_field")
     with RandomStream(request.seed):
@@ -201,7 +212,7 @@ def _density_or_none(request: Request) -> Density | None:
             "engine='pyro' (or 'auto')"
         )
     try:
-        return Density(request.model, dtype=default_dtype())
+        return Density(request.model, dtype=default_dtype(), device=request.device)
     except ModelError:
         # Discrete latents, structure that changes: Pyro runs what a Density refuses.
         return None

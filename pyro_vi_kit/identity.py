@@ -43,6 +43,7 @@ def of(
         "engine": _engine(request.engine),
         "estimator": request.estimator,
         "dtype": None if density is None else str(density.dtype),
+        "device": str(request.device if density is None else density.device),
         "seed": request.seed,
         "tol": request.tolerance if request.own_tolerance else None,
         "steps": request.steps,

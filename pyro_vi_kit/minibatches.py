@@ -204,7 +204,8 @@ def _some(density: Density, plate: Plate, inside: int, width: int, plates: int) 
     rows = min(_START_ROWS, max(1, _START_NUMBERS * plate.size // numbers))
     if inside:
         rows = min(rows, max(2, (_START_DIM - width) // (inside * plates)))
-    return torch.randperm(plate.size)[: min(rows, plate.size)]
+    order = torch.randperm(plate.size, device="cpu")
+    return density.cast(order[: min(rows, plate.size)])
 
 
 @torch.no_grad()
@@ -212,7 +213,7 @@ def _hand_over(guide: Guide, part: Density, gaussian: Gaussian, scale: Mapping[s
     """Give each block its share of a Gaussian over the latents of some rows."""
     covariance = gaussian.scale_tril @ gaussian.scale_tril.T
     # Where each site's numbers lie in the flat vector.
-    places = part.block.unpack(torch.arange(part.dim).unsqueeze(0))
+    places = part.block.unpack(torch.arange(part.dim, device=part.device).unsqueeze(0))
     for block in guide.blocks:
         family = guide.families[block.name]
         if block.plate is None and isinstance(family, GaussianFamily):

@@ -13,6 +13,7 @@ import torch
 from pyro_vi_kit import export, storage
 from pyro_vi_kit.approximation import Approximation, GuideApproximation
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.device import Device
 from pyro_vi_kit.errors import ModelError, OptionError, ViError
 from pyro_vi_kit.evaluation import Evaluation, evaluate, usable
 from pyro_vi_kit.groups import coords_of, dims_of, squeeze
@@ -390,7 +391,11 @@ class Posterior:
 
 
 def load(
-    path: str | Path, model: Model, *, guide: GuideSpec | Callable[..., Any] | None = None
+    path: str | Path,
+    model: Model,
+    *,
+    guide: GuideSpec | Callable[..., Any] | None = None,
+    device: Device | None = None,
 ) -> Posterior:
     """Read a posterior that `Posterior.save` wrote. Nothing in the file is ever run.
 
@@ -399,6 +404,7 @@ def load(
         model: The model it is a posterior of, with its data.
         guide: The configured guide or Pyro guide, where the file cannot name it: one with an encoder
             of the user's, or a Pyro guide callable.
+        device: Where to put it, as ``fit`` has it; where the model's data are when None.
 
     Raises:
         FileError: If the file cannot be read or holds no posterior of this package.
@@ -407,7 +413,7 @@ def load(
     """
     if not isinstance(model, Model):
         raise OptionError(f"load takes the vi.Model of the posterior, got {type(model).__name__}")
-    restored = storage.restore(path, model, guide)
+    restored = storage.restore(path, model, guide, device)
     return Posterior(
         model, restored.approximation, restored.record, restored.density, restored.spec
     )

@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from pyro_vi_kit import device as device_module
 from pyro_vi_kit import objectives
+from pyro_vi_kit.device import Device, device_of
 from pyro_vi_kit.engines import NAMES as ENGINES
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import OptionError, UnknownNameError
@@ -31,6 +35,7 @@ class Request:
         steps: The most stochastic steps.
         resumed: Whether the guide is trained already.
         epochs: How to train by epochs; None where steps stop by themselves.
+        device: Where everything is; where the model's data are when None.
         deadline: `time.monotonic` second at which to stop.
     """
 
@@ -51,6 +56,7 @@ class Request:
     progress: bool | None
     resumed: bool
     epochs: Epochs | None = None
+    device: torch.device | None = None
 
 
 def checked(
@@ -69,6 +75,7 @@ def checked(
     progress: bool | None,
     resumed: bool,
     epochs: int | Epochs | None = None,
+    device: Device | None = None,
 ) -> Request:
     """The request for these options.
 
@@ -130,7 +137,19 @@ def checked(
         progress=progress,
         resumed=resumed,
         epochs=plan,
+        device=_usable(device, model, engine),
     )
+
+
+def _usable(device: Device | None, model: Model, engine: str) -> torch.device | None:
+    found = device_module.checked(device)
+    where = device_of((model.args, dict(model.kwargs))) if found is None else found
+    if engine == "compiled" and where.type != "cpu":
+        raise OptionError(
+            f"engine='compiled' compiles for the CPU, and this fit is on {str(where)!r}: leave engine= "
+            "out, and steps are recorded as a CUDA graph"
+        )
+    return found
 
 
 def _plan(epochs: object, method: str, engine: str) -> Epochs | None:

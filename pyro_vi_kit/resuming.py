@@ -14,6 +14,7 @@ import torch
 from pyro_vi_kit import guides, objectives
 from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.device import Device
 from pyro_vi_kit.errors import ModelError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import Model
@@ -23,13 +24,16 @@ from pyro_vi_kit.storage import latents_of, words
 from pyro_vi_kit.types import Objective
 
 
-def earlier_fit(resume: object, model: Model, guide: object) -> Posterior:
+def earlier_fit(
+    resume: object, model: Model, guide: object, device: Device | None = None
+) -> Posterior:
     """The posterior that ``resume=`` names.
 
     Args:
         resume: A posterior, or the path of a saved one.
         model: The model to go on with.
         guide: What ``guide=`` says, None where it says nothing.
+        device: What ``device=`` says, for a saved one.
 
     Raises:
         OptionError: If it is neither, or its guide is another one.
@@ -37,7 +41,8 @@ def earlier_fit(resume: object, model: Model, guide: object) -> Posterior:
         ModelError: If the latents are not those of the model.
     """
     if isinstance(resume, str | Path):
-        return load(resume, model, guide=None if isinstance(guide, str) else guide)  # type: ignore[arg-type]
+        known: Any = None if isinstance(guide, str) else guide
+        return load(resume, model, guide=known, device=device)
     if not isinstance(resume, Posterior):
         raise OptionError(
             f"resume= takes a posterior, or the path of a saved one, got {type(resume).__name__}"
@@ -68,7 +73,7 @@ def same_guide(earlier: Posterior, guide: object) -> GuideSpec | Guide | Callabl
 
 
 def trained_again(
-    earlier: Posterior, model: Model, dtype: torch.dtype | None
+    earlier: Posterior, model: Model, dtype: torch.dtype | None, device: torch.device | None = None
 ) -> tuple[Guide | Callable[..., Any], Density | None]:
     """The earlier fit's guide with its parameters, over this model, and the model's Density.
 
@@ -77,10 +82,16 @@ def trained_again(
     """
     approximation = earlier.approximation
     if not isinstance(approximation, GuideApproximation):
+        if device not in (None, approximation.device):  # type: ignore[attr-defined]
+            raise OptionError(
+                "a Pyro guide callable goes on where it was trained: leave device= out, or give the "
+                "path of the saved fit as resume="
+            )
         return approximation.guide, earlier.density  # type: ignore[attr-defined]
-    density = Density(model, dtype=dtype or approximation.dtype)
+    where = device or approximation.density.device
+    density = Density(model, dtype=dtype or approximation.dtype, device=where)
     _require_same("latents", latents_of(approximation.density), latents_of(density))
-    before = {name: value.to(density.dtype) for name, value in approximation.params.items()}
+    before = {name: density.cast(value) for name, value in approximation.params.items()}
     _require_same("learned parameters", _shapes(before), _shapes(density.params))
     density.params = {
         name: before[name].clone().requires_grad_(value.requires_grad)

@@ -32,31 +32,51 @@ def default_dtype() -> torch.dtype:
         return torch.get_default_dtype()
 
 
+def _generators() -> list[torch.Generator]:
+    """The global generators of torch: the CPU's, and those of the CUDA devices once these are in use."""
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *cuda]
+
+
+def random_state() -> list[bytes]:
+    """What torch's global generators stand at: equal to an earlier one where nothing was drawn."""
+    # Past the modes that a model runs under: they would take these tensors for the model's.
+    with torch._C.DisableTorchFunction():
+        return [generator.get_state().numpy().tobytes() for generator in _generators()]
+
+
 class RandomStream:
-    """Random numbers of its own: inside ``with stream:`` torch's global generator is this stream.
+    """Random numbers of its own: inside ``with stream:`` torch's global generators are this stream.
 
     The user's random state comes back on exit, and the next ``with`` goes on where this one stopped.
+    That holds for the CPU's generator and for those of the CUDA devices.
 
     Args:
-        seed: The same seed gives the same numbers on the same machine.
+        seed: The same seed gives the same numbers on the same machine and device.
     """
 
     def __init__(self, seed: int) -> None:
-        self._state = torch.Generator().manual_seed(seed).get_state()
-        self._outer: list[torch.Tensor] = []
+        self._seed = seed
+        self._states: list[torch.Tensor] = []
+        self._outer: list[list[torch.Tensor]] = []
 
-    def state(self) -> torch.Tensor:
-        """Where it stands, as bytes."""
-        return self._state.clone()
+    def state(self) -> list[torch.Tensor]:
+        """Where each generator stands, as bytes; none where nothing was drawn yet."""
+        return [state.clone() for state in self._states]
 
-    def restore(self, state: torch.Tensor) -> None:
+    def restore(self, state: Sequence[torch.Tensor]) -> None:
         """Go on from `state`."""
-        self._state = state.clone()
+        self._states = [generator.clone() for generator in state]
 
     def __enter__(self) -> RandomStream:
         LOCK.acquire()
-        self._outer.append(torch.get_rng_state())
-        torch.set_rng_state(self._state)
+        generators = _generators()
+        self._outer.append([generator.get_state() for generator in generators])
+        for position, generator in enumerate(generators):
+            if position < len(self._states):
+                generator.set_state(self._states[position])
+            else:
+                generator.manual_seed(self._seed)
         return self
 
     def __exit__(
@@ -65,17 +85,22 @@ class RandomStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._state = torch.get_rng_state()
-        torch.set_rng_state(self._outer.pop())
+        generators = _generators()
+        self._states = [generator.get_state() for generator in generators]
+        for generator, state in zip(generators, self._outer.pop(), strict=False):
+            generator.set_state(state)
         LOCK.release()
 
 
 @contextlib.contextmanager
-def isolated(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
-    """Run Pyro code alone: under the lock, with this default dtype and this validation switch.
+def isolated(
+    dtype: torch.dtype, device: torch.device | None = None, *, validate: bool = False
+) -> Iterator[None]:
+    """Run Pyro code alone: under the lock, with these defaults and this validation switch.
 
     Args:
         dtype: Becomes the default dtype, so that literals in the model take it too.
+        device: Becomes the default device, for the same; None leaves it as it is.
         validate: Whether Pyro and torch check arguments and supports. Their messages are good, so the
             first run has them; the hot loop does not.
     """
@@ -84,11 +109,19 @@ def isolated(dtype: torch.dtype, *, validate: bool = False) -> Iterator[None]:
         torch.set_default_dtype(dtype)
         torch.broadcast_shapes = _broadcast_shapes
         try:
-            with pyro.validation_enabled(validate):
+            with pyro.validation_enabled(validate), default_device(device):
                 yield
         finally:
             torch.broadcast_shapes = broadcast_shapes
             torch.set_default_dtype(outer)
+
+
+def default_device(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
+    """A context in which tensors that are made without a device land on this one."""
+    # A context of torch's costs each call of a torch function: none where tensors land there anyway.
+    if device is None or torch.empty(0).device == device:
+        return contextlib.nullcontext()
+    return device  # a torch.device is such a context
 
 
 def _broadcast_shapes(*shapes: int | Sequence[int]) -> torch.Size:

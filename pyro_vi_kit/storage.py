@@ -19,11 +19,13 @@ from torch import Tensor
 from pyro_vi_kit import export, guides, objectives
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.runner import placed
+from pyro_vi_kit.device import Device, checked, device_of
 from pyro_vi_kit.errors import FileError, ModelError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.record import Record
-from pyro_vi_kit.runtime import RandomStream, private_params
+from pyro_vi_kit.runtime import RandomStream, default_device, private_params
 from pyro_vi_kit.types import Status
 
 GROUP = "vi_guide"
@@ -48,12 +50,12 @@ def guide_group(
     Raises:
         OptionError: If the approximation is of a kind that cannot be saved.
     """
-    tensors = _tensors(approximation)
+    tensors = {name: value.cpu().numpy() for name, value in _tensors(approximation).items()}
     header: dict[str, Any] = {
         "format": _FORMAT,
         "guide": None,
         "options": _options(spec),
-        "tensors": [(name, str(t.numpy().dtype)) for name, t in tensors.items()],
+        "tensors": [(name, str(array.dtype)) for name, array in tensors.items()],
         "dtype": str(approximation.dtype).removeprefix("torch."),
         "objective": [record.objective.name, dataclasses.asdict(record.objective)],  # type: ignore[call-overload]
         "status": dataclasses.asdict(record.status),
@@ -77,14 +79,17 @@ def guide_group(
         header["guide"] = approximation.name
         header["latents"] = latents_of(approximation.density)
         header["tables"] = tables_of(approximation.guide)
-    variables = {f"tensor_{i}": t.numpy() for i, t in enumerate(tensors.values())}
+    variables = {f"tensor_{i}": array for i, array in enumerate(tensors.values())}
     variables["losses"] = record.losses
     variables |= {f"{_HISTORY}{name}": column for name, column in record.history.items()}
     return export.Group(variables, sampled=False, attrs={"header": json.dumps(header)})
 
 
 def restore(
-    path: str | Path, model: Model, guide: GuideSpec | Callable[..., Any] | None
+    path: str | Path,
+    model: Model,
+    guide: GuideSpec | Callable[..., Any] | None,
+    device: Device | None = None,
 ) -> Restored:
     """Read what `guide_group` stored.
 
@@ -92,6 +97,7 @@ def restore(
         path: The file.
         model: The model it is a posterior of, with its data.
         guide: The configured guide or Pyro guide, where the file cannot name it.
+        device: Where to put it; where the model's data are when None.
 
     Raises:
         FileError: If the file cannot be read or holds no posterior of this package.
@@ -101,8 +107,9 @@ def restore(
     header, tensors, record = _read(path)
     dtype = getattr(torch, header["dtype"])
     if header["guide"] is None:
-        return Restored(_traced(path, model, guide, tensors, dtype), record, None, None)
-    density = Density(model, dtype=dtype)
+        where = checked(device) or device_of((model.args, dict(model.kwargs)))
+        return Restored(_traced(path, model, guide, tensors, dtype, where), record, None, None)
+    density = Density(model, dtype=dtype, device=device)
     if header["latents"] != latents_of(density):
         raise ModelError(
             f"{path} is a posterior of latents {words(header['latents'])}; this model has "
@@ -234,12 +241,18 @@ def words(latents: list[list[Any]]) -> str:
 
 
 def _traced(
-    path: str | Path, model: Model, guide: object, tensors: dict[str, Tensor], dtype: torch.dtype
+    path: str | Path,
+    model: Model,
+    guide: object,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> TraceApproximation:
     """A user's Pyro guide: run once to declare its parameters, then given the stored values."""
     if guide is None or not callable(guide):
         raise OptionError(f"{path} holds the parameters of a Pyro guide: pass it, guide=my_guide")
-    with RandomStream(0), private_params() as state:
+    model = placed(model, device)
+    with RandomStream(0), default_device(device), private_params() as state:
         guide(*model.args, **model.kwargs)
     if set(state["params"]) != set(tensors):
         raise ModelError(
@@ -248,4 +261,4 @@ def _traced(
         )
     for name, parameter in state["params"].items():
         parameter.data.copy_(tensors[name])
-    return TraceApproximation(model, guide, state, dtype, None)
+    return TraceApproximation(model, guide, state, dtype, None, device)

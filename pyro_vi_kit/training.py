@@ -13,6 +13,8 @@ from pyro_vi_kit import minibatches, streaming
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.runner import placed
+from pyro_vi_kit.device import device_of
 from pyro_vi_kit.engines import (
     Batches,
     BatchSource,
@@ -184,19 +186,22 @@ def _train_pyro_guide(
             "batch_size= needs a guide of this package; with a Pyro guide of your own, give the plates "
             "of model and guide a subsample_size"
         )
+    where = request.device or device_of((request.model.args, dict(request.model.kwargs)))
+    model = placed(request.model, where)
     engine = PyroEngine(
-        request.model,
+        model,
         guide,
         request.objective,
         seed=request.seed,
         density=density,
         optimizer=request.optimizer,
         state=state,
+        device=where,
     )
     estimator_of(request, guide)
     outcome, bound = _run_stochastic(request, name_of(guide), engine, whitened=False)
     dtype = default_dtype() if density is None else density.dtype
-    approximation = TraceApproximation(request.model, guide, engine.state, dtype, density)
+    approximation = TraceApproximation(model, guide, engine.state, dtype, density, engine.device)
     bound = bound if request.objective.multi_sample else None
     return Trained(approximation, outcome, engine.name, bound)
 
@@ -389,7 +394,7 @@ def _start(request: Request, density: Density) -> Tensor | None:
     if isinstance(request.init, Mapping):
         return density.unconstrain(request.init)
     if request.init == "origin":
-        return torch.zeros(density.dim, dtype=density.dtype)
+        return torch.zeros(density.dim, dtype=density.dtype, device=density.device)
     return None
 
 
@@ -439,4 +444,4 @@ def _batches(request: Request, guide: Guide, density: Density) -> BatchSource | 
     if request.batch_size is not None:
         sizes = minibatches.sizes_of(request.batch_size, density, guide)
     minibatches.require_local(guide, sizes, request.objective.multi_sample)
-    return Batches(sizes) if sizes else None
+    return Batches(sizes, density.device) if sizes else None

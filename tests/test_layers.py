@@ -19,7 +19,7 @@ import pyro_vi_kit as vi
 # of one layer do not know each other. A new module takes its place here.
 LAYERS = (
     ("errors", "types"),
-    ("runtime", "psis", "metrics", "registry", "progress", "checkpoint"),
+    ("runtime", "device", "psis", "metrics", "registry", "progress", "checkpoint"),
     ("stream",),
     ("model", "export", "capture"),
     ("density", "modelfile"),

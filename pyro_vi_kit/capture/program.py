@@ -34,6 +34,7 @@ class Program:
 
     It begins in TorchScript. Once it has run for five seconds it has itself compiled, beside what goes
     on, and is faster when that is done; a graph that was compiled before is compiled from the start.
+    On a GPU it is a CUDA graph instead, and is not compiled.
 
     Args:
         graph: The recording.
@@ -42,7 +43,7 @@ class Program:
 
     Attributes:
         graph: The recording.
-        how: ``native``, ``script`` or ``python``: what replays it now.
+        how: ``native``, ``cuda``, ``script`` or ``python``: what replays it now.
         note: Why it is not compiled, where it cannot be.
     """
 
@@ -53,7 +54,11 @@ class Program:
         self._run: replay.Run = replay.python(graph)
         self.how = "python"
         self._library: Library | None = None
-        self.note = impossible(graph) if compiles else ""
+        where = _elsewhere(inputs)
+        if where is not None:
+            compiles, self.note = False, self._launch_at_once(where, inputs)
+        else:
+            self.note = impossible(graph) if compiles else ""
         if compiles and not self.note and not _mixed(graph):
             self._library = Library(graph, inputs)
             self._adopt(inputs)
@@ -62,7 +67,18 @@ class Program:
             try:
                 self._run, self.how = replay.script(self._run, inputs), "script"
             except RuntimeError as error:  # an operation that TorchScript does not know
-                self.note = f"no TorchScript: {first_line(error)}"
+                reasons = [self.note, f"no TorchScript: {first_line(error)}"]
+                self.note = "; ".join(reason for reason in reasons if reason)
+
+    def _launch_at_once(self, where: torch.device, inputs: Sequence[Tensor]) -> str:
+        """Make it a CUDA graph; why it is none, where that is not possible."""
+        if where.type != "cuda" or any(tensor.device != where for tensor in inputs):
+            return f"only what is on one CUDA device becomes a CUDA graph, and this is on {where}"
+        try:
+            self._run, self.how = replay.on_cuda(self._run, inputs), "cuda"
+        except RuntimeError as error:
+            return f"no CUDA graph: {first_line(error)}"
+        return ""
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The function's results; noise is drawn from torch's global random state."""
@@ -139,6 +155,11 @@ class Program:
         except RuntimeError as error:
             self.note = f"the compiled graph does not run: {first_line(error)}"
         library.discard()
+
+
+def _elsewhere(inputs: Sequence[Tensor]) -> torch.device | None:
+    """The device that these are on, where that is not the CPU."""
+    return next((tensor.device for tensor in inputs if tensor.device.type != "cpu"), None)
 
 
 def _mixed(graph: Graph) -> bool:

@@ -2,10 +2,12 @@
 
 `python` interprets it, at some 4 microseconds an operation; `script` has TorchScript do it, at about 1,
 without Python's lock. `native` (a module of its own) is compiled by Inductor, and costs next to nothing.
+`on_cuda` has a GPU launch all of the graph's kernels at once.
 """
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from pyro_vi_kit.capture.graph import Graph
 
 Run = Callable[..., Sequence[Tensor]]
+
+_WARM_UP = 3
 
 
 def python(graph: Graph) -> Run:
@@ -53,3 +57,42 @@ def script(function: Run, inputs: Sequence[Tensor]) -> Run:
         # TorchScript plans in its first two calls.
         frozen(*inputs)
     return frozen
+
+
+def on_cuda(function: Run, inputs: Sequence[Tensor]) -> Run:
+    """A graph as a CUDA graph: one launch for all of its kernels.
+
+    Inputs are copied into memory of the graph's own, and results out of it. Noise is among the inputs,
+    so that it follows the random state that it is drawn from.
+
+    Args:
+        function: The graph as `python` has it.
+        inputs: An example of its inputs, noise included, all on one CUDA device.
+
+    Raises:
+        RuntimeError: If one of its operations cannot be part of a CUDA graph, since it waits for the
+            device or takes memory of the host.
+    """
+    device = inputs[0].device
+    static = [tensor.detach().clone() for tensor in inputs]
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.no_grad():
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            # Libraries plan and take their workspaces in the first calls, which no recording may.
+            for _ in range(_WARM_UP):
+                function(*static)
+        torch.cuda.current_stream(device).wait_stream(side)
+        # Other threads may use the device meanwhile.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            results = function(*static)
+    lock = threading.Lock()
+
+    def replay(*tensors: Tensor) -> Sequence[Tensor]:
+        with lock, torch.cuda.device(device), torch.no_grad():
+            for own, given in zip(static, tensors, strict=True):
+                own.copy_(given, non_blocking=True)
+            graph.replay()
+            return tuple(result.clone() for result in results)
+
+    return replay

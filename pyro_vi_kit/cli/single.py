@@ -66,6 +66,9 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @click.option("--resume", type=click.Path(), help="A fit written by --out, to go on from.")
 @seed_option
 @click.option("--batch-size", type=int, help="Rows of the data in a step (guide amortized).")
+@click.option(
+    "--device", help="Where to compute: cpu, cuda, cuda:1; by default where the data are."
+)
 @click.option("--particles", type=int, help="Draws per step, an option of the objective.")
 @click.option("--alpha", type=float, help="The order, an option of the objective renyi.")
 @click.option(

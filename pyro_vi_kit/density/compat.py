@@ -81,13 +81,13 @@ def _unvalidated(init: Callable[..., None]) -> Callable[..., None]:
 
 def _below_diagonal(mat: Tensor, diag: int = 0) -> Tensor:
     """The entries on and below a diagonal, row by row: `[..., n, n] -> [..., m]`."""
-    row, column = torch.tril_indices(mat.shape[-1], mat.shape[-1], diag)
+    row, column = torch.tril_indices(mat.shape[-1], mat.shape[-1], diag, device=mat.device)
     return mat[..., row, column]
 
 
 def _triangular(vec: Tensor, diag: int = 0) -> Tensor:
     """The inverse of `_below_diagonal`, zero above."""
-    below = _original_triangle(torch.ones(vec.shape[-1]), diag) > 0
+    below = _original_triangle(torch.ones(vec.shape[-1], device=vec.device), diag) > 0
     if vec.shape[-1] == 0:
         return vec.new_zeros(*vec.shape[:-1], *below.shape)
     place = (below.flatten().cumsum(0) - 1).clamp(min=0)

@@ -26,6 +26,7 @@ from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.streamed import Streamed, streamed
 from pyro_vi_kit.density.structure import Site, discover
 from pyro_vi_kit.density.terms import Terms, add_up
+from pyro_vi_kit.device import Device, checked
 from pyro_vi_kit.errors import ModelError, ViError
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream
@@ -42,8 +43,11 @@ class Density:
     Args:
         model: The model and its data.
         dtype: Precision of everything: arguments, learned parameters and literals are cast to it.
+        device: Where everything is: arguments, learned parameters and what the model closes over are
+            copied there. By default where the arguments are.
 
     Attributes:
+        device: Where everything is.
         structure: Sites, plates and parameters, as two runs of the model met them.
         latents: The continuous latent sites, in the model's order.
         discrete: The discrete latent sites, which are summed out exactly.
@@ -62,15 +66,22 @@ class Density:
     """
 
     @torch.enable_grad()  # a caller may have gradients off; what follows differentiates
-    def __init__(self, model: Model, *, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        dtype: torch.dtype = torch.float64,
+        device: Device | None = None,
+    ) -> None:
         self.model = model
         self.dtype = dtype
-        self._runner = Runner(model, dtype)
+        self._runner = Runner(model, dtype, checked(device))
+        self.device: torch.device = self._runner.device
         self.data: list[Tensor] = self._runner.data
         self.structure, visits = discover(self._runner)
         self.observed: Values = _observed(visits)
         self.params: Values = {
-            name: self._runner.cast(p.value).requires_grad_(p.value.is_floating_point())
+            name: self.cast(p.value).requires_grad_(p.value.is_floating_point())
             for name, p in self.structure.parameters.items()
         }
         self._runner.owners = {
@@ -91,10 +102,17 @@ class Density:
         self.dim = self.block.dim
         with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.
-            z = 0.3 * torch.randn(3, self.dim, dtype=dtype)
+            z = self.cast(0.3 * torch.randn(3, self.dim, dtype=dtype, device="cpu"))
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
             self._require_true_sum(z)
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """A tensor in this precision and on this device, detached where it is a floating one.
+
+        Random points are drawn on the CPU and brought here, so that they are the same everywhere.
+        """
+        return self._runner.cast(tensor)
 
     # -- evaluation ---------------------------------------------------------------------------
 
@@ -272,7 +290,8 @@ class Density:
         Raises:
             ModelError: If a prior cannot be sampled, or the model refuses the new arguments.
         """
-        points = {"": torch.zeros(draws or 1)} if z is None else dict(self._by_site(z))
+        nowhere = {"": torch.zeros(draws or 1, device=self.device)}
+        points = nowhere if z is None else dict(self._by_site(z))
 
         def single(point: Values) -> Values:
             drawn = {} if z is None else self._drawn(point, params)
@@ -315,7 +334,7 @@ class Density:
     def _shaped(self, name: str, value: Any) -> Tensor:
         site = self.structure.sites[name]
         shape = site.batch_shape + site.event_shape
-        tensor = torch.as_tensor(value, dtype=self.dtype)
+        tensor = torch.as_tensor(value, dtype=self.dtype, device=self.device)
         if tensor.numel() != shape.numel():
             raise ModelError(
                 f"site {name!r} has shape {tuple(shape)}; the value given for it has "
@@ -378,7 +397,8 @@ class Density:
                 return fn(*args, **kwargs)
 
         args, kwargs = self.arguments()
-        density = Density(Model(some, *args, kwargs=kwargs), dtype=self.dtype)
+        model = Model(some, *args, kwargs=kwargs)
+        density = Density(model, dtype=self.dtype, device=self.device)
         density.params = self.params
         return density
 
@@ -391,10 +411,14 @@ class Density:
         supports depend on other latents.
         """
         replay = Replay(unconstrained=z, constrained=self._example)
-        with self._runner.precision or contextlib.nullcontext():
+        with self.casting():
             self._run(replay, model=self.model.with_args(*args, **kwargs))
         visits = [replay.visits[site.name] for site in self.latents]
         return {v.name: (v.value, v.log_det) for v in visits if v.log_det is not None}
+
+    def casting(self) -> contextlib.AbstractContextManager[Any]:
+        """A context in which operations of the model find what it closes over cast and at hand."""
+        return self._runner.precision or contextlib.nullcontext()
 
     def learned(
         self, params: Mapping[str, Tensor] | None = None

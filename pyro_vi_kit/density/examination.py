@@ -33,6 +33,7 @@ from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.density.terms import add_up
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.model import Model
+from pyro_vi_kit.runtime import random_state
 
 _POINTS = 10
 _RADIUS = 2.0
@@ -61,10 +62,10 @@ class Examination:
         self._gradients: dict[str, bool] = {}
         drew = False
         with self.runner.first_runs():
-            for fill in starts():
-                before = torch.get_rng_state()
+            for fill in starts(self.runner.device):
+                before = random_state()
                 self._try(Replay(fill=fill))
-                drew = not torch.equal(before, torch.get_rng_state())
+                drew = random_state() != before
             if self.error is not None and not self.runs:
                 # A latent without a bijector ends a run; drawn from its prior it does not.
                 self._try(Replay(sample_latents=True))
@@ -232,7 +233,9 @@ class Examination:
     def _point(self, radius: float, generator: torch.Generator) -> dict[str, Tensor]:
         """A uniform point in a box around the origin."""
         return {
-            name: radius * (2 * torch.rand(value.shape, generator=generator) - 1)
+            name: (
+                radius * (2 * torch.rand(value.shape, generator=generator, device="cpu") - 1)
+            ).to(value.device)
             for name, value in repetition(self.runs[-1]).unconstrained.items()
         }
 

@@ -1,4 +1,4 @@
-"""One precision for everything a model computes, data that it closes over included."""
+"""One precision and one device for all that a model computes, data that it closes over included."""
 
 from __future__ import annotations
 
@@ -11,21 +11,23 @@ from torch.overrides import TorchFunctionMode
 
 
 class Precision(TorchFunctionMode):
-    """Casts floating tensors of another precision as they enter an operation.
+    """Casts floating tensors of another precision, and moves those elsewhere, as operations meet them.
 
     A model's arguments and parameters are cast beforehand; this is for what it closes over. torch
     refuses matrix products of mixed precision, and lets a float32 vector win over a float64 number.
 
     Args:
         dtype: The precision.
+        device: The device.
 
     Attributes:
         met: Whether there was anything to cast.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.dtype = dtype
+        self.device = device
         self.met = False
 
     def __torch_function__(
@@ -39,10 +41,11 @@ class Precision(TorchFunctionMode):
 
     def _cast(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            if value.dtype == self.dtype or not value.is_floating_point():
+            strange = value.dtype != self.dtype and value.is_floating_point()
+            if not strange and value.device == self.device:
                 return value
             self.met = True
-            return value.to(self.dtype)
+            return value.to(self.device, self.dtype if strange else value.dtype)
         if type(value) in (list, tuple):
             return type(value)(self._cast(part) for part in value)
         return value

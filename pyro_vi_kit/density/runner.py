@@ -18,17 +18,29 @@ from pyro_vi_kit.density.enumeration import Enumeration
 from pyro_vi_kit.density.handlers import Replay, subsample_indices
 from pyro_vi_kit.density.modules import swapped_parameters
 from pyro_vi_kit.density.precision import Precision
+from pyro_vi_kit.device import device_of
 from pyro_vi_kit.errors import ModelError, ViError
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream, isolated, private_params
 
 
+def placed(model: Model, device: torch.device) -> Model:
+    """The model with all tensors among its arguments on this device; itself where they are."""
+    leaves, spec = tree_flatten((model.args, dict(model.kwargs)))
+    if all(leaf.device == device for leaf in leaves if isinstance(leaf, Tensor)):
+        return model
+    moved = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args, kwargs = tree_unflatten(moved, spec)
+    return model.with_args(*args, **kwargs)
+
+
 class Runner:
-    """Runs one model in one precision, under a `Replay`.
+    """Runs one model in one precision and on one device, under a `Replay`.
 
     Args:
         model: The model and its data.
         dtype: Precision that floating arguments are cast to.
+        device: Where all tensors are put; where the model's arguments are when None.
 
     Attributes:
         data: The tensors among the model's arguments, cast.
@@ -37,14 +49,17 @@ class Runner:
         precision: Casts what the model closes over; None once that is known to need no cast.
     """
 
-    def __init__(self, model: Model, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: Model, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         self.model = model
         self.dtype = dtype
         self._leaves, self._spec = tree_flatten((model.args, dict(model.kwargs)))
+        self.device = device_of(self._leaves) if device is None else device
         self.data = [self.cast(leaf) for leaf in self._leaves if isinstance(leaf, Tensor)]
         self.owners: dict[tuple[nn.Module, str], str] = {}
         self.nesting = 0
-        self.precision: Precision | None = Precision(dtype)
+        self.precision: Precision | None = Precision(dtype, self.device)
         self._streamed_rows = None if model.stream is None else model.stream.rows
 
     def holding(self, data: Sequence[Tensor]) -> Runner:
@@ -54,9 +69,11 @@ class Runner:
         return other
 
     def cast(self, leaf: Any) -> Any:
-        """A floating tensor in this precision, detached; anything else as it is."""
-        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return leaf.detach().to(self.dtype) if floating else leaf
+        """A tensor on this device, a floating one detached and in this precision; else as it is."""
+        if not isinstance(leaf, Tensor):
+            return leaf
+        floating = leaf.is_floating_point()
+        return leaf.detach().to(self.device, self.dtype) if floating else leaf.to(self.device)
 
     def arguments(
         self, data: Sequence[Tensor] | None = None, model: Model | None = None
@@ -71,10 +88,10 @@ class Runner:
 
     @contextlib.contextmanager
     def isolated(self, *, validate: bool = False) -> Iterator[None]:
-        """Alone with Pyro, in this precision."""
+        """Alone with Pyro, in this precision and on this device."""
         nothing = contextlib.nullcontext()
         with (
-            isolated(self.dtype, validate=validate),
+            isolated(self.dtype, self.device, validate=validate),
             self.precision or nothing,
             nothing if validate else plain(),
         ):

@@ -48,7 +48,11 @@ class Streamed:
         return shared, terms.local[self.plate].sum(-1)
 
     def completed(self, batch: Sequence[Tensor], data: Sequence[Tensor]) -> list[Tensor]:
-        """A batch's tensors, and behind them those of ``data`` that are the same for all batches."""
+        """A batch's tensors, and behind them those of ``data`` that are the same for all batches.
+
+        A batch is read into the CPU's memory, and brought to where the data are.
+        """
+        batch = [tensor.to(own.device) for tensor, own in zip(batch, data, strict=False)]
         return [*batch, *data[self.tensors :]]
 
 

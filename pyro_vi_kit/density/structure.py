@@ -15,6 +15,7 @@ from pyro_vi_kit.density.problems import chance_problem, change_problem
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.errors import ModelError
+from pyro_vi_kit.runtime import random_state
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,15 @@ def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
             support cannot be unconstrained, or random numbers are drawn outside sample sites.
     """
     with runner.first_runs():
-        runs = [Replay(fill=fill) for fill in starts()]
+        runs = [Replay(fill=fill) for fill in starts(runner.device)]
         runner.try_run(runs[0])
-        before = torch.get_rng_state()
+        before = random_state()
         for run in runs[1:]:
             runner.try_run(run)
         structure = structure_of(runs[-1])
         changes = (change_problem(run.visits, runs[-1].visits) for run in runs[:-1])
         problem = next((change for change in changes if change is not None), None)
-        drew = not torch.equal(before, torch.get_rng_state())
+        drew = random_state() != before
         if problem is None and drew:
             problem = chance_problem(runner, runs[-1])
     if problem is not None:
@@ -137,15 +138,16 @@ def structure_of(replay: Replay) -> Structure:
     return Structure(sites, plates, parameters_of(replay), declared)
 
 
-def starts() -> list[Fill]:
+def starts(device: torch.device) -> list[Fill]:
     """Values of the latents to run a model at: the origin, and two points on either side of it."""
 
     def leaf_normals(sign: float) -> Fill:
         generator = torch.Generator().manual_seed(20260)
 
         def fill(shape: torch.Size) -> Tensor:
+            point = sign * 0.3 * torch.randn(shape, generator=generator, device="cpu")
             # A leaf that requires a gradient, so that what depends on latents can be told.
-            return (sign * 0.3 * torch.randn(shape, generator=generator)).requires_grad_()
+            return point.to(device).requires_grad_()
 
         return fill
 

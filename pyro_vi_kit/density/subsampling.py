@@ -35,8 +35,12 @@ def require_subsamplable(density: Density, sizes: Mapping[Plate, int]) -> None:
     for plate in sizes:
         _require_outermost(density, plate)
     with RandomStream(_SEED), torch.no_grad():
-        index = {plate.name: torch.randperm(plate.size)[:size] for plate, size in sizes.items()}
-        z = density.block.unpack(0.3 * torch.randn(1, density.dim, dtype=density.dtype))
+        index = {
+            plate.name: density.cast(torch.randperm(plate.size, device="cpu")[:size])
+            for plate, size in sizes.items()
+        }
+        z = 0.3 * torch.randn(1, density.dim, dtype=density.dtype, device="cpu")
+        z = density.block.unpack(density.cast(z))
     some = {name: rows_of(density.structure.sites[name], value, index) for name, value in z.items()}
     try:
         with torch.no_grad():

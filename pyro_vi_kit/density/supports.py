@@ -82,7 +82,8 @@ class LowerCholesky(Transform):
 
     def _call(self, x: Tensor) -> Tensor:
         n = _rows(x.shape[-1])
-        below, diagonal = torch.ones(n, n, dtype=torch.bool).tril(), torch.eye(n) > 0
+        below = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+        diagonal = torch.eye(n, device=x.device) > 0
         # Where each entry of the matrix stands in the vector; what lies above is hidden afterwards.
         place = (below.flatten().cumsum(0) - 1).clamp(min=0)
         matrix = x[..., place].reshape(*x.shape[:-1], n, n)
@@ -92,15 +93,15 @@ class LowerCholesky(Transform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         n = y.shape[-1]
-        diagonal = torch.eye(n) > 0
+        diagonal = torch.eye(n, device=y.device) > 0
         logs = torch.where(diagonal, y, torch.ones_like(y)).log()
-        row, column = torch.tril_indices(n, n)
+        row, column = torch.tril_indices(n, n, device=y.device)
         return torch.where(diagonal, logs, y)[..., row, column]
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """The sum of the diagonal's logs, `[...]`."""
         n = _rows(x.shape[-1])
-        return x[..., torch.arange(1, n + 1).cumsum(0) - 1].sum(-1)
+        return x[..., torch.arange(1, n + 1, device=x.device).cumsum(0) - 1].sum(-1)
 
     def forward_shape(self, shape: Any) -> torch.Size:
         """The matrix's shape."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from pyro_vi_kit.density import Plate
 from pyro_vi_kit.errors import OptionError
 
+_CPU = torch.device("cpu")
+
 
 class Batch(NamedTuple):
     """What one step sees of the data.
@@ -66,12 +68,13 @@ class Batches:
 
     Args:
         sizes: B, rows of a minibatch, for each plate. An epoch is one of the first plate.
+        device: Where indices are wanted. They are drawn on the CPU, so that they are the same on all.
 
     Raises:
         OptionError: If a size is no number of rows.
     """
 
-    def __init__(self, sizes: Mapping[Plate, int]) -> None:
+    def __init__(self, sizes: Mapping[Plate, int], device: torch.device = _CPU) -> None:
         for plate, size in sizes.items():
             whole = isinstance(size, int) and not isinstance(size, bool)
             if not whole or not 1 <= size <= plate.size:
@@ -81,6 +84,7 @@ class Batches:
                 )
         self.sizes = {plate.name: size for plate, size in sizes.items()}
         self._rows = {plate.name: plate.size for plate in sizes}
+        self._device = device
         self._order = {name: torch.empty(0, dtype=torch.long) for name in self.sizes}
 
     @property
@@ -108,7 +112,7 @@ class Batches:
         chosen = {}
         for name, size in self.sizes.items():
             if len(self._order[name]) < size:
-                self._order[name] = torch.randperm(self._rows[name])
+                self._order[name] = self._shuffled(name)
             chosen[name], self._order[name] = self._order[name].split(
                 [size, len(self._order[name]) - size]
             )
@@ -116,7 +120,7 @@ class Batches:
 
     def example(self) -> Batch:
         """See `BatchSource.example`."""
-        return Batch({n: torch.randperm(self._rows[n])[:size] for n, size in self.sizes.items()})
+        return Batch({name: self._shuffled(name)[:size] for name, size in self.sizes.items()})
 
     def state(self) -> dict[str, Tensor]:
         """The rows that are left of this epoch, in order, by plate."""
@@ -124,4 +128,7 @@ class Batches:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state`."""
-        self._order = {name: state[name].clone() for name in self.sizes}
+        self._order = {name: state[name].clone().to(self._device) for name in self.sizes}
+
+    def _shuffled(self, name: str) -> Tensor:
+        return torch.randperm(self._rows[name], device="cpu").to(self._device)

@@ -206,7 +206,7 @@ class CapturedEngine(EagerEngine):
         elif self.batches is not None:
             batch = Batch(dict(zip(self.batches.plates, rest, strict=False)))
         settle(self.trained, x)
-        with isolated(density.dtype), torch.enable_grad():
+        with isolated(density.dtype, density.device), torch.enable_grad():
             return self.gradient(batch, rows)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_vi_kit.checkpoint import cloned
-from pyro_vi_kit.density import Plate
+from pyro_vi_kit.density import Density, Plate
 from pyro_vi_kit.engines import adam, tables
 from pyro_vi_kit.engines.base import Average, Stretch
 from pyro_vi_kit.engines.batches import Batch, BatchSource
@@ -85,7 +85,7 @@ class EagerEngine:
                 "optimizer= moves all rows of a plate at each step; with batch_size= and latents in "
                 f"plate {self.tables[0].plate!r} leave it out"
             )
-        self.adam = adam.start(_flattened(self.trained, guide.density.dtype))
+        self.adam = adam.start(_flattened(self.trained, guide.density))
         self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
         groups = self._optimizer.param_groups if self._optimizer is not None else []
         self._rates = [group.get("lr") for group in groups]
@@ -112,12 +112,14 @@ class EagerEngine:
 
     def run(self, steps: int, rate: float) -> Stretch:
         """So many updates at this learning rate."""
-        bounds, average = [], Average()
+        bounds, average, density = [], Average(), self.guide.density
         for _ in range(steps):
-            with self._stream, isolated(self.guide.density.dtype):
+            # Batches are read on the CPU, so outside of what makes the device the default one.
+            with self._stream:
                 batch = self.batches.next() if self.batches else Batch({})
                 rows = [table.pick(batch.index) for table in self.tables]
-                bound, gradient, *row_gradients = self.gradient(batch, [row.x for row in rows])
+                with isolated(density.dtype, density.device):
+                    bound, gradient, *row_gradients = self.gradient(batch, [row.x for row in rows])
             finite = adam.finite(bound, gradient, *row_gradients)
             self._move(gradient, finite, rate)
             for table, row, slope in zip(self.tables, rows, row_gradients, strict=True):
@@ -128,7 +130,7 @@ class EagerEngine:
 
     def _told(self, bounds: list[Tensor], average: Tensor) -> Stretch:
         """What a run gave: the bound of each step, and the mean of the trained parameters `[P]`."""
-        found = torch.stack(bounds).double()
+        found = torch.stack(bounds).double().cpu()
         self.skipped += int(found.isnan().sum())
         means = split(average, self.trained)
         return Stretch(found, means | self._unmoved())
@@ -267,13 +269,14 @@ class EagerEngine:
         streamed data without local latents they see 2,000 batches at the most.
         """
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
-        with RandomStream(self._evaluation_seed), isolated(self.guide.density.dtype):
+        density = self.guide.density
+        with RandomStream(self._evaluation_seed), isolated(density.dtype, density.device):
             if isinstance(self.batches, StreamedBatches):
-                return self._evaluate_streamed(self.batches, replicates, bool(local))
+                return self._evaluate_streamed(self.batches, replicates, bool(local)).cpu()
             index = self._looked_at(local)
             if not self.objective.multi_sample or not local:
-                return self._joint_bounds(replicates, index)
-            return torch.stack([self._bound(index) for _ in range(replicates)])
+                return self._joint_bounds(replicates, index).cpu()
+            return torch.stack([self._bound(index) for _ in range(replicates)]).cpu()
 
     def _joint_bounds(self, replicates: int, index: Mapping[str, Tensor] | None) -> Tensor:
         """Bounds of all latents at once, `[replicates]`, from as many draws as memory has room for."""
@@ -294,7 +297,11 @@ class EagerEngine:
             # The optimum of some rows is not that of all: for N of them it is sqrt(N / rows) sds away.
             return None
         large = [plate for plate in plates if plate.size > _EVALUATION_ROWS]
-        return {p.name: torch.randperm(p.size)[:_EVALUATION_ROWS] for p in large} or None
+        cast = self.guide.density.cast
+        rows = {
+            p.name: cast(torch.randperm(p.size, device="cpu")[:_EVALUATION_ROWS]) for p in large
+        }
+        return rows or None
 
     def _evaluate_streamed(self, batches: StreamedBatches, replicates: int, local: bool) -> Tensor:
         if local:
@@ -313,10 +320,10 @@ class EagerEngine:
         return evaluate(self.objective, weights)
 
 
-def _flattened(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _flattened(parameters: Mapping[str, Tensor], density: Density) -> Tensor:
     """The parameters as one vector `[P]`, of which they become views."""
     parts = [p.detach().reshape(-1) for p in parameters.values()]
-    flat = torch.cat(parts or [torch.zeros(0, dtype=dtype)])
+    flat = torch.cat(parts or [torch.zeros(0, dtype=density.dtype, device=density.device)])
     settle(parameters, flat)
     return flat
 

@@ -20,6 +20,7 @@ from torch.optim import Adam
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.handlers import sample_sites, subsample_indices
+from pyro_vi_kit.device import device_of
 from pyro_vi_kit.engines.base import Average, Stretch, all_finite
 from pyro_vi_kit.engines.batches import BatchSource
 from pyro_vi_kit.errors import OptionError
@@ -66,6 +67,8 @@ class PyroEngine:
         batches: Minibatches of the data plate; the full data when None.
         optimizer: Makes a torch optimiser from parameters; Adam when None.
         state: The parameter store to start from, as `ParamStoreDict.get_state` gives it.
+        device: Where literals of model and guide land, if there is no Density; where the model's data
+            are when None.
 
     Raises:
         OptionError: If `RenyiELBO` would give a wrong bound or gradient for this combination, or the
@@ -83,6 +86,7 @@ class PyroEngine:
         batches: BatchSource | None = None,
         optimizer: Callable[..., Any] | None = None,
         state: dict[str, Any] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         if isinstance(guide, Guide) and guide.density.discrete:
             raise OptionError(
@@ -95,6 +99,8 @@ class PyroEngine:
         self.objective = objective
         self._density = density
         self._dtype = density.dtype if density is not None else default_dtype()
+        where = device or device_of((model.args, dict(model.kwargs)))
+        self.device = where if density is None else density.device
         self._stream = RandomStream(seed)
         self._evaluation_seed = seed + 1
         self._state: dict[str, Any] = state or {"params": {}, "constraints": {}}
@@ -190,9 +196,10 @@ class PyroEngine:
         """Pyro's global state set up for this fit alone."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(stream)
-            stack.enter_context(isolated(self._dtype))
+            stack.enter_context(isolated(self._dtype, self.device))
             stack.enter_context(private_params(self._state))
             if self._density is not None:
+                stack.enter_context(self._density.casting())
                 stack.enter_context(self._density.learned(self._module_params))
             # Such steps are skipped, counted and told of in the fit's status.
             stack.enter_context(warnings.catch_warnings())

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.device import Device
 from pyro_vi_kit.guides.adaptor import Draw, Guide
 from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
@@ -96,6 +97,7 @@ def make(
     *,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    device: Device | None = None,
     **options: Any,
 ) -> Guide:
     """A Pyro guide for a stock SVI loop: ``SVI(model, vi.guides.make("full_rank", model), ...)``.
@@ -105,6 +107,7 @@ def make(
         model: The model, with data of the shapes that the loop will use.
         seed: For initial weights and permutations; the user's random state is not touched.
         dtype: Precision of the guide's parameters; torch's default dtype when None.
+        device: Where they are; where the model's data are when None.
         **options: Options of the named guide.
 
     Raises:
@@ -114,6 +117,6 @@ def make(
     """
     spec = specify(guide, **options)
     if isinstance(model, Model):
-        model = Density(model, dtype=dtype or default_dtype())
+        model = Density(model, dtype=dtype or default_dtype(), device=device)
     with RandomStream(seed):
         return spec.build(model)

@@ -77,7 +77,7 @@ class Guide(nn.Module):
         self._contexts: dict[str, Tensor] = {}
         # Unique in the process: two guides in one parameter store must not share parameters.
         self._pyro_name = f"{name}_{next(_SERIAL)}"
-        self.to(density.dtype)
+        self.to(density.device, density.dtype)
 
     # -- batched draws, for the Density -------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Guide(nn.Module):
         values: dict[str, Tensor] = {}
         local: dict[str, Tensor] = {}
         flats: dict[str, Tensor] = {}
-        shared = torch.zeros(particles, dtype=self.density.dtype)
+        shared = torch.zeros(particles, dtype=self.density.dtype, device=self.density.device)
         for block in self.blocks:
             family: Any = self.families[block.name]
             if block.plate is None:

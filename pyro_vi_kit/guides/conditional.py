@@ -52,7 +52,7 @@ class CouplingHead(Head):
         """Mean zero, this sd, random features: from equal ones all data would bend alike."""
         numbers = self.centre.new_zeros(self.size)
         numbers[self.dim : 2 * self.dim] = math.log(scale)
-        numbers[2 * self.dim :] = torch.randn(self.features, dtype=numbers.dtype)
+        numbers[2 * self.dim :] = torch.randn(self.features, dtype=numbers.dtype, device="cpu")
         return numbers
 
     def _layer(self, hidden: int) -> nn.Module:

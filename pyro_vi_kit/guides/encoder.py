@@ -81,7 +81,7 @@ def custom_encoder(encoder: nn.Module, inputs: Tensor, head: Head) -> Custom:
     Raises:
         OptionError: If it raises, or its output has the wrong shape.
     """
-    made = Custom(encoder).to(inputs.dtype)
+    made = Custom(encoder).to(inputs.device, inputs.dtype)
     rows, dim = min(2, len(inputs)), head.dim
     shape = (rows, inputs.shape[-1])
     try:

@@ -81,7 +81,7 @@ class NormalHead(Head):
     def initial(self, scale: float) -> Tensor:
         """Mean zero, this sd."""
         numbers = self.centre.new_zeros(self.size)
-        numbers[self.dim :] = torch.tensor(scale).log()
+        numbers[self.dim :] = torch.tensor(scale, device=numbers.device).log()
         return numbers
 
 
@@ -107,5 +107,5 @@ class DenseHead(Head):
     def initial(self, scale: float) -> Tensor:
         """Mean zero, this sd, no correlation."""
         numbers = self.centre.new_zeros(self.size)
-        numbers[self.dim : 2 * self.dim] = torch.tensor(scale).log()
+        numbers[self.dim : 2 * self.dim] = torch.tensor(scale, device=numbers.device).log()
         return numbers

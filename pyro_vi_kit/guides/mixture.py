@@ -146,6 +146,7 @@ class MixtureHead(Head):
     def initial(self, scale: float) -> Tensor:
         """Equal shares of components that lie apart: alike, they would stay alike."""
         count, dim = self.components, self.dim
-        spread = scale * torch.randn(count * dim, dtype=self.centre.dtype)
+        spread = scale * torch.randn(count * dim, dtype=self.centre.dtype, device="cpu")
+        spread = spread.to(self.centre.device)
         log_scales = torch.full_like(spread, scale).log()
         return torch.cat([spread.new_zeros(count), spread, log_scales])

@@ -1,4 +1,7 @@
-"""Standard normal draws to hold fixed: antithetic, with exact mean 0 and covariance I."""
+"""Standard normal draws to hold fixed: antithetic, with exact mean 0 and covariance I.
+
+They are drawn on the CPU, so that a fit holds the same ones on every device.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,13 @@ import torch
 from torch import Tensor
 
 
+def standard_normals(draws: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Independent normals `[draws, dim]` on the CPU, float64, from a generator of the CPU."""
+    return torch.randn(draws, dim, generator=generator, dtype=torch.float64, device="cpu")
+
+
 def matched_normals(draws: int, dim: int, seed: int) -> Tensor:
-    """Moment-matched normals `[draws, dim]`, float64.
+    """Moment-matched normals `[draws, dim]` on the CPU, float64.
 
     Each draw stands beside its mirror image, so odd moments vanish; the covariance is whitened to the
     identity where the draws outnumber twice the dimension, and to unit variances else. A Gaussian
@@ -19,7 +27,7 @@ def matched_normals(draws: int, dim: int, seed: int) -> Tensor:
         seed: The same seed gives the same draws.
     """
     generator = torch.Generator().manual_seed(seed)
-    half = torch.randn(draws // 2, dim, generator=generator, dtype=torch.float64)
+    half = standard_normals(draws // 2, dim, generator)
     if draws // 2 > dim:
         factor = torch.linalg.cholesky(half.T @ half / len(half))
         half = torch.linalg.solve_triangular(factor, half.T, upper=False).T

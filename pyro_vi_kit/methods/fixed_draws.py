@@ -266,7 +266,7 @@ def _polished(search: Search, stage: _Stage, tolerance: float) -> _Stage:
 def _noise(search: Search, shape: Shape, draws: int) -> Tensor:
     """The fixed normals for this many draws, `[draws, noise]`."""
     noise = matched_normals(draws, shape.noise, search.seed + draws)
-    return noise.to(search.density.dtype)
+    return search.density.cast(noise)
 
 
 def _optimise(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.methods.search import Search
-from pyro_vi_kit.methods.shapes import Gaussian
+from pyro_vi_kit.methods.shapes import Gaussian, round_at
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def laplace(search: Search, z: Tensor, log_prob: float, gradient: Tensor) -> Lap
     precision = -hessian(search.density, z)
     search.evaluations += 2 * search.density.dim
     if not bool(torch.isfinite(precision).all()):
-        return Laplace(Gaussian(z, torch.eye(len(z), dtype=z.dtype)), log_prob, math.inf)
+        return Laplace(round_at(z), log_prob, math.inf)
     # In units of the conditional sds the eigenvalues can be compared with each other.
     size = precision.diagonal().abs()
     unit = torch.where(size > 1e-300, size, torch.ones_like(size)).rsqrt()

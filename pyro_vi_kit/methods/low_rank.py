@@ -123,7 +123,8 @@ def _loss(tril: Tensor, inner: Tensor) -> Tensor:
     dim = len(tril)
     log_sd, factor = inner[:dim], inner[dim:].reshape(dim, -1)
     scaled = (tril @ factor) * (-log_sd).exp()[:, None]
-    within = torch.eye(factor.shape[1], dtype=inner.dtype) + scaled.T @ scaled
+    identity = torch.eye(factor.shape[1], dtype=inner.dtype, device=inner.device)
+    within = identity + scaled.T @ scaled
     energy = 0.5 * (factor.square().sum() + (2.0 * log_sd).exp().sum())
     return energy - log_sd.sum() - torch.linalg.cholesky(within).diagonal().log().sum()
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -119,19 +118,21 @@ def minimise_several(
     The arguments are those of `minimise`; ``max_evaluations`` is for each search. Once two searches
     have converged, the others are given up after ``patience`` times as many evaluations as those took.
     """
-    dtype = starts[0].dtype
-    guess = None if curvature is None else curvature.numpy().astype(np.float64)
-    searches = [_State(s.detach().double().numpy(), math.inf, np.zeros(len(s))) for s in starts]
+    # The searches' own arithmetic is on the CPU, the function where the starts are.
+    tensor = starts[0].new_tensor
+    guess = None if curvature is None else curvature.cpu().numpy().astype(np.float64)
+    points = [start.detach().double().cpu().numpy() for start in starts]
+    searches = [_State(point, math.inf, np.zeros(len(point))) for point in points]
     asking = {i: _lbfgs(s, tolerance, guess, max_evaluations) for i, s in enumerate(searches)}
     points = {i: next(search) for i, search in asking.items()}
     stopped, rounds, last = "", 0, math.inf
     try:
         while points and not stopped and rounds < last:
             # A copy: results differ in their last bits with where NumPy's arrays happen to lie.
-            batch = torch.tensor(np.stack(list(points.values())), dtype=dtype)
+            batch = tensor(np.stack(list(points.values())))
             values, gradients = function(batch)
             for i, value, gradient in zip(
-                list(points), values.tolist(), gradients.double().numpy(), strict=True
+                list(points), values.tolist(), gradients.double().cpu().numpy(), strict=True
             ):
                 try:
                     with np.errstate(over="ignore", invalid="ignore"):
@@ -149,10 +150,10 @@ def minimise_several(
         stopped = "interrupted"
     return [
         Minimum(
-            torch.tensor(s.x, dtype=dtype),
+            tensor(s.x),
             s.value,
-            torch.tensor(s.gradient, dtype=dtype),
-            torch.tensor(np.stack([s.x] if not s.path else s.path), dtype=dtype),
+            tensor(s.gradient),
+            tensor(np.stack([s.x] if not s.path else s.path)),
             s.evaluations,
             s.converged,
             stopped if i in points else "",

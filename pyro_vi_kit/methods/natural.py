@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.methods.draws import standard_normals
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Gaussian
 
@@ -46,7 +47,7 @@ def climb(search: Search, gaussian: Gaussian, *, steps: int, first: int = 0) -> 
     """
     generator = torch.Generator().manual_seed(search.seed + 104_729 + first)
     dim = len(gaussian.loc)
-    identity = torch.eye(dim, dtype=gaussian.loc.dtype)
+    identity = torch.eye(dim, dtype=gaussian.loc.dtype, device=gaussian.loc.device)
     constant = 0.5 * dim * (1.0 + math.log(2.0 * math.pi))
     for step in range(first, first + steps):
         noise = _mirrored(BATCH, gaussian, generator)
@@ -89,9 +90,8 @@ def shortfall(search: Search, gaussian: Gaussian, draws: int) -> tuple[float, fl
 
 def _mirrored(draws: int, gaussian: Gaussian, generator: torch.Generator) -> Tensor:
     """Normals beside their mirror images, `[draws, D]`."""
-    shape = (draws // 2, len(gaussian.loc))
-    half = torch.randn(shape, generator=generator, dtype=torch.float64)
-    return torch.cat([half, -half]).to(gaussian.loc.dtype)
+    half = standard_normals(draws // 2, len(gaussian.loc), generator)
+    return torch.cat([half, -half]).to(gaussian.loc)
 
 
 def _ask(search: Search, gaussian: Gaussian, noise: Tensor) -> tuple[float, Tensor, Tensor]:

@@ -32,6 +32,11 @@ class Gaussian:
         return torch.cholesky_inverse(self.scale_tril).diagonal().rsqrt()
 
 
+def round_at(loc: Tensor) -> Gaussian:
+    """The Gaussian of covariance I around a point `[D]`."""
+    return Gaussian(loc, torch.eye(len(loc), dtype=loc.dtype, device=loc.device))
+
+
 class Shape(ABC):
     """A Gaussian family in the units of a frame; the zero vector is (near) the frame itself.
 
@@ -86,7 +91,7 @@ class Dense(Shape):
     def __init__(self, frame: Gaussian) -> None:
         self.frame = frame
         self.noise = dim = len(frame.loc)
-        self._below = torch.tril_indices(dim, dim, -1)
+        self._below = torch.tril_indices(dim, dim, -1, device=frame.loc.device)
         self._log_unit = frame.scale_tril.diagonal().log().sum()
         self.curvature = torch.cat(
             [

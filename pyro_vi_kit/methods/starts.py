@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.errors import ModelError
-from pyro_vi_kit.methods.draws import matched_normals
+from pyro_vi_kit.methods.draws import matched_normals, standard_normals
 from pyro_vi_kit.methods.laplace import Laplace, laplace
 from pyro_vi_kit.methods.minimise import Minimum
 from pyro_vi_kit.methods.search import Search
-from pyro_vi_kit.methods.shapes import Dense, Gaussian
+from pyro_vi_kit.methods.shapes import Dense, Gaussian, round_at
 
 _STARTS = 6
 _MORE = 32
@@ -51,9 +51,9 @@ def starting_points(search: Search) -> Tensor:
     """The origin of unconstrained space and random points of radius 1 and 2 around it, `[M, D]`."""
     generator = torch.Generator().manual_seed(search.seed)
     dim = search.density.dim
-    points = torch.randn(_STARTS - 1, dim, generator=generator, dtype=torch.float64)
+    points = standard_normals(_STARTS - 1, dim, generator)
     points[_STARTS // 2 :] *= 2.0
-    return torch.cat([points.new_zeros(1, dim), points]).to(search.density.dtype)
+    return search.density.cast(torch.cat([points.new_zeros(1, dim), points]))
 
 
 def find_modes(
@@ -93,9 +93,8 @@ def find_modes(
     if found:
         return found
     generator = torch.Generator().manual_seed(search.seed + 1)
-    shape = (_MORE, search.density.dim)
-    more = torch.randn(shape, generator=generator, dtype=torch.float64).to(search.density.dtype)
-    found = minimise(more)
+    more = standard_normals(_MORE, search.density.dim, generator)
+    found = minimise(search.density.cast(more))
     if not found:
         raise ModelError(
             "the log density or its gradient is not finite at any of "
@@ -125,8 +124,7 @@ def find_frame(search: Search, starts: Tensor) -> Found:
     """
     found = sorted(find_modes(search, starts), key=lambda m: m.value)
     if search.stopped:
-        identity = torch.eye(search.density.dim, dtype=search.density.dtype)
-        return Found(Gaussian(found[0].x, identity), False)
+        return Found(round_at(found[0].x), False)
     modes: list[Laplace] = []
     # A search that was given up, or ran off along a funnel, says nothing by how high it got.
     ends = [m for m in found if m.converged] or found[:2]
@@ -143,8 +141,7 @@ def find_frame(search: Search, starts: Tensor) -> Found:
     modes.sort(key=lambda m: -m.log_evidence)
     evidence = tuple(m.log_evidence for m in modes)
     if search.stopped:
-        identity = torch.eye(search.density.dim, dtype=search.density.dtype)
-        return Found(modes[0].gaussian if modes else Gaussian(found[0].x, identity), bool(modes))
+        return Found(modes[0].gaussian if modes else round_at(found[0].x), bool(modes))
     # Where the posterior is near its Laplace approximation, ELBO and evidence are near each other.
     if modes and _elbo(search, modes[0].gaussian) > evidence[0] - _SHORTFALL:
         return Found(modes[0].gaussian, True, evidence)
@@ -196,7 +193,7 @@ def _best_on_the_way(search: Search, found: list[Minimum], modes: list[Laplace])
         # Close together at the beginning, where a search that runs off down a funnel is still at its
         # mouth.
         part = torch.linspace(0, 1, _WAYPOINTS, dtype=torch.float64).square()
-        points = end.path[torch.unique((part * (len(end.path) - 1)).round().long())]
+        points = end.path[torch.unique((part * (len(end.path) - 1)).round().long()).tolist()]
         log_p, gradient = search.evaluate(points)
         for z, value, slope in zip(points, log_p.tolist(), gradient, strict=True):
             candidates.append(laplace(search, z, value, slope).gaussian)
@@ -208,7 +205,7 @@ def _elbo(search: Search, gaussian: Gaussian) -> float:
     """The ELBO on a few draws, nats; minus infinity where it is not finite."""
     shape = Dense(gaussian)
     draws = min(max(32, 2 * search.density.dim + 2), 128)
-    noise = matched_normals(draws, shape.noise, search.seed).to(search.density.dtype)
+    noise = search.density.cast(matched_normals(draws, shape.noise, search.seed))
     x = shape.start()
     loss, _ = shape.loss(x, noise, *search.evaluate(shape.place(x, noise)))
     return -float(loss) if math.isfinite(float(loss)) else -math.inf

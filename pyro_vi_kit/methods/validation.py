@@ -54,7 +54,8 @@ class Validation:
             )
         model = guide.density.model.with_args(*args)
         try:
-            self._density = Density(model, dtype=guide.density.dtype)
+            own = guide.density
+            self._density = Density(model, dtype=own.dtype, device=own.device)
             self._guide = guide.moved_to(self._density)
         except Exception as error:
             raise OptionError(
@@ -77,7 +78,7 @@ class Validation:
     def __call__(self, params: Mapping[str, Tensor]) -> Held:
         """The bound at the guide's current parameters, and these of the model."""
         self._guide.load_state_dict(self._source.state_dict())
-        with RandomStream(_SEED), isolated(self._density.dtype):
+        with RandomStream(_SEED), isolated(self._density.dtype, self._density.device):
             rows = self._local_rows(params) if self._local else self._shared_rows(params)
         rows = rows.double()
         se = float(rows.std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan

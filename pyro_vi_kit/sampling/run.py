@@ -48,7 +48,7 @@ def nuts(
 
     Chains start uniformly within 2 of the origin of unconstrained space, each elsewhere. Learned
     parameters (``pyro.param``, ``pyro.module``) are held fixed. The user's random state and
-    parameter store are left alone.
+    parameter store are left alone. It runs on the CPU: data that are elsewhere are copied.
 
     Args:
         model: The model and its data. Discrete latents are summed out, and drawn afterwards.
@@ -98,7 +98,8 @@ def nuts(
     total = chains * (draws + plan.tune)
     # The caller may be inside torch.no_grad().
     with torch.enable_grad(), one_thread():
-        target = Target(Density(model, dtype=torch.float64), params)
+        # One point at a time, from NumPy and back: that is the CPU's work, wherever the data are.
+        target = Target(Density(model, dtype=torch.float64, device="cpu"), params)
         threads = target.threads(total, _processors())
         if cores is None:
             plan = replace(plan, cores=min(chains, threads))

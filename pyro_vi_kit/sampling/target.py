@@ -84,7 +84,7 @@ class Target:
             )
         frozen = density.params | dict(params or {})
         self.density = density
-        self.params = {name: value.detach() for name, value in frozen.items()}
+        self.params = {name: density.cast(value) for name, value in frozen.items()}
         # A sampler needs thousands of gradients: captured with the first.
         self.gradients = Gradients(density, self.params, patience=0)
         self.draws = 0

@@ -46,7 +46,7 @@ class Order:
         mixed = mix(seed, epoch)
         if rows <= _HELD:
             generator = torch.Generator().manual_seed(mixed >> 1)
-            self._held = torch.randperm(rows, generator=generator).numpy()
+            self._held = torch.randperm(rows, generator=generator, device="cpu").numpy()
             return
         self._held = None
         # 32-bit numbers take half the time; the grid's sides then fit into 16 bits.
