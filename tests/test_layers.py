@@ -20,7 +20,7 @@ import pyro_vi_kit as vi
 LAYERS = (
     ("errors", "types"),
     ("runtime", "psis", "metrics", "registry", "progress"),
-    ("model", "export", "capture"),
+    ("model", "export", "capture", "psis_rows"),
     ("density", "modelfile"),
     ("groups", "gradients"),
     ("checks", "objectives", "guides"),
