@@ -27,6 +27,7 @@ class Record:
         skipped: Steps whose gradient was not finite.
         estimator: Of the gradient, where steps were stochastic: ``pathwise`` or ``dreg``.
         batch_size: Rows of the data plate in each step; all when None.
+        refined: Whether it is of the numbers of each row alone, which an encoder had given before.
         note: Why steps were not captured, where they should have been; empty otherwise.
     """
 
@@ -43,6 +44,7 @@ class Record:
     estimator: str | None = None
     batch_size: int | Mapping[str, int] | None = None
     note: str = ""
+    refined: bool = False
 
     def attrs(self) -> dict[str, str | int | float]:
         """What an exported file says of it."""
@@ -50,6 +52,7 @@ class Record:
             "objective": self.objective.name,
             "method": self.method,
             "engine": f"{self.engine} ({self.note})" if self.note else self.engine,
+            "refined": int(self.refined),
             "seed": self.seed,
             "status": self.status.reason,
             "advice": self.status.advice,

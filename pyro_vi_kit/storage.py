@@ -69,6 +69,7 @@ def guide_group(
                 "note",
                 "estimator",
                 "batch_size",
+                "refined",
             )
         },
     }

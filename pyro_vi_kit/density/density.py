@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -313,6 +314,16 @@ class Density:
                     (name for name in self.structure.sites if name not in replay.visits), ""
                 )
         return replay.visits, ""
+
+    def holding(self, params: Mapping[str, Tensor]) -> Density:
+        """The same density with these values of its learned parameters, which nothing trains.
+
+        Args:
+            params: Unconstrained, by name.
+        """
+        density = copy.copy(self)
+        density.params = {name: value.detach() for name, value in params.items()}
+        return density
 
     def subset(self, index: Mapping[str, Tensor]) -> Density:
         """The density of the same model on these rows alone, scaled to all of them.
