@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Numbers of the model that are held at a time.
 _NUMBERS = 4_000_000
+# Rows, and draws of each, that a verdict is based on: a share of 5 % has an s.e. of 1 %.
+_LOOKED_AT = 500
 _TRIED = 4
 _SEED = 90_210
 
@@ -158,6 +160,22 @@ def quality(
         parts.append((*mean_and_se(log_w), evidence, se, khat, ess / draws))
     names = ("elbo", "elbo_se", "log_evidence", "log_evidence_se", "khat", "ess")
     return dict(zip(names, map(np.concatenate, zip(*parts, strict=True)), strict=True))
+
+
+def sample_of_rows(guide: Guide, params: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """`quality` of some rows of every local plate, few enough for a verdict to wait for.
+
+    Raises:
+        OptionError: As `seen_per_datum`.
+    """
+    plates = [block.plate for block in guide.blocks if block.plate is not None]
+    found = []
+    for plate in plates:
+        seen = seen_per_datum(guide, params, plate.name)
+        order = np.random.default_rng(_SEED).permutation(plate.size)
+        rows = np.sort(order[: _LOOKED_AT // len(plates)])
+        found.append(quality(seen, _LOOKED_AT, _SEED, rows))
+    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 
 def mean_and_se(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

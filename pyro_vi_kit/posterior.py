@@ -23,7 +23,7 @@ from pyro_vi_kit.record import Record
 from pyro_vi_kit.runtime import fresh_seed, one_thread
 from pyro_vi_kit.summary import summarise
 from pyro_vi_kit.types import Status
-from pyro_vi_kit.verdict import Verdict, judge
+from pyro_vi_kit.verdict import Verdict, judge, judge_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,7 +137,26 @@ class Posterior:
         evaluation = self._evaluation
         if evaluation.smoothed is None:
             return None
-        return judge(evaluation.values, evaluation.smoothed, self.status, self.guide)
+        joint = judge(evaluation.values, evaluation.smoothed, self.status, self.guide)
+        # Weights of many rows are uneven jointly, even where those of each row are not.
+        return (self._verdict_by_rows() or joint) if joint.level == "reject" else joint
+
+    def _verdict_by_rows(self) -> Verdict | None:
+        """Whether to believe it row by row; None where rows have something in common."""
+        if not isinstance(self.approximation, GuideApproximation):
+            return None
+        guide, params = self.approximation.guide, self.approximation.params
+        if any(block.plate is None for block in guide.blocks):
+            return None
+        try:
+            with self._few_threads():
+                found = pointwise.sample_of_rows(guide, params)
+        except OptionError:
+            return None
+        rows = sum(block.plate.size for block in guide.blocks if block.plate is not None)
+        latents = guide.density.dim / rows
+        values = self._evaluation.values
+        return judge_rows(found, rows, latents, values, self.status, self.guide)
 
     def summary(self, prob: float = 0.9) -> pd.DataFrame:
         """Mean, sd, interval and Monte Carlo error of each parameter, with its site's verdict.
@@ -269,7 +288,8 @@ class Posterior:
                 "guide='amortized', or fit the new data"
             )
         moved = self._of_this_package().moved_to(self.model.with_args(*args, **kwargs))
-        return Posterior(moved.density.model, moved, self.record, moved.density, self.spec)
+        model = _named_as_far_as_known(moved.density)
+        return Posterior(model, moved, self.record, moved.density, self.spec)
 
     @property
     def _encodes(self) -> bool:
@@ -530,6 +550,19 @@ def load(
 def is_small(density: Density) -> bool:
     """Whether more than one thread would only wait: under a million numbers of data."""
     return sum(t.numel() for t in density.data) < 1_000_000
+
+
+def _named_as_far_as_known(density: Density) -> Model:
+    """The density's model without the names of a plate's rows where it has another number of them."""
+    plates, model = density.structure.plates, density.model
+    coords = {
+        dim: names
+        for dim, names in model.coords.items()
+        if dim not in plates or len(names) == plates[dim].size
+    }
+    return Model(
+        model.fn, *model.args, kwargs=model.kwargs, coords=coords, dims=model.dims, name=model.name
+    )
 
 
 def _require_at_least_one(option: str, value: object) -> None:

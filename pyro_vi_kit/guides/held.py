@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vi_kit.density import Block
 from pyro_vi_kit.guides.adaptor import Guide
@@ -47,6 +47,6 @@ def held_at_mean(guide: Guide) -> Guide:
         family: Any = copy.deepcopy(guide.families[block.name])
         if block.plate is None and mean is not None:
             family = PointMass(block.dim)
-            family.loc.data = mean.clone()
+            family.loc = nn.Parameter(mean.clone(), requires_grad=False)
         blocks[block] = family
     return Guide(guide.name, guide.density, blocks, point=guide.point)
