@@ -60,10 +60,11 @@ def gaps(
     held = GuideApproximation(approximation.name, before.guide, approximation.params)
     refined, record = refine(held, Elbo(1), steps=steps, tol=tol, seed=seed, progress=progress)
     after = seen_per_datum(refined.guide, refined.params, plate)
-    frame = frame_of(_compared(before, after, draws, seed + 1), before.plate, coords)
-    means = {name: float(frame[name].mean()) for name in ("amortization", "approximation")}
+    columns = _compared(before, after, draws, seed + 1)
+    frame = frame_of(columns, before.plate, coords)
+    means = {name: float(columns[name].mean()) for name in ("amortization", "approximation")}
     errors = {
-        f"{name}_se": float(np.sqrt((frame[f"{name}_se"] ** 2).sum()) / len(frame))
+        f"{name}_se": float(np.sqrt((columns[f"{name}_se"] ** 2).sum()) / len(frame))
         for name in means
     }
     frame.attrs |= {"plate": before.plate.name, "draws": draws, **means, **errors}

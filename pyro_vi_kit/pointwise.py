@@ -132,11 +132,10 @@ def table(
         "plate": seen.plate.name,
         "draws": draws,
         "globals": globals_words(seen.guide),
-        "elbo": float(frame["elbo"].sum()),
-        "elbo_se": float(np.sqrt((frame["elbo_se"] ** 2).sum())),
-        "log_evidence": float(frame["log_evidence"].sum()),
-        "log_evidence_se": float(np.sqrt((frame["log_evidence_se"] ** 2).sum())),
     }
+    for name in ("elbo", "log_evidence"):
+        frame.attrs[name] = float(columns[name].sum())
+        frame.attrs[f"{name}_se"] = float(np.sqrt((columns[f"{name}_se"] ** 2).sum()))
     return frame
 
 

@@ -359,7 +359,8 @@ class Posterior:
 
         Columns: ``elbo``, the single-sample bound; ``log_evidence``, log p(x_i) by importance weights
         (the bound of `draws` samples in expectation); ``elbo_se`` and ``log_evidence_se``, all in nats;
-        ``khat``; and ``ess``, the share of draws that the weights are worth. Sums are in ``attrs``.
+        ``khat``; and ``ess``, the share of draws that the weights are worth. Sums are in ``attrs``. The
+        index is named like the plate, so that ``.to_xarray()`` has it as its dimension.
 
         Where the model has global latents, everything is given them: they are held at the mean of q,
         unconstrained, and ``attrs["globals"]`` says so.

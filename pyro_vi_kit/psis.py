@@ -227,7 +227,7 @@ def fit_pareto(excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return k_mean, sigma
 
 
-def pareto_quantiles(size: int, k: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+def pareto_quantiles(size: int, k: ArrayLike, sigma: ArrayLike) -> np.ndarray:
     """The expected order statistics, quantiles at ``(i - 1/2) / size``, ascending `[..., size]`."""
     log_survival = np.log1p(-np.arange(0.5, size) / size)
     k, sigma = np.asarray(k)[..., None], np.asarray(sigma)[..., None]
