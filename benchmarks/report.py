@@ -31,6 +31,7 @@ SCRIPTS = (
     "growth",
     "minibatches",
     "streaming",
+    "amortization",
 )
 NEED_REFERENCES = ("accuracy", "speed_svi")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_vi_kit import export, storage
+from pyro_vi_kit import amortization, export, pointwise, refinement, storage
 from pyro_vi_kit.approximation import Approximation, GuideApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.device import Device
@@ -25,7 +25,7 @@ from pyro_vi_kit.record import Record
 from pyro_vi_kit.runtime import fresh_seed, one_thread
 from pyro_vi_kit.summary import summarise
 from pyro_vi_kit.types import Status
-from pyro_vi_kit.verdict import Verdict, judge
+from pyro_vi_kit.verdict import Verdict, judge, judge_rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -162,7 +162,26 @@ class Posterior:
         evaluation = self._evaluation
         if evaluation.smoothed is None:
             return None
-        return judge(evaluation.values, evaluation.smoothed, self.status, self.guide)
+        joint = judge(evaluation.values, evaluation.smoothed, self.status, self.guide)
+        # Weights of many rows are uneven jointly, even where those of each row are not.
+        return (self._verdict_by_rows() or joint) if joint.level == "reject" else joint
+
+    def _verdict_by_rows(self) -> Verdict | None:
+        """Whether to believe it row by row; None where rows have something in common."""
+        if not isinstance(self.approximation, GuideApproximation):
+            return None
+        guide, params = self.approximation.guide, self.approximation.params
+        if any(block.plate is None for block in guide.blocks):
+            return None
+        try:
+            with self._few_threads():
+                found = pointwise.sample_of_rows(guide, params)
+        except OptionError:
+            return None
+        rows = sum(block.plate.size for block in guide.blocks if block.plate is not None)
+        latents = guide.density.dim / rows
+        values = self._evaluation.values
+        return judge_rows(found, rows, latents, values, self.status, self.guide)
 
     def summary(self, prob: float = 0.9) -> pd.DataFrame:
         """Mean, sd, interval and Monte Carlo error of each parameter, with its site's verdict.
@@ -293,14 +312,167 @@ class Posterior:
         Raises:
             OptionError: If the guide is not amortized.
         """
-        approximation = self.approximation
-        if not isinstance(approximation, GuideApproximation) or approximation.name != "amortized":
+        if not self._encodes:
             raise OptionError(
                 f"guide {self.guide!r} has no encoder to infer new data with: fit with "
                 "guide='amortized', or fit the new data"
             )
-        moved = approximation.moved_to(self.model.with_args(*args, **kwargs))
-        return Posterior(moved.density.model, moved, self.record, moved.density, self.spec)
+        moved = self._of_this_package().moved_to(self.model.with_args(*args, **kwargs))
+        model = _named_as_far_as_known(moved.density)
+        return Posterior(model, moved, self.record, moved.density, self.spec)
+
+    @property
+    def _encodes(self) -> bool:
+        """Whether an encoder gives each datum its distribution."""
+        if not isinstance(self.approximation, GuideApproximation):
+            return False
+        guide = self.approximation.guide
+        local = [block for block in guide.blocks if block.plate is not None]
+        return bool(local) and all(guide.table(block) is None for block in local)
+
+    # -- datum by datum -----------------------------------------------------------------------
+
+    def refine(
+        self,
+        *args: Any,
+        steps: int | None = None,
+        tol: float = refinement.TOLERANCE,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        **kwargs: Any,
+    ) -> Posterior:
+        """Go on from the encoder's answer with numbers for each row (semi-amortized inference).
+
+        Only the rows' own numbers are trained: the globals' distribution, what rows share (the layers of
+        a flow) and the model's learned parameters stay as they are. An encoder that sees the globals is
+        asked at their mean. The result has no encoder, and is saved and loaded like any posterior.
+
+        Args:
+            *args: The model's arguments on new data; its own data when none are given.
+            steps: The most steps.
+            tol: Nats a datum that the bound may fall short by, on average.
+            seed: The same seed gives the same numbers on the same machine.
+            batch_size: Rows in a step; all, or as many as memory has room for, when None.
+            progress: Show progress on stderr; None shows it on a terminal only.
+            **kwargs: The model's keyword arguments on new data.
+
+        Raises:
+            OptionError: If the guide has no distribution for each datum, or an option is wrong.
+        """
+        _require_at_least_one("steps", steps)
+        _require_at_least_one("batch_size", batch_size)
+        _require_tolerance(tol)
+        target = self._on(args, kwargs)
+        seed = fresh_seed() if seed is None else seed
+        with target._few_threads(), torch.enable_grad():
+            refined, record = refinement.refine(
+                target._of_this_package(),
+                self.record.objective,
+                steps=steps,
+                tol=tol,
+                seed=seed,
+                batch_size=batch_size,
+                progress=progress,
+            )
+        return Posterior(target.model, refined, record, refined.density, self.spec)
+
+    def per_datum(
+        self,
+        *args: Any,
+        draws: int = 1000,
+        seed: int = 0,
+        plate: str | None = None,
+        **kwargs: Any,
+    ) -> pd.DataFrame:
+        """ELBO, log evidence, k-hat and effective draws of each row of the data plate.
+
+        Columns: ``elbo``, the single-sample bound; ``log_evidence``, log p(x_i) by importance weights
+        (the bound of `draws` samples in expectation); ``elbo_se`` and ``log_evidence_se``, all in nats;
+        ``khat``; and ``ess``, the share of draws that the weights are worth. Sums are in ``attrs``. The
+        index is named like the plate, so that ``.to_xarray()`` has it as its dimension.
+
+        Where the model has global latents, everything is given them: they are held at the mean of q,
+        unconstrained, and ``attrs["globals"]`` says so.
+
+        Args:
+            *args: The model's arguments on new data; its own data when none are given.
+            draws: Draws of each row.
+            seed: The same seed gives the same numbers.
+            plate: Whose rows, where the guide has local latents in several.
+            **kwargs: The model's keyword arguments on new data.
+
+        Raises:
+            OptionError: If the guide has no distribution for each datum, or the rows of the plate depend
+                on each other's latents.
+        """
+        _require_draws(draws)
+        self._require_spread()
+        target = self._on(args, kwargs)
+        approximation = target._of_this_package()
+        with target._few_threads():
+            seen = pointwise.seen_per_datum(approximation.guide, approximation.params, plate)
+            return pointwise.table(seen, draws, seed, target.model.coords)
+
+    def amortization_gap(
+        self,
+        *args: Any,
+        draws: int = 1000,
+        seed: int = 0,
+        plate: str | None = None,
+        steps: int | None = None,
+        tol: float = refinement.TOLERANCE,
+        progress: bool | None = None,
+        **kwargs: Any,
+    ) -> pd.DataFrame:
+        """What the encoder loses for each row, and what its family loses, in nats.
+
+        Columns: ``elbo`` of the encoder's answer, ``elbo_refined`` of the best member of the family
+        that `refine` finds, ``log_evidence`` by its importance weights; ``amortization``, what the
+        second has over the first, and ``approximation``, what the third has over the second; with
+        standard errors. Means over rows are in ``attrs``, and ``attrs["summary"]`` says them. Globals
+        are held at the mean of q, as in `per_datum`.
+
+        Args:
+            *args: The model's arguments on new data; its own data when none are given.
+            draws: Draws of each row.
+            seed: The same seed gives the same numbers.
+            plate: Whose rows, where the guide has encoders for several.
+            steps: The most steps of the refinement.
+            tol: Nats a datum that the refinement may fall short by, on average.
+            progress: Show progress on stderr; None shows it on a terminal only.
+            **kwargs: The model's keyword arguments on new data.
+
+        Raises:
+            OptionError: If the guide has no encoder, or an option is wrong.
+        """
+        _require_draws(draws)
+        _require_at_least_one("steps", steps)
+        _require_tolerance(tol)
+        target = self._on(args, kwargs)
+        with target._few_threads(), torch.enable_grad():
+            return amortization.gaps(
+                target._of_this_package(),
+                target.model.coords,
+                plate=plate,
+                draws=draws,
+                seed=seed,
+                steps=steps,
+                tol=tol,
+                progress=progress,
+            )
+
+    def _on(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Posterior:
+        """This posterior, or what the encoder infers of new data."""
+        return self.infer(*args, **kwargs) if args or kwargs else self
+
+    def _of_this_package(self) -> GuideApproximation:
+        if not isinstance(self.approximation, GuideApproximation):
+            raise OptionError(
+                f"guide {self.guide!r} is a Pyro guide, whose parts for each datum are not known: fit "
+                "with guide='amortized'"
+            )
+        return self.approximation
 
     # -- the way out --------------------------------------------------------------------------
 
@@ -422,6 +594,30 @@ def load(
 def is_small(density: Density) -> bool:
     """Whether more than one thread would only wait: under a million numbers of data."""
     return sum(t.numel() for t in density.data) < 1_000_000
+
+
+def _named_as_far_as_known(density: Density) -> Model:
+    """The density's model without the names of a plate's rows where it has another number of them."""
+    plates, model = density.structure.plates, density.model
+    coords = {
+        dim: names
+        for dim, names in model.coords.items()
+        if dim not in plates or len(names) == plates[dim].size
+    }
+    return Model(
+        model.fn, *model.args, kwargs=model.kwargs, coords=coords, dims=model.dims, name=model.name
+    )
+
+
+def _require_at_least_one(option: str, value: object) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value is not None and not whole:
+        raise OptionError(f"{option}= must be an integer of at least 1, got {value!r}")
+
+
+def _require_tolerance(tol: object) -> None:
+    if isinstance(tol, bool) or not isinstance(tol, int | float) or not tol > 0:
+        raise OptionError(f"tol= must be a positive number of nats, got {tol!r}")
 
 
 def _require_draws(draws: int) -> None:

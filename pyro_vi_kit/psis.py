@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -65,7 +66,7 @@ def psis(log_weights: ArrayLike) -> Psis:
     log_w = _checked(log_weights)
     peak = float(log_w.max())
     scaled = log_w - peak
-    smoothed, khat = _smooth(scaled, noise=_rounding(peak))
+    smoothed, khat = _smooth(scaled, noise=float(rounding(peak)))
     smoothed -= math.log(np.exp(smoothed).sum())
     raw = np.exp(scaled)
     mean = float(raw.mean())
@@ -160,9 +161,14 @@ def _weights(log_weights: ArrayLike) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _rounding(peak: float) -> float:
+def tail_of(draws: int) -> int:
+    """How many of so many draws are in the tail (Vehtari et al. 2024, section 2.2)."""
+    return math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
+
+
+def rounding(peak: Any) -> Any:
     """Differences between log weights that are no more than rounding, nats."""
-    return max(_FLAT, 16 * np.finfo(float).eps * abs(peak))
+    return np.maximum(_FLAT, 16 * np.finfo(float).eps * np.abs(peak))
 
 
 def _smooth(scaled: np.ndarray, noise: float) -> tuple[np.ndarray, float]:
@@ -170,7 +176,7 @@ def _smooth(scaled: np.ndarray, noise: float) -> tuple[np.ndarray, float]:
     smoothed = scaled.copy()
     order = np.argsort(scaled)
     ordered = scaled[order]
-    tail_size = math.ceil(min(scaled.size / 5, 3 * math.sqrt(scaled.size)))
+    tail_size = tail_of(scaled.size)
     if _is_flat(ordered, tail_size, noise):
         return smoothed, -math.inf
     first = max(scaled.size - tail_size - 1, 0)
@@ -180,10 +186,10 @@ def _smooth(scaled: np.ndarray, noise: float) -> tuple[np.ndarray, float]:
         return smoothed, math.inf
     # exp(x) - exp(cutoff), without the cancellation between nearly equal weights.
     threshold = math.exp(cutoff)
-    k, sigma = _fit_pareto(threshold * np.expm1(ordered[above] - cutoff))
+    k, sigma = map(float, fit_pareto(threshold * np.expm1(ordered[above] - cutoff)))
     if not (math.isfinite(k) and math.isfinite(sigma) and sigma > 0):
         return smoothed, math.inf
-    tail = np.log(_pareto_quantiles(int(above.sum()), k, sigma) + threshold)
+    tail = np.log(pareto_quantiles(int(above.sum()), k, sigma) + threshold)
     smoothed[order[above]] = np.minimum(tail, 0.0)
     return smoothed, k
 
@@ -195,36 +201,37 @@ def _is_flat(ordered: np.ndarray, tail_size: int, noise: float) -> bool:
     return tail_size >= MIN_TAIL and ordered[-1] - ordered[-tail_size - 1] <= noise
 
 
-def _fit_pareto(excess: np.ndarray) -> tuple[float, float]:
-    """Shape k (with its prior) and scale sigma of a generalized Pareto distribution.
+def fit_pareto(excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shape k (with its prior) and scale sigma of generalized Pareto distributions, each `[...]`.
 
     The posterior mean of ``b = k / sigma`` over a grid (Zhang & Stephens 2009, sections 3 and 4),
     with the sign of k as in Vehtari et al. 2024: positive is heavy-tailed.
 
     Args:
-        excess: Weights above the threshold, ascending [M].
+        excess: Weights above the threshold, ascending `[..., M]`.
     """
-    size = excess.size
+    size = excess.shape[-1]
     grid = 30 + int(math.sqrt(size))
     with np.errstate(all="ignore"):  # a fit that fails is seen by its caller, as a non-finite k
         b = 1 - np.sqrt(grid / (np.arange(1, grid + 1) - 0.5))
-        b = b / (3 * excess[int(size / 4 + 0.5) - 1]) + 1 / excess[-1]
-        k = np.log1p(-b[:, None] * excess).mean(axis=1)
+        b = b / (3 * excess[..., int(size / 4 + 0.5) - 1, None]) + 1 / excess[..., -1, None]
+        k = np.log1p(-b[..., None] * excess[..., None, :]).mean(axis=-1)
         log_likelihood = size * (np.log(-b / k) - k - 1)
-        weights = np.exp(log_likelihood - log_likelihood.max())
-        weights /= weights.sum()
-        kept = weights >= 10 * np.finfo(float).eps
-        b_mean = np.sum(b[kept] * weights[kept]) / weights[kept].sum()
-        k_mean = np.log1p(-b_mean * excess).mean()
+        weights = np.exp(log_likelihood - log_likelihood.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        weights = np.where(weights >= 10 * np.finfo(float).eps, weights, 0.0 * weights)
+        b_mean = (b * weights).sum(axis=-1) / weights.sum(axis=-1)
+        k_mean = np.log1p(-b_mean[..., None] * excess).mean(axis=-1)
         sigma = -k_mean / b_mean
     k_mean = (size * k_mean + _PRIOR_DRAWS * _PRIOR_K) / (size + _PRIOR_DRAWS)
-    return float(k_mean), float(sigma)
+    return k_mean, sigma
 
 
-def _pareto_quantiles(size: int, k: float, sigma: float) -> np.ndarray:
-    """The expected order statistics, quantiles at ``(i - 1/2) / size``, ascending [size]."""
+def pareto_quantiles(size: int, k: ArrayLike, sigma: ArrayLike) -> np.ndarray:
+    """The expected order statistics, quantiles at ``(i - 1/2) / size``, ascending `[..., size]`."""
     log_survival = np.log1p(-np.arange(0.5, size) / size)
-    if abs(k) < np.finfo(float).eps:
-        return -sigma * log_survival
+    k, sigma = np.asarray(k)[..., None], np.asarray(sigma)[..., None]
+    flat = np.abs(k) < np.finfo(float).eps
     with np.errstate(over="ignore"):  # cut off at the largest raw weight afterwards
-        return sigma * np.expm1(-k * log_survival) / k
+        bent = sigma * np.expm1(-k * log_survival) / np.where(flat, 1.0, k)
+    return np.where(flat, -sigma * log_survival, bent)

@@ -28,6 +28,7 @@ class Record:
         estimator: Of the gradient, where steps were stochastic: ``pathwise`` or ``dreg``.
         batch_size: Rows of the data plate in each step; all when None.
         history: What is told of each epoch, columns of equal length; empty where there were none.
+        refined: Whether it is of the numbers of each row alone, which an encoder had given before.
         note: Why steps were not captured, where they should have been; empty otherwise.
     """
 
@@ -45,6 +46,7 @@ class Record:
     batch_size: int | Mapping[str, int] | None = None
     note: str = ""
     history: Mapping[str, np.ndarray] = field(default_factory=dict)
+    refined: bool = False
 
     def attrs(self) -> dict[str, str | int | float]:
         """What an exported file says of it."""
@@ -52,6 +54,7 @@ class Record:
             "objective": self.objective.name,
             "method": self.method,
             "engine": f"{self.engine} ({self.note})" if self.note else self.engine,
+            "refined": int(self.refined),
             "seed": self.seed,
             "status": self.status.reason,
             "advice": self.status.advice,

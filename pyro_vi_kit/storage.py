@@ -72,6 +72,7 @@ def guide_group(
                 "note",
                 "estimator",
                 "batch_size",
+                "refined",
             )
         },
     }

@@ -22,6 +22,10 @@ EVEN_WEIGHTS = 0.95
 MIN_ESS = 100.0
 MAX_MEAN_SHIFT = 0.1
 MAX_SD_SHIFT = 0.1
+# Of many rows this share may be badly approximated, which is said, and fails none of the others.
+MAX_BAD_ROWS = 0.05
+# Nats a latent: what a normal loses whose sd is 10 % off.
+MAX_ROW_GAP = 0.01
 
 _RICHER = {
     "delta": "mean_field",
@@ -88,6 +92,66 @@ def judge(values: Mapping[str, np.ndarray], smoothed: Psis, status: Status, guid
     return Verdict(level, tuple(reasons), _advice(level, guide, status), sites)
 
 
+def judge_rows(
+    quality: Mapping[str, np.ndarray],
+    rows: int,
+    latents: float,
+    sites: Mapping[str, np.ndarray],
+    status: Status,
+    guide: str,
+) -> Verdict:
+    """Judge a fit by the importance weights of each row, where rows have nothing in common.
+
+    The weights of many rows jointly are uneven however well each row is approximated.
+
+    Args:
+        quality: ``elbo`` and ``log_evidence`` (nats), ``khat`` and ``ess`` (a share of the draws) of the
+            rows that were looked at, `[B]` each.
+        rows: How many there are.
+        latents: Of each row.
+        sites: Draws of the latent and deterministic sites.
+        status: How the fit ended.
+        guide: The guide's name, for the advice.
+    """
+    khat, uneven = quality["khat"], quality["ess"] < EVEN_WEIGHTS
+    bad = float(np.mean((khat > MAX_KHAT) & uneven))
+    unsure = float(np.mean((khat > GOOD_KHAT) & uneven))
+    gap = float(np.mean(quality["log_evidence"] - quality["elbo"]))
+    seen = f"{rows:,} rows" if len(khat) == rows else f"{len(khat):,} of {rows:,} rows"
+    reasons = [
+        f"k-hat of {seen}: median {np.median(khat):.2f}, {100 * bad:.1f} % above {MAX_KHAT} "
+        "with uneven weights",
+        f"rows lose {gap:.2g} nats each on average",
+    ]
+    finite = np.isfinite(gap) and all(np.isfinite(draws).all() for draws in sites.values())
+    if bad > MAX_BAD_ROWS or not finite or status.reason == "diverged":
+        level: Level = "reject"
+    else:
+        close = unsure <= MAX_BAD_ROWS and gap <= MAX_ROW_GAP * latents
+        level = "good" if close else "resample"
+    if not status.converged:
+        reasons.append(f"the fit has not converged ({status.reason})")
+        level = "resample" if level == "good" else level
+    return Verdict(
+        level, tuple(reasons), _advice_on_rows(level, guide, status), dict.fromkeys(sites, level)
+    )
+
+
+def _advice_on_rows(level: Level, guide: str, status: Status) -> str:
+    if level == "good":
+        return ""
+    steps = [] if status.converged else [status.advice]
+    steps.append("posterior.per_datum() says which rows.")
+    if guide == "amortized":
+        steps.append(
+            "Try posterior.refine(), which gives each row numbers of its own, a larger encoder, or a "
+            "richer local=."
+        )
+    elif guide in _RICHER:
+        steps.append(f"Try guide={_RICHER[guide]!r}.")
+    return " ".join(steps)
+
+
 def _site_level(mean_shift: float, sd_shift: float, ess: float) -> Level:
     # Two standard errors of a weighted mean, in sds; about those of a log sd as well.
     slack = 2.0 / np.sqrt(ess)
@@ -125,7 +189,7 @@ def _advice(level: Level, guide: str, status: Status) -> str:
     elif guide == "amortized":
         steps.append(
             "The weights are of all rows jointly, and many rows make them uneven: look at "
-            "posterior.infer(row) for single rows, or try a larger encoder."
+            "posterior.per_datum() for single rows, or try a larger encoder."
         )
     else:
         steps.append("Do not use it. Try a reparameterisation of the model, or vi.nuts(model).")

@@ -31,6 +31,7 @@ from pyro_vi_kit.modelfile import load_model_file
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     "accuracy",
+    "amortization",
     "engines_table",
     "growth",
     "imports",

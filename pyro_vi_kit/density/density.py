@@ -382,6 +382,16 @@ class Density:
                 )
         return replay.visits, ""
 
+    def holding(self, params: Mapping[str, Tensor]) -> Density:
+        """The same density with these values of its learned parameters, which nothing trains.
+
+        Args:
+            params: Unconstrained, by name.
+        """
+        density = copy.copy(self)
+        density.params = {name: value.detach() for name, value in params.items()}
+        return density
+
     def subset(self, index: Mapping[str, Tensor]) -> Density:
         """The density of the same model on these rows alone, scaled to all of them.
 

@@ -13,6 +13,7 @@ from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
 from pyro_vi_kit.guides.delta import Delta
 from pyro_vi_kit.guides.full_rank import FullRank
+from pyro_vi_kit.guides.held import held_at_mean, mean_of_globals
 from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField
@@ -56,7 +57,9 @@ __all__ = [
     "LowRank",
     "MeanField",
     "describe",
+    "held_at_mean",
     "make",
+    "mean_of_globals",
     "names",
     "per_datum",
     "specify",

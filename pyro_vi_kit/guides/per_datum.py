@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.amortized import GlobalSpec, local_name
 from pyro_vi_kit.guides.families import Family
+from pyro_vi_kit.guides.held import mean_of_globals
 from pyro_vi_kit.guides.local import LocalFamily, Table, head_for
 
 # What a guide is for a single datum.
@@ -88,7 +90,6 @@ def tabulated(guide: Guide, plates: Sequence[Plate] | None = None) -> Guide:
 def _as_table(guide: Guide, block: Block, family: LocalFamily) -> nn.Module:
     rows = guide.rows(block)
     if family.conditioned:
-        shared = next(b.name for b in guide.blocks if b.plate is None)
-        mean = guide.families[shared]().mean
+        mean: Any = mean_of_globals(guide)
         rows = torch.cat([rows, mean.expand(len(rows), -1)], -1)
     return Table(family.source(rows))

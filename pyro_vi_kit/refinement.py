@@ -1,0 +1,153 @@
+"""From an encoder's answer for each row to numbers of the row's own: semi-amortized inference.
+
+The encoder says where each row starts, and stochastic steps go on from there with its numbers alone
+(Kim, Wiseman, Miller, Sontag & Rush 2018; Marino, Yue & Mandt 2018). Whatever rows share is held: the
+globals' distribution, the layers of a flow, and the model's learned parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+
+from pyro_vi_kit.approximation import GuideApproximation
+from pyro_vi_kit.density import Plate
+from pyro_vi_kit.density.subsampling import require_subsamplable
+from pyro_vi_kit.engines import Batches, BatchSource, CapturedEngine
+from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.groups import width_of
+from pyro_vi_kit.guides import Guide, tabulated
+from pyro_vi_kit.methods import stochastic
+from pyro_vi_kit.objectives import Elbo
+from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
+from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.record import Record
+from pyro_vi_kit.types import Objective, Status
+
+# Nats a datum.
+TOLERANCE = 1e-3
+_PARTICLES = 8
+# Numbers of the model in one step; of more rows than that a step sees some.
+_NUMBERS = 2_000_000
+_RATE = 0.02
+_STRETCH = 100
+
+
+def refine(
+    approximation: GuideApproximation,
+    objective: Objective,
+    *,
+    steps: int | None = None,
+    tol: float = TOLERANCE,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = False,
+) -> tuple[GuideApproximation, Record]:
+    """Train numbers of each row, from what the encoders say of it.
+
+    Args:
+        approximation: A trained guide with local blocks, over the data to be refined.
+        objective: The bound; of the ELBO the particles are chosen here.
+        steps: The most steps.
+        tol: Nats a datum that the bound may fall short by, on average.
+        seed: Of the noise.
+        batch_size: Rows in a step; all, or as many as memory has room for, when None.
+        progress: Show progress on stderr; None shows it on a terminal only.
+
+    Returns:
+        The guide with tables in the place of its encoders, and how they were trained.
+
+    Raises:
+        OptionError: If the guide has no local block.
+        ModelError: If `batch_size` is given and the model cannot be subsampled.
+    """
+    started = time.monotonic()
+    if not objective.multi_sample:
+        objective = Elbo(_PARTICLES)
+    guide = _trainee(approximation)
+    sizes = _sizes(guide, objective.particles, batch_size)
+    estimator = "dreg" if dreg_is_valid(guide, objective) else "pathwise"
+    engine = CapturedEngine(
+        guide,
+        objective,
+        seed=seed,
+        batches=Batches(sizes) if sizes else None,
+        estimator=estimator,
+    )
+    schedule = _schedule(guide, engine.batches, steps, tol)
+    with Progress(f"{guide.name} (rows)", schedule.max_steps, progress) as shown:
+        outcome, bound = stochastic.fit(engine, schedule, deadline=None, progress=shown)
+    refined = GuideApproximation(approximation.name, guide, approximation.params)
+    return refined, Record(
+        objective=objective,
+        method=outcome.method,
+        engine=engine.name,
+        note=engine.note if engine.name == "eager" else "",
+        status=_about_rows(outcome.status),
+        losses=np.asarray(outcome.losses),
+        evaluations=outcome.evaluations,
+        seconds=time.monotonic() - started,
+        seed=seed,
+        bound=bound if objective.multi_sample else None,
+        skipped=outcome.skipped,
+        estimator=estimator,
+        batch_size={plate.name: size for plate, size in sizes.items()} or None,
+        refined=True,
+    )
+
+
+def _trainee(approximation: GuideApproximation) -> Guide:
+    """A copy of the guide in which nothing can be trained but the numbers of each row."""
+    guide = approximation.guide
+    if all(block.plate is None for block in guide.blocks):
+        raise OptionError(
+            f"guide {guide.name!r} has no distribution for each datum that could be refined: fit with "
+            "guide='amortized'"
+        )
+    made = tabulated(guide.moved_to(guide.density.holding(approximation.params)))
+    made.requires_grad_(False)
+    for block in made.blocks:
+        table = made.table(block)
+        if table is not None:
+            table.rows.requires_grad_()
+    return made
+
+
+def _sizes(guide: Guide, particles: int, batch_size: int | None) -> dict[Plate, int]:
+    """Rows of a step by plate; none where it sees all."""
+    plates = [block.plate for block in guide.blocks if block.plate is not None]
+    share = _NUMBERS / max(width_of(guide.density) * particles, 1)
+    if batch_size is None and share >= 1.0:
+        return {}
+    sizes = {p: min(p.size, batch_size or max(1, int(share * p.size))) for p in plates}
+    try:
+        require_subsamplable(guide.density, sizes)
+    except ModelError:
+        if batch_size is not None:
+            raise
+        return {}
+    return sizes
+
+
+def _schedule(
+    guide: Guide, batches: BatchSource | None, steps: int | None, tol: float
+) -> stochastic.Schedule:
+    epoch = 1 if batches is None else batches.epoch
+    rows = sum(block.plate.size for block in guide.blocks if block.plate is not None)
+    return stochastic.Schedule(
+        rate=_RATE,
+        stretch=epoch * -(-_STRETCH // epoch),
+        patience=2,
+        max_steps=steps or stochastic.MAX_STEPS,
+        replicates=64 if batches is None else 16,
+        tolerance=tol * rows,
+        tight=not guide.point,
+    )
+
+
+def _about_rows(status: Status) -> Status:
+    """The same status; what goes on with a refinement is another one."""
+    advice = status.advice.replace("go on with resume=", "refine() the result once more")
+    return dataclasses.replace(status, advice=advice)
