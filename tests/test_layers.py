@@ -31,6 +31,7 @@ LAYERS = (
     ("amortization",),
     ("posterior", "request", "minibatches"),
     ("streaming",),
+    ("pacing", "starting"),
     ("resuming", "training", "identity"),
     ("fitting", "sampling"),
     ("comparison",),

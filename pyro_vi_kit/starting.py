@@ -1,0 +1,92 @@
+"""Where a fit starts: a point of the user's, or the best Gaussian that can be had quickly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit import minibatches, streaming
+from pyro_vi_kit.checkpoint import Checkpoint
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.engines import Batches, BatchSource, StreamedBatches
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.guides import Guide
+from pyro_vi_kit.guides.families import GaussianFamily
+from pyro_vi_kit.methods import fixed_draws
+from pyro_vi_kit.methods.shapes import Gaussian
+from pyro_vi_kit.request import Request
+
+
+def begin(
+    request: Request,
+    guide: Guide,
+    density: Density,
+    batches: BatchSource | None,
+    checkpoint: Checkpoint | None,
+) -> bool:
+    """Find a start unless there is one.
+
+    Args:
+        request: The fit.
+        guide: The guide, changed in place.
+        density: The model.
+        batches: What steps see of the data; all of them when None.
+        checkpoint: Where the start is noted, or found where the fit goes on.
+
+    Returns:
+        Whether parameters are measured in posterior sds.
+    """
+    if checkpoint is None:
+        return request.resumed or _initialise(request, guide, density, batches)
+    if checkpoint.state is None:
+        found = request.resumed or _initialise(request, guide, density, batches)
+        checkpoint.facts["whitened"] = found
+    return checkpoint.facts["whitened"]
+
+
+def starting_point(request: Request, density: Density) -> Tensor | None:
+    """The unconstrained point that ``init=`` names, `[D]`."""
+    if isinstance(request.init, Mapping):
+        return density.unconstrain(request.init)
+    if request.init == "origin":
+        return torch.zeros(density.dim, dtype=density.dtype, device=density.device)
+    return None
+
+
+def gaussian_of(guide: Guide) -> Gaussian:
+    """The Gaussian, or the point, that a single-block guide is now."""
+    with torch.no_grad():
+        found = guide.families[guide.blocks[0].name]()
+        scale_tril = getattr(found, "scale_tril", None)
+        return Gaussian(found.mean, found.stddev.diag() if scale_tril is None else scale_tril)
+
+
+def _initialise(
+    request: Request, guide: Guide, density: Density, batches: BatchSource | None
+) -> bool:
+    """Start a single Gaussian-based block from the best Gaussian, or where ``init=`` says.
+
+    Returns:
+        Whether it was the best Gaussian, in whose sds parameters are measured from now on.
+    """
+    start = starting_point(request, density)
+    if isinstance(batches, Batches) and request.init == "auto":
+        seed, deadline = request.seed, request.deadline
+        return minibatches.start_on_rows(guide, batches.plates, seed, deadline, start)
+    family = guide.families[guide.blocks[0].name]
+    if len(guide.blocks) > 1 or not isinstance(family, GaussianFamily):
+        if start is not None and isinstance(request.init, Mapping):
+            raise OptionError("init={site: value} needs a guide with one block for all latents")
+        return False
+    if request.init == "origin" or density.params or density.dim > fixed_draws.MAX_DIM:
+        if start is not None:
+            family.centre_on(start)
+        return False
+    if isinstance(batches, StreamedBatches):
+        gaussian = streaming.start(request, batches, density, start)
+    else:
+        gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
+    family.start_from(gaussian.loc, gaussian.scale_tril)
+    return True
