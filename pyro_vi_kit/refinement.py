@@ -11,6 +11,7 @@ import dataclasses
 import time
 
 import numpy as np
+import torch
 
 from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.density import Plate
@@ -19,11 +20,14 @@ from pyro_vi_kit.engines import Batches, BatchSource, CapturedEngine
 from pyro_vi_kit.errors import ModelError, OptionError
 from pyro_vi_kit.groups import width_of
 from pyro_vi_kit.guides import Guide, tabulated
+from pyro_vi_kit.guides.heads import Head
+from pyro_vi_kit.guides.local import LocalFamily, Table
 from pyro_vi_kit.methods import stochastic
 from pyro_vi_kit.objectives import Elbo
 from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.record import Record
+from pyro_vi_kit.runtime import RandomStream
 from pyro_vi_kit.types import Objective, Status
 
 # Nats a datum.
@@ -33,6 +37,9 @@ _PARTICLES = 8
 _NUMBERS = 2_000_000
 _RATE = 0.02
 _STRETCH = 100
+# Of each row, to see how wide it is.
+_DRAWS = 16
+_SEED = 40_312
 
 
 def refine(
@@ -109,10 +116,21 @@ def _trainee(approximation: GuideApproximation) -> Guide:
     made = tabulated(guide.moved_to(guide.density.holding(approximation.params)))
     made.requires_grad_(False)
     for block in made.blocks:
-        table = made.table(block)
-        if table is not None:
-            table.rows.requires_grad_()
+        family = made.families[block.name]
+        if isinstance(family, LocalFamily) and family.table is not None:
+            _measure(family.head, family.table)
+            family.table.rows.requires_grad_()
     return made
+
+
+@torch.no_grad()
+def _measure(head: Head, table: Table) -> None:
+    """Measure the numbers of a table in sds of its rows, so that a step means the same everywhere."""
+    with RandomStream(_SEED):
+        sd, mean = torch.std_mean(head(table.rows).sample((_DRAWS,)), 0)
+    unit = sd.median(0).values
+    unit = torch.where((unit > 0) & unit.isfinite(), unit, head.unit)
+    table.rows.copy_(head.reframe(table.rows, mean.mean(0), unit))
 
 
 def _sizes(guide: Guide, particles: int, batch_size: int | None) -> dict[Plate, int]:

@@ -205,18 +205,16 @@ def test_refined_rows_are_the_posteriors(narrow, batch_size):
 def test_refinement_moves_the_tables_alone():
     model = learned_model()
     fitted = vi.fit(model, Amortized(local="affine_coupling"), batch_size=10, seed=0, steps=40)
-    before = {n: v.clone() for n, v in fitted.approximation.guide.state_dict().items()}
+    before = {n: v.clone() for n, v in fitted.approximation.guide.named_parameters()}
     refined = fitted.refine(steps=60, seed=1)
-    after = refined.approximation.guide.state_dict()
+    after = dict(refined.approximation.guide.named_parameters())
     assert all(
         torch.equal(before[n], v) for n, v in after.items() if n in before and "source" not in n
     )
     assert any("head.layers" in name for name in after)
     assert refined.parameters.keys() == fitted.parameters.keys() == {"shift"}
     assert np.array_equal(refined.parameters["shift"], fitted.parameters["shift"])
-    assert all(
-        torch.equal(before[n], v) for n, v in fitted.approximation.guide.state_dict().items()
-    )
+    assert all(torch.equal(before[n], v) for n, v in fitted.approximation.guide.named_parameters())
     gain = refined.per_datum(draws=200).attrs["elbo"] - fitted.per_datum(draws=200).attrs["elbo"]
     assert gain > 0
 
@@ -349,13 +347,16 @@ def test_the_evidence_of_a_row_with_a_plate_inside():
 # -- the verdict ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_many_good_rows_are_good(trained):
-    """Jointly, 60 rows that lose a hundredth of a nat each; the verdict is of rows where that fails."""
+    """Rows that lose a thousandth of a nat each; jointly, of 3,000 the weights are uneven."""
     many = trained.infer(*factor_model(3000, seed=2).args)
-    assert many.verdict.level in ("good", "resample")
-    assert any("of 3,000 rows" in reason for reason in many.verdict.reasons) or many.khat < 0.7
+    assert many.khat > 0.7
+    assert many.verdict.level == "good"
+    assert "k-hat of 500 of 3,000 rows" in many.verdict.reasons[0]
 
 
+@pytest.mark.slow
 def test_bad_rows_are_said(narrow):
     many = narrow.infer(*factor_model(600, seed=2).args)
     assert many.verdict.level == "reject"

@@ -55,6 +55,10 @@ class CouplingHead(Head):
         numbers[2 * self.dim :] = torch.randn(self.features, dtype=numbers.dtype, device="cpu")
         return numbers
 
+    def _converted(self, numbers: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+        loc, log_scale, features = numbers.split([self.dim, self.dim, self.features], -1)
+        return torch.cat([shift + factor * loc, log_scale + factor.log(), features], -1)
+
     def _layer(self, hidden: int) -> nn.Module:
         first = nn.Linear(self.split + self.features, hidden)
         last = nn.Linear(hidden, 2 * (self.dim - self.split))

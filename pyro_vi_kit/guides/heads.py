@@ -48,6 +48,23 @@ class Head(nn.Module, ABC):
         self.centre.copy_(centre)
         self.unit.copy_(unit)
 
+    @torch.no_grad()
+    def reframe(self, numbers: Tensor, centre: Tensor, unit: Tensor) -> Tensor:
+        """Measure in these units from now on, and give the same distributions' numbers in them.
+
+        Args:
+            numbers: `[..., p]` in the present frame.
+            centre: `[d]`.
+            unit: `[d]`.
+        """
+        shift, factor = (self.centre - centre) / unit, self.unit / unit
+        self.frame(centre, unit)
+        return self._converted(numbers, shift, factor)
+
+    @abstractmethod
+    def _converted(self, numbers: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+        """Numbers of distributions that are stretched by a factor and then moved: `[d]` each."""
+
 
 class PointHead(Head):
     """All mass at one point: its position."""
@@ -63,6 +80,9 @@ class PointHead(Head):
     def initial(self, scale: float) -> Tensor:
         """The frame's centre."""
         return self.centre.new_zeros(self.size)
+
+    def _converted(self, numbers: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+        return shift + factor * numbers
 
 
 class NormalHead(Head):
@@ -83,6 +103,10 @@ class NormalHead(Head):
         numbers = self.centre.new_zeros(self.size)
         numbers[self.dim :] = torch.tensor(scale, device=numbers.device).log()
         return numbers
+
+    def _converted(self, numbers: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+        loc, log_scale = numbers.split(self.dim, -1)
+        return torch.cat([shift + factor * loc, log_scale + factor.log()], -1)
 
 
 class DenseHead(Head):
@@ -109,3 +133,10 @@ class DenseHead(Head):
         numbers = self.centre.new_zeros(self.size)
         numbers[self.dim : 2 * self.dim] = torch.tensor(scale, device=numbers.device).log()
         return numbers
+
+    def _converted(self, numbers: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+        dim = self.dim
+        loc, log_diagonal, below = numbers.split([dim, dim, self.size - 2 * dim], -1)
+        rows = torch.div(self.places, dim, rounding_mode="floor")
+        parts = [shift + factor * loc, log_diagonal + factor.log(), below * factor[rows]]
+        return torch.cat(parts, -1)

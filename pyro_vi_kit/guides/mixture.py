@@ -150,3 +150,9 @@ class MixtureHead(Head):
         spread = spread.to(self.centre.device)
         log_scales = torch.full_like(spread, scale).log()
         return torch.cat([spread.new_zeros(count), spread, log_scales])
+
+    def _converted(self, numbers: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
+        count, dim = self.components, self.dim
+        logits, locs, log_scales = numbers.split([count, count * dim, count * dim], -1)
+        locs = shift.repeat(count) + factor.repeat(count) * locs
+        return torch.cat([logits, locs, log_scales + factor.log().repeat(count)], -1)

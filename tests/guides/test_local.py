@@ -262,6 +262,21 @@ def test_heads_are_measured_in_their_frame():
         torch.testing.assert_close(after.log_prob(moved), log_q - 2 * math.log(100.0))
 
 
+@pytest.mark.parametrize("local", [*KINDS, "delta"], ids=str)
+def test_another_frame_changes_numbers_and_no_distribution(local):
+    head, numbers = made(local, 3)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        before = head(numbers).sample((4,))
+        log_q = head(numbers).log_prob(before)
+        other = head.reframe(numbers, torch.tensor([3.0, -1.0, 0.2]), torch.tensor([0.1, 5.0, 1.0]))
+        torch.manual_seed(0)
+        after = head(other).sample((4,))
+        torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(head(other).log_prob(after), log_q, rtol=1e-9, atol=1e-9)
+    assert head.unit.tolist() == [0.1, 5.0, 1.0]
+
+
 # -- in a guide -------------------------------------------------------------------------------
 
 
