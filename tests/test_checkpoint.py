@@ -441,7 +441,7 @@ def test_an_engine_goes_on_from_its_state(kind, optimizer):
     def engine():
         density = vi.guides.make("amortized", density_of(local_model(dim=2)))
         plate = density.blocks[0].plate
-        return kind(density, Elbo(2), seed=1, batches=Batches(plate, 4), optimizer=optimizer)
+        return kind(density, Elbo(2), seed=1, batches=Batches({plate: 4}), optimizer=optimizer)
 
     from pyro_vi_kit.density import Density
     from pyro_vi_kit.engines import Batches
