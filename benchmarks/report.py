@@ -29,6 +29,7 @@ SCRIPTS = (
     "speed_steps",
     "speed_nuts",
     "growth",
+    "minibatches",
     "streaming",
 )
 NEED_REFERENCES = ("accuracy", "speed_svi")

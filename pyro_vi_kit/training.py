@@ -38,6 +38,9 @@ from pyro_vi_kit.runtime import default_dtype
 
 PyroGuide = Callable[..., Any]
 
+# Iterates are then a tenth of a posterior sd from their mean, and its average is not at rest.
+_LARGE_RATE = 0.02
+
 
 class Trained(NamedTuple):
     """What training gives.
@@ -281,8 +284,10 @@ def _run_stochastic(
     # The error of an average falls with its length alone; of minibatches' noise there is much.
     least = 100 if batches is None or learns else 500
     stretch = epoch * -(-least // epoch)
+    rate = _first_rate(guide, whitened)
     schedule = stochastic.Schedule(
-        rate=_first_rate(guide, whitened),
+        rate=rate,
+        falls=2 if rate > _LARGE_RATE else 1,
         stretch=stretch,
         epoch=epoch,
         patience=2 if gaussian else 4,

@@ -34,6 +34,7 @@ SCRIPTS = (
     "engines_table",
     "growth",
     "imports",
+    "minibatches",
     "report",
     "speed_nuts",
     "speed_steps",

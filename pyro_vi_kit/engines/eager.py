@@ -89,6 +89,9 @@ class EagerEngine:
         self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
         groups = self._optimizer.param_groups if self._optimizer is not None else []
         self._rates = [group.get("lr") for group in groups]
+        # The noise of a minibatch does not know of draws: times a draw and its mirror image it cancels.
+        even = objective.particles % 2 == 0
+        self.mirrored = batches is not None and even and not objective.multi_sample
         # A bound per datum holds for given globals, so all its particles share one draw of them.
         self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
 
@@ -163,6 +166,7 @@ class EagerEngine:
                 index,
                 share=self.share,
                 estimator=self.estimator,
+                mirrored=self.mirrored,
                 data=data,
             )
             wanted = [*self.trained.values(), *held]

@@ -89,6 +89,7 @@ class Guide(nn.Module):
         data: Sequence[Tensor] | None = None,
         share: bool = False,
         detached: bool = False,
+        mirrored: bool = False,
         given: Draw | None = None,
     ) -> Draw:
         """K reparameterised draws, from torch's global random state.
@@ -100,6 +101,8 @@ class Guide(nn.Module):
             share: Give all particles the same draw of the globals, as a bound per datum needs.
             detached: Take log q at constant parameters, so that its gradient flows through the draws
                 alone.
+            mirrored: Let an even number of draws come in pairs, mirror images about the mean where a
+                family is symmetric: what is odd in them then cancels.
             given: An earlier draw of as many particles, whose globals are taken again.
         """
         values: dict[str, Tensor] = {}
@@ -113,7 +116,7 @@ class Guide(nn.Module):
                 if given is not None:
                     flat, log_q = given.flat[block.name], given.shared
                 else:
-                    flat, log_q = family.draw((count,), detached=detached)
+                    flat, log_q = family.draw((count,), detached=detached, mirrored=mirrored)
                 shared = shared + log_q
                 values.update(block.unpack(flat.expand(particles, -1)))
             else:
@@ -123,7 +126,9 @@ class Guide(nn.Module):
                     # Given shared globals log q is of the local draws alone.
                     flat, log_q = family.draw_given(shape, rows, detached=detached, live=not share)
                 else:
-                    flat, log_q = family.draw((particles,), rows, detached=detached)
+                    flat, log_q = family.draw(
+                        (particles,), rows, detached=detached, mirrored=mirrored
+                    )
                 local[block.plate.name] = log_q
                 values.update(block.unpack(flat))
             flats[block.name] = flat

@@ -73,11 +73,18 @@ class CouplingFlow(GaussianFamily):
         return dist.TransformedDistribution(base, [_Coupling(self), affine])
 
     def draw(
-        self, shape: tuple[int, ...], context: Tensor | None = None, *, detached: bool = False
+        self,
+        shape: tuple[int, ...],
+        context: Tensor | None = None,
+        *,
+        detached: bool = False,
+        mirrored: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `Family.draw`; in one pass, with no way back through the layers."""
         loc = self.affine.loc
-        noise = torch.randn(*shape, self._dim, dtype=loc.dtype, device=loc.device)
+        count = shape[0] // 2 if mirrored else shape[0]
+        noise = torch.randn(count, *shape[1:], self._dim, dtype=loc.dtype, device=loc.device)
+        noise = torch.cat([noise, -noise]) if mirrored else noise
         coupled, log_scales, steps = self.couple(noise)
         mean, scale_tril = self.affine.moments()
         value = mean + coupled @ scale_tril.T

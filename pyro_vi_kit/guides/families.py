@@ -23,7 +23,12 @@ class Family(nn.Module, ABC):
         """The distribution, event shape `[D]`."""
 
     def draw(
-        self, shape: tuple[int, ...], context: Tensor | None = None, *, detached: bool = False
+        self,
+        shape: tuple[int, ...],
+        context: Tensor | None = None,
+        *,
+        detached: bool = False,
+        mirrored: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Reparameterised draws `[*shape, D]` and log q at them, nats.
 
@@ -31,12 +36,27 @@ class Family(nn.Module, ABC):
             shape: Of the draws, before the rows of the context.
             context: `[B, F]`, one distribution per row.
             detached: Take log q at constant parameters: its gradient flows through the draws alone.
+            mirrored: Make the second half of an even number of draws the mirror image of the first,
+                where the distribution is symmetric.
         """
         distribution = self(context)
-        value = distribution.rsample(shape)
+        if mirrored and _is_symmetric(distribution):
+            half = distribution.rsample((shape[0] // 2, *shape[1:]))
+            value = torch.cat([half, 2.0 * distribution.mean - half])
+        else:
+            value = distribution.rsample(shape)
         # The copy shares no cache with the original, whose way back to the noise knows parameters.
         density = detach(distribution) if detached else distribution
         return value, density.log_prob(value)
+
+
+def _is_symmetric(distribution: TorchDistribution) -> bool:
+    """Whether it is a normal distribution, which is its own mirror image about the mean."""
+    normals = (dist.MultivariateNormal, dist.LowRankMultivariateNormal)
+    base = getattr(distribution, "base_dist", None)
+    return isinstance(distribution, normals) or (
+        isinstance(distribution, dist.Independent) and isinstance(base, dist.Normal)
+    )
 
 
 class GaussianFamily(Family):

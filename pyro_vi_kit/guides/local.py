@@ -166,7 +166,12 @@ class LocalFamily(Family):
         return self.head(self.source(context))
 
     def draw_given(
-        self, shape: tuple[int, ...], context: Tensor, *, detached: bool, live: bool
+        self,
+        shape: tuple[int, ...],
+        context: Tensor,
+        *,
+        detached: bool,
+        live: bool,
     ) -> tuple[Tensor, Tensor]:
         """As `draw`, with draws of the globals in the context.
 

@@ -54,6 +54,7 @@ class Schedule:
         tolerance: Nats that may be left to gain.
         relative: The same as a share of the bound's size; the larger of both counts.
         tight: Whether even log weights prove the optimum, as they do where the evidence is fixed.
+        falls: How often the rate has to fall before a fit can have converged.
         noisy: Whether steps see some of the data, so that each rate leaves an error of its own.
     """
 
@@ -67,6 +68,7 @@ class Schedule:
     relative: float = 0.0
     tight: bool = False
     noisy: bool = False
+    falls: int = 1
 
 
 @dataclass
@@ -268,14 +270,14 @@ def _level_is_over(search: _Search) -> bool:
 
 def _end_level(search: _Search) -> Status | None:
     """How the fit ends behind this rate; None where a smaller one is next, from the best average."""
-    ended = search.ended
+    schedule, ended = search.schedule, search.ended
     if search.bad >= _MAX_BAD_STRETCHES or (ended and not search.best.values):
         return _diverged(search.engine)
     gain, se = _gain(search.best.bounds, search.before)
     if ended:
         return Status(False, "budget", _budget_advice(search, ended, gain, se))
     left = max(gain, 0.0) * _DECAY / (1.0 - _DECAY)
-    if search.bad == 0 and search.decays > 0 and left <= max(search.tolerance, se):
+    if search.bad == 0 and search.decays >= schedule.falls and left <= max(search.tolerance, se):
         return Status(
             True,
             "converged",

@@ -42,6 +42,7 @@ class Drawable(Protocol):
         data: Sequence[Tensor] | None = None,
         share: bool = False,
         detached: bool = False,
+        mirrored: bool = False,
     ) -> Any:
         """K reparameterised draws and their log density."""
         ...
@@ -67,6 +68,7 @@ def surrogate(
     *,
     share: bool,
     estimator: str,
+    mirrored: bool = False,
     data: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One estimate of the bound, and a loss whose gradient estimates minus the bound's gradient.
@@ -82,13 +84,16 @@ def surrogate(
         index: Rows of each local plate; all when None.
         share: Give all particles the same draw of the globals, as a bound per datum needs.
         estimator: ``pathwise`` or ``dreg``; the latter only where `valid` says so.
+        mirrored: Draw in pairs of mirror images; for bounds that are means over particles.
         data: Tensors in the place of the density's own, where data are streamed.
 
     Returns:
         The bound, detached, and the loss: scalars in nats, the loss for its gradient only.
     """
     detached = estimator == "dreg"
-    draw = guide.draw(particles, index, data=data, share=share, detached=detached)
+    draw = guide.draw(
+        particles, index, data=data, share=share, detached=detached, mirrored=mirrored
+    )
     weights = guide.weigh(draw, params, index, data=data)
     bound = evaluate(objective, weights)
     if detached and objective.order != 1.0:
