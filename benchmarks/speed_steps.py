@@ -1,6 +1,7 @@
 """Microseconds a step of stochastic fits: our engines, stock Pyro, NumPyro and a hand-written loop.
 
     python -m benchmarks.speed_steps [--cases affine_coupling/iwae] [--particles 10] [--seconds 30]
+    python -m benchmarks.speed_steps --device cuda
 
 Eight schools (non-centred), float64, one thread; all have the same guide, objective and particles. Early
 is the median of the first dozen stretches behind the first step (for a captured engine: right after the
@@ -9,7 +10,8 @@ seconds; "compiled" waits for the compiler first, as a fit's long run has it. No
 
 Every contestant runs in a process of its own; they take turns, and the fastest round counts. Of stock
 Pyro's two ways of taking particles (in a vectorised plate or one after another), the faster one is
-compared with.
+compared with. With ``--device cuda`` all of torch is on the GPU, and what runs on the CPU alone is left
+out: our compiled engine, which is a CUDA graph there, and NumPyro.
 """
 
 from __future__ import annotations
@@ -32,8 +34,12 @@ TORCH, JAX = "benchmarks.peers.steps_torch", "benchmarks.peers.steps_numpyro"
 STOCK = ("Pyro SVI.step, vectorised", "Pyro SVI.step, one by one")
 
 
-def contestants(with_numpyro: bool) -> dict[str, tuple[str, dict[str, Any]]]:
+def contestants(with_numpyro: bool, device: str = "cpu") -> dict[str, tuple[str, dict[str, Any]]]:
     """What to call for each, by its name in the table."""
+    if device != "cpu":
+        everyone = contestants(False)
+        able = {who: call for who, call in everyone.items() if who != "ours, compiled"}
+        return {who: (target, more | {"device": device}) for who, (target, more) in able.items()}
     found: dict[str, tuple[str, dict[str, Any]]] = {
         f"ours, {engine}": (f"{TORCH}:ours", {"engine": engine}) for engine in ENGINES
     }
@@ -130,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = options.parser(__doc__)
     words.add_argument("--cases", type=options.listed, default=None, help=", ".join(CASES))
     words.add_argument("--particles", type=int, default=10)
+    words.add_argument("--device", default="cpu", help="of torch: cpu, cuda (%(default)s)")
     words.add_argument("--rounds", type=int, default=None, help="turns of each (2)")
     words.add_argument("--seconds", type=options.positive, default=None, help="of ours (30)")
     words.add_argument("--peer-seconds", type=options.positive, default=None, help="of others (5)")
@@ -140,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     theirs = asked.peer_seconds or (2.0 if asked.quick else 5.0)
     if reason := machine.numpyro_missing():
         options.say(reason)
-    everyone = contestants(machine.numpyro_missing() is None)
+    everyone = contestants(machine.numpyro_missing() is None, asked.device)
     records = Records(asked.out, NAME, asked.resume)
     rows = []
     for case in cases:
@@ -149,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for who, (target, more) in everyone.items():
                 seconds = mine if who.startswith("ours") else theirs
                 key = {"case": case, "who": who, "particles": asked.particles}
-                key |= {"round": turn, "seconds": seconds}
+                key |= {"round": turn, "seconds": seconds, "device": asked.device}
                 row = records.find(key)
                 if row is None:
                     arguments = {"guide": guide, "objective": objective, "seed": turn}

@@ -96,7 +96,7 @@ class Checkpoint:
             "kind": _KIND,
             "format": _FORMAT,
             "identity": self.identity,
-            "state": self._marked | {"losses": losses, "facts": self.facts},
+            "state": cloned(self._marked, "cpu") | {"losses": losses, "facts": self.facts},
             "seconds": self.seconds + time.monotonic() - self._began,
         }
         _replace(self.path, content)
@@ -134,14 +134,20 @@ def read(path: str | Path) -> Saved | None:
     return Saved(content["identity"], content["state"], content["seconds"])
 
 
-def cloned(value: Any) -> Any:
-    """A deep copy of nested dicts, lists and tuples with their tensors, each in a storage of its own."""
+def cloned(value: Any, device: str | None = None) -> Any:
+    """A deep copy of nested dicts, lists and tuples with their tensors, each in a storage of its own.
+
+    Args:
+        value: What to copy.
+        device: Where the tensors of the copy are; where the original's are when None.
+    """
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        value = value.detach()
+        return value.clone() if device is None else value.to(device, copy=True)
     if isinstance(value, Mapping):
-        return {key: cloned(part) for key, part in value.items()}
+        return {key: cloned(part, device) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(cloned(part) for part in value)
+        return type(value)(cloned(part, device) for part in value)
     return value
 
 

@@ -266,4 +266,4 @@ def _batches(request: Request, guide: Guide, density: Density) -> BatchSource | 
     if request.batch_size is not None:
         sizes = minibatches.sizes_of(request.batch_size, density, guide)
     minibatches.require_local(guide, sizes, request.objective.multi_sample)
-    return Batches(sizes, density.device) if sizes else None
+    return Batches(sizes, device=density.device) if sizes else None

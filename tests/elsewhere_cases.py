@@ -12,6 +12,7 @@ from toys import is_local, local_and_global_model, local_model, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.checkpoint import cloned
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.engines import Batches, EagerEngine
 from pyro_vi_kit.errors import OptionError
@@ -35,7 +36,7 @@ def on_device(value):
 
 def steps(guide, sizes=None, objective="elbo"):
     """Bounds of three steps and two looks, and all that moves."""
-    batches = Batches(sizes, guide.density.device) if sizes else None
+    batches = Batches(sizes, device=guide.density.device) if sizes else None
     goal = objectives.make(objective, particles=3)
     estimator = "dreg" if valid(guide, goal) else "pathwise"
     engine = EagerEngine(guide, goal, seed=0, batches=batches, estimator=estimator)
@@ -136,6 +137,69 @@ def rows_model():
     return vi.Model(rows, *two_scales_model().args)
 
 
+def streamed(x, y):
+    w = pyro.sample("w", dist.Normal(x.new_zeros(x.shape[-1]), 1.0).to_event(1))
+    with pyro.plate("row", len(x)) as i:
+        pyro.sample("y", dist.Normal(x[i] @ w, 1.0), obs=y[i])
+
+
+def test_streamed_data_are_brought_batch_by_batch(device):
+    rows = torch.utils.data.TensorDataset(*two_scales_model(n=40).args)
+    fit = vi.fit(
+        vi.Model(streamed, rows),
+        "mean_field",
+        seed=0,
+        device=device,
+        engine="eager",
+        batch_size=8,
+        steps=6,
+        progress=False,
+    )
+    assert all(map(on_device, fit.density.data))
+    assert torch.tensor(fit.losses).isfinite().all()
+    assert fit.elbo == pytest.approx(float(-fit.losses.mean()), abs=50.0)
+
+
+def test_epochs_validate_and_checkpoints_go_on(device, tmp_path):
+    model, held_out = rows_model(), two_scales_model(n=7, seed=5).args
+
+    def fitted(steps, **options):
+        plan = vi.Epochs(steps, validation=held_out, clip=1.0)
+        return vi.fit(
+            model,
+            "mean_field",
+            epochs=plan,
+            batch_size=3,
+            seed=0,
+            device=device,
+            engine="eager",
+            progress=False,
+            **options,
+        )
+
+    whole = fitted(2)
+    kept = fitted(2, checkpoint=tmp_path / "fit.pt")
+    again = fitted(2, checkpoint=tmp_path / "fit.pt")
+    assert list(kept.losses) == list(whole.losses)
+    assert list(again.losses) == list(whole.losses)
+
+
+def test_an_engine_goes_on_from_a_state_that_was_on_the_cpu(device):
+    sizes = {plate(Density(local_and_global_model(n=6))): 3}
+
+    def engine():
+        density = Density(local_and_global_model(n=6), device=device)
+        with RandomStream(1):
+            guide = guides.per_datum(guides.specify("mean_field"), density, [plate(density)])
+        batches = Batches(sizes, device=density.device)
+        return EagerEngine(guide, objectives.make("elbo"), seed=0, batches=batches)
+
+    first, second = engine(), engine()
+    first.run(3, 0.01)
+    second.restore(cloned(first.state(), "cpu"))
+    assert second.run(3, 0.01).bounds.tolist() == first.run(3, 0.01).bounds.tolist()
+
+
 def closing_model():
     """A model that closes over CPU tensors, makes literals of its own, and learns a module's weights."""
     x, known = torch.linspace(-1.0, 1.0, 5), torch.tensor([0, 1, 1, 0, 1])
@@ -220,6 +284,10 @@ def test_data_say_where(device):
     density = Density(vi.Model(two_scales_model().fn, x.to(device), y))
     assert density.device == device
     assert all(map(on_device, density.data))
+    # As `nuts` has it.
+    back = Density(vi.Model(two_scales_model().fn, x.to(device), y.to(device)), device="cpu")
+    z = torch.zeros(2, back.dim, dtype=torch.float64)
+    torch.testing.assert_close(back.log_prob(z), Density(two_scales_model()).log_prob(z))
 
 
 def test_saved_there_and_loaded_anywhere(device, tmp_path):

@@ -27,7 +27,13 @@ RATE = 0.005
 
 
 def ours(
-    engine: str, guide: str, objective: str, particles: int, seconds: float, seed: int
+    engine: str,
+    guide: str,
+    objective: str,
+    particles: int,
+    seconds: float,
+    seed: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Steps of one of our engines, `Engine.run` in stretches of 100 as a fit makes them."""
     torch.set_num_threads(1)
@@ -39,7 +45,7 @@ def ours(
     ran: list[engines.CapturedEngine | engines.EagerEngine] = []
 
     def set_up() -> Callable[[int], object]:
-        density = Density(_model())
+        density = Density(_model(), device=device)
         with RandomStream(seed):
             trained = guides.specify(guide).build(density)
         running = kinds[engine](trained, _objective(objective, particles), seed=seed)
@@ -51,11 +57,18 @@ def ours(
 
 
 def stock(
-    guide: str, objective: str, particles: int, vectorize: bool, seconds: float, seed: int
+    guide: str,
+    objective: str,
+    particles: int,
+    vectorize: bool,
+    seconds: float,
+    seed: int,
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Stock `SVI.step`: the same flow, or AutoNormal, with the objective's own Pyro loss."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device(device)
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
 
@@ -77,11 +90,12 @@ def stock(
 
 
 def by_hand(
-    guide: str, objective: str, particles: int, seconds: float, seed: int
+    guide: str, objective: str, particles: int, seconds: float, seed: int, device: str = "cpu"
 ) -> dict[str, Any]:
     """A loop as one would write it for this model alone: vectorised, autograd, fused Adam."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device(device)
     torch.manual_seed(seed)
 
     def set_up() -> Callable[[int], object]:
@@ -99,6 +113,8 @@ def by_hand(
                 optimizer.zero_grad()
                 (-bound).backward()
                 optimizer.step()
+            if device != "cpu":
+                torch.cuda.synchronize(device)
 
         return advance
 

@@ -74,7 +74,7 @@ class Batches:
         OptionError: If a size is no number of rows.
     """
 
-    def __init__(self, sizes: Mapping[Plate, int], device: torch.device = _CPU) -> None:
+    def __init__(self, sizes: Mapping[Plate, int], *, device: torch.device = _CPU) -> None:
         for plate, size in sizes.items():
             whole = isinstance(size, int) and not isinstance(size, bool)
             if not whole or not 1 <= size <= plate.size:
