@@ -67,8 +67,10 @@ class Program:
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The function's results; noise is drawn from torch's global random state."""
+        everything = [*inputs, *self.graph.draw_noise()] if self.graph.noise else inputs
+        if self._library is None:
+            return self._run(*everything)
         began = time.perf_counter()
-        everything = [*inputs, *self.graph.draw_noise()]
         results = self._run(*everything)
         if self._library is not None:
             self._spent += time.perf_counter() - began

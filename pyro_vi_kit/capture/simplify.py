@@ -25,7 +25,7 @@ _SUMS = {_ATEN.add.Tensor, _ATEN.add.Scalar}
 _DIFFERENCES = {_ATEN.sub.Tensor, _ATEN.sub.Scalar}
 _POWERS = {_ATEN.pow.Tensor_Scalar}
 _NEGATIONS = {_ATEN.neg.default}
-_VIEW, _CLONE = _ATEN.view.default, _ATEN.clone.default
+_VIEW = _ATEN.view.default
 # Results that depend on a tensor's shape alone.
 _FILLS = {
     _ATEN.zeros_like.default: 0.0,
@@ -70,17 +70,8 @@ class _Simplifier:
             kept = self._kept(node)
             if kept is not None:
                 nodes.extend(self._joins.replaced(kept))
-        outputs = [self._own(name, nodes) for name in self._graph.outputs]
+        outputs = [self._same.get(name, name) for name in self._graph.outputs]
         return Graph(self._graph.inputs, outputs, nodes, self._constants, self._graph.noise)
-
-    def _own(self, output: str, nodes: list[Node]) -> str:
-        """An output's name now; a copy of what is a constant, for callers may write into it."""
-        name = self._same.get(output, output)
-        if self._roots.get(name, name) not in self._constants:
-            return name
-        copy = f"{output}o"
-        nodes.append(Node(_CLONE, (Ref(name),), {}, (copy,), False, False))
-        return copy
 
     def _kept(self, node: Node) -> Node | None:
         """The node with its arguments renamed, or None where its result is known already."""
