@@ -6,7 +6,8 @@ The smallest bulk effective sample size (ArviZ) over all sites, over the seconds
 its warm-up. Cold: the whole process, imports and compilation included, over one run. Warm: from the call
 to the draws; for ours and NumPyro's the second run in that process, which finds things compiled. All in
 float64, chains one after another on one thread, unless the line says otherwise. Pyro's NUTS stops at
-the cap, with the draws that it has.
+the cap, with the draws that it has; where these are fewer than 20, each of its iterations, warm-up
+included, counts as an effective sample, and ratios over it are lower bounds.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ NAME = "speed_nuts"
 MODELS = ("eight_schools", "logistic_regression")
 TORCH, JAX = "benchmarks.peers.nuts_torch", "benchmarks.peers.nuts_numpyro"
 OURS, PYRO = "ours", "Pyro"
+_BOUNDED = (
+    "{} had not made 20 draws at the cap. Each iteration that it had made, warm-up and all, counts as "
+    "an effective sample here; ours over it, within the cap, is at least what stands here."
+)
 PYRO_AIMS = {"eight_schools": 30, "logistic_regression": 10}
 
 
@@ -64,6 +69,7 @@ def measure(target: str, arguments: dict[str, Any], who: str, cap: float) -> dic
         "warm": last["ess"] / last["seconds"],
         "cold_seconds": cold,
         "cold": first["ess"] / cold,
+        "bound": bool(first.get("bound")),
         "error": None,
     }
 
@@ -75,7 +81,9 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for name in names:
         mine = [row for row in rows if row["who"] == name and row["error"] is None]
         keys = ("ess", "rhat", "warm_seconds", "warm", "cold_seconds", "cold")
-        lines.append({"who": name} | {key: median(r[key] for r in mine) for key in keys if mine})
+        values = {key: [r[key] for r in mine if r[key] is not None] for key in keys}
+        medians = {key: median(found) for key, found in values.items() if found}
+        lines.append({"who": name, "bound": any(r.get("bound") for r in mine)} | medians)
     ours = next((line for line in lines if line["who"] == OURS), {})
     for line in lines:
         for kind in ("warm", "cold"):
@@ -87,7 +95,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def aims(model: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was to be shown."""
     found = [
-        (model, "Pyro, warm", line["warm_ratio"], PYRO_AIMS[model])
+        (model, "Pyro, warm", line["warm_ratio"], PYRO_AIMS[model], line["bound"])
         for line in lines
         if line["who"] == PYRO and "warm_ratio" in line
     ]
@@ -95,16 +103,16 @@ def aims(model: str, lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         line["cold_ratio"] for line in lines if "NumPyro" in line["who"] and "cold_ratio" in line
     ]
     if cold:
-        found.append((model, "the best of NumPyro, cold", min(cold), 1))
+        found.append((model, "the best of NumPyro, cold", min(cold), 1, False))
     return [
         {
             "model": name,
             "ours over": words,
-            "measured": f"{ratio:.3g}×",
+            "measured": f"{'at least ' if bound else ''}{ratio:.3g}×",
             "aim": f"at least {aim}×",
             "met": ratio >= aim,
         }
-        for name, words, ratio, aim in found
+        for name, words, ratio, aim, bound in found
     ]
 
 
@@ -128,6 +136,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         verdicts += aims(model, lines)
         plan = f"{mine[0]['chains']} chains of {mine[0]['tune']} + {mine[0]['draws']} draws"
         parts += [f"### {model}, {plan}", markdown(columns, lines)]
+        parts += [_BOUNDED.format(line["who"]) for line in lines if line["bound"]]
         failed = {row["who"]: row["error"] for row in mine if row["error"]}
         if failed:
             parts.append("\n".join(f"- {who} failed: {error}" for who, error in failed.items()))

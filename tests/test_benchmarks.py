@@ -20,7 +20,7 @@ from benchmarks.lib import machine, race, references
 from benchmarks.lib.clock import pace
 from benchmarks.lib.options import chosen
 from benchmarks.lib.oracle import Oracle
-from benchmarks.lib.processes import call
+from benchmarks.lib.processes import Result, call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import Measured, first_within, markdown, median_of, number, slope
 from pyro_vi_kit import guides
@@ -218,6 +218,24 @@ def test_nuts_is_compared_by_effective_samples_a_second():
     assert [line["met"] for line in speed_nuts.aims("eight_schools", [ours, stock, broken])] == [
         True
     ]
+
+
+def test_a_ratio_over_a_bound_is_a_bound(monkeypatch):
+    first = {"seconds": 30.0, "ess": 60.0, "rhat": None, "after": 0.0, "bound": 1.0}
+    answers = {
+        "ours": [{"seconds": 1.0, "ess": 40.0, "rhat": 1.0, "after": 0.0}],
+        "Pyro": [first],
+    }
+    rows = []
+    for who, value in answers.items():
+        done = Result(value, 40.0, 0.0, None)
+        monkeypatch.setattr(speed_nuts, "call", lambda *_, done=done, **__: done)
+        row = {"model": "logistic_regression", "who": who, "chains": 1, "tune": 1, "draws": 1}
+        rows.append(row | speed_nuts.measure("", {}, who, 30.0))
+    text = speed_nuts.report(rows)
+    assert "at least 20× | at least 10× | yes" in text
+    assert "Pyro had not made 20 draws" in text
+    assert "ours had not" not in text
 
 
 def test_a_slow_machine_is_given_more_time_to_import():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -37,6 +38,20 @@ def test_every_model_is_captured_and_right_elsewhere(name):
                 torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-8)
         assert gradients.how(points).startswith(("script", "python")), gradients.how(points)
     assert gradients.evaluations == 18
+
+
+def test_one_point_as_a_sampler_asks_for_it():
+    density = _density("logistic_regression")
+    eager, captured = Gradients(density, patience=None), Gradients(density, patience=0)
+    for seed in range(3):
+        point = np.random.default_rng(seed).normal(size=density.dim)
+        value, gradient = eager.at(point)
+        for _ in range(2):  # the first one captures
+            found, at = captured.at(point)
+            assert found == pytest.approx(value, rel=1e-12)
+            np.testing.assert_allclose(at, gradient, rtol=1e-10, atol=1e-10)
+    assert captured.how(1).startswith("script")
+    assert captured.evaluations == 6
 
 
 def test_capture_waits_until_it_pays():

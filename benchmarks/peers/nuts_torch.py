@@ -44,20 +44,24 @@ def ours(
 
 def stock(
     name: str, chains: int, tune: int, draws: int, seed: int, cap: float
-) -> list[dict[str, float]]:
+) -> list[dict[str, Any]]:
     """Pyro's NUTS with defaults, chains one after another, all in float64.
 
     Chains stop at the cap; what they have drawn by then counts. A chain cut off in its warm-up has
-    only cost time.
+    only cost time. Where no chain has come to 20 draws, the effective ones are bounded: every iteration
+    up to the cap, warm-up and all, counts as an independent draw (``bound`` is then 1).
     """
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     model = _model(name)
     collected: list[list[dict[str, np.ndarray]]] = []
     transforms: dict[str, Any] = {}
+    iterations = 0
     started = time.perf_counter()
 
     def keep(kernel: Any, params: dict[str, torch.Tensor], stage: str, _: int) -> None:
+        nonlocal iterations
+        iterations += 1
         if stage.startswith("Sample"):
             transforms.update(kernel.transforms)
             collected[-1].append({site: z.detach().numpy().copy() for site, z in params.items()})
@@ -77,7 +81,8 @@ def stock(
     seconds = time.perf_counter() - started
     useful = [chain for chain in collected if len(chain) >= 20]
     if not useful:
-        raise TimeoutError(f"not 20 draws in {cap:g} s")
+        row = {"seconds": seconds, "ess": float(iterations), "rhat": None, "after": 0.0}
+        return [row | {"bound": 1.0}]
     length = min(len(chain) for chain in useful)
     unconstrained = {
         site: np.stack([[point[site] for point in chain[:length]] for chain in useful])

@@ -43,6 +43,11 @@ class Node:
         yield from _names(self.args)
         yield from _names(tuple(self.kwargs.values()))
 
+    def run(self, values: Mapping[str, Tensor]) -> Any:
+        """What it returns where names stand for these tensors."""
+        args = (_filled(value, values) for value in self.args)
+        return self.op(*args, **{key: _filled(value, values) for key, value in self.kwargs.items()})
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -109,6 +114,14 @@ def _names(value: Any) -> Iterable[str]:
     elif isinstance(value, tuple | list):
         for part in value:
             yield from _names(part)
+
+
+def _filled(value: Any, values: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, Ref):
+        return values[value.name]
+    if isinstance(value, tuple | list):
+        return [_filled(part, values) for part in value]
+    return value
 
 
 def _last_uses(graph: Graph) -> dict[int, list[str]]:

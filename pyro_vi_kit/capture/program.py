@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyro_vi_kit.capture import replay
 from pyro_vi_kit.capture.graph import Graph
+from pyro_vi_kit.capture.hoist import hoisted
 from pyro_vi_kit.capture.native import Library, impossible
 from pyro_vi_kit.capture.recorder import CaptureError, record
 from pyro_vi_kit.errors import first_line
@@ -82,8 +83,10 @@ class Program:
 
     def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
         """The function's results; noise is drawn from torch's global random state."""
+        everything = [*inputs, *self.graph.draw_noise()] if self.graph.noise else inputs
+        if self._library is None:
+            return self._run(*everything)
         began = time.perf_counter()
-        everything = [*inputs, *self.graph.draw_noise()]
         results = self._run(*everything)
         if self._library is not None:
             self._spent += time.perf_counter() - began
@@ -187,14 +190,7 @@ def capture(
     Raises:
         CaptureError: If the function cannot be recorded, or a replay differs.
     """
-    with LOCK, torch.enable_grad():
-        with RandomStream(0):
-            graph = record(function, inputs)
-        with RandomStream(0), torch.no_grad():
-            program = Program(graph, [*inputs, *graph.draw_noise()], compiles=compiles)
-        for seed, other in enumerate(checks, start=1):
-            _require_same(function, program, other, seed)
-    return program
+    return _captured(function, inputs, (), checks, compiles)[0]
 
 
 def capture_holding(
@@ -207,7 +203,8 @@ def capture_holding(
 ) -> tuple[Program, list[Tensor]]:
     """Capture ``function(*inputs, *held)`` with ``held`` as inputs, or as constants if it must be.
 
-    Python may look at data (a mask, a number of rows) where it does not look at latents.
+    Python may look at data (a mask, a number of rows) where it does not look at latents. What depends on
+    held tensors alone is computed here, once.
 
     Args:
         function: As for `capture`.
@@ -217,28 +214,45 @@ def capture_holding(
         compiles: As for `capture`.
 
     Returns:
-        The program, and what it takes behind its inputs: ``held``, or nothing.
+        The program, and what it takes behind its inputs: what it reads of ``held`` and of what was
+        computed from them, or nothing.
 
     Raises:
         CaptureError: As for `capture`.
     """
     held, checks = list(held), list(checks)
     try:
-        whole = [[*check, *held] for check in checks]
-        return capture(function, [*inputs, *held], whole, compiles=compiles), held
+        return _captured(function, inputs, held, checks, compiles)
     except CaptureError:
         if not held:
             raise
     return capture(lambda *points: function(*points, *held), inputs, checks, compiles=compiles), []
 
 
-def _require_same(
-    function: Function, program: Program, inputs: Sequence[Tensor], seed: int
-) -> None:
-    with RandomStream(seed):
-        expected = function(*inputs)
-    with RandomStream(seed), torch.no_grad():
-        found = program(*inputs)
+def _captured(
+    function: Function,
+    inputs: Sequence[Tensor],
+    held: Sequence[Tensor],
+    checks: Iterable[Sequence[Tensor]],
+    compiles: bool,
+) -> tuple[Program, list[Tensor]]:
+    """See `capture_holding`; ``held`` are inputs."""
+    with LOCK, torch.enable_grad():
+        with RandomStream(0):
+            graph = record(function, [*inputs, *held])
+        graph, rest = hoisted(graph, len(inputs), held)
+        with RandomStream(0), torch.no_grad():
+            program = Program(graph, [*inputs, *rest, *graph.draw_noise()], compiles=compiles)
+        for seed, other in enumerate(checks, start=1):
+            with RandomStream(seed):
+                expected = function(*other, *held)
+            with RandomStream(seed), torch.no_grad():
+                found = program(*other, *rest)
+            _require_same(expected, found)
+    return program, rest
+
+
+def _require_same(expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
     for a, b in zip(expected, found, strict=True):
         if not same(a, b):
             raise CaptureError(

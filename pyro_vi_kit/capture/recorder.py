@@ -16,7 +16,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vi_kit.capture.graph import Graph, Node, Noise, Ref
-from pyro_vi_kit.capture.simplify import Layout, simplified
+from pyro_vi_kit.capture.layout import Layout
+from pyro_vi_kit.capture.simplify import simplified
 from pyro_vi_kit.errors import ViError
 
 _READ = torch.ops.aten._local_scalar_dense.default

@@ -56,7 +56,8 @@ def script(function: Run, inputs: Sequence[Tensor]) -> Run:
     for _ in range(2):
         # TorchScript plans in its first two calls.
         frozen(*inputs)
-    return frozen
+    # Without the hooks that a call of the module looks for.
+    return frozen.forward
 
 
 def on_cuda(function: Run, inputs: Sequence[Tensor]) -> Run:

@@ -1,34 +1,31 @@
 """Leave out of a recording what changes nothing: a replay takes as long as it has operations.
 
-Autograd and distributions leave many: a detach, an expansion to the shape that is there, a factor of
-one, the first power, a value that is computed twice. What remains gives the same numbers, bit for bit.
+Autograd and distributions leave many: a detach, a view of a view, a factor of one, a term of zero, all
+rows by their indices, a value that is computed twice or from constants. What remains gives the same
+numbers, bit for bit but for the sign of a zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vi_kit.capture.graph import Graph, Node, Ref
+from pyro_vi_kit.capture.joins import Joins
+from pyro_vi_kit.capture.layout import Layout, looks_at
 
 _ATEN = torch.ops.aten
 _ALIASES = {_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh.default}
-_RESHAPES = {
-    _ATEN.expand.default,
-    _ATEN.view.default,
-    _ATEN._unsafe_view.default,
-    _ATEN.reshape.default,
-    _ATEN.squeeze.dim,
-    _ATEN.squeeze.dims,
-}
 _PRODUCTS = {_ATEN.mul.Tensor, _ATEN.mul.Scalar}
 _QUOTIENTS = {_ATEN.div.Tensor, _ATEN.div.Scalar}
+_SUMS = {_ATEN.add.Tensor, _ATEN.add.Scalar}
+_DIFFERENCES = {_ATEN.sub.Tensor, _ATEN.sub.Scalar}
 _POWERS = {_ATEN.pow.Tensor_Scalar}
 _NEGATIONS = {_ATEN.neg.default}
+_VIEW = _ATEN.view.default
 # Results that depend on a tensor's shape alone.
 _FILLS = {
     _ATEN.zeros_like.default: 0.0,
@@ -38,20 +35,6 @@ _FILLS = {
 }
 _FULL = {_ATEN.full_like.default: 1, _ATEN.new_full.default: 2}  # and where they have the number
 _LARGEST_CONSTANT = 2**16
-
-
-class Layout(NamedTuple):
-    """How a tensor lay in memory when it came to be; `squeeze_` and its like change that later."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> Layout:
-        """A tensor's layout now."""
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
 def simplified(graph: Graph, layouts: Mapping[str, Layout]) -> Graph:
@@ -74,8 +57,11 @@ class _Simplifier:
         self._layouts = layouts
         self._constants = dict(graph.constants)
         self._same: dict[str, str] = {}
+        # What views look at, through other views.
+        self._roots: dict[str, str] = {}
         self._known: dict[Any, tuple[str, ...]] = {}
         self._makers: dict[str, Node] = {}
+        self._joins = Joins(layouts)
 
     def graph(self) -> Graph:
         """What is left."""
@@ -83,7 +69,7 @@ class _Simplifier:
         for node in self._graph.nodes:
             kept = self._kept(node)
             if kept is not None:
-                nodes.append(kept)
+                nodes.extend(self._joins.replaced(kept))
         outputs = [self._same.get(name, name) for name in self._graph.outputs]
         return Graph(self._graph.inputs, outputs, nodes, self._constants, self._graph.noise)
 
@@ -92,7 +78,7 @@ class _Simplifier:
         args = tuple(self._renamed(value) for value in node.args)
         kwargs = {key: self._renamed(value) for key, value in node.kwargs.items()}
         node = Node(node.op, args, kwargs, node.outputs, node.many, node.writes)
-        if len(node.outputs) != 1 or torch.Tag.nondeterministic_seeded in node.op.tags:
+        if len(node.outputs) != 1 or node.many or _draws(node):
             return node
         (name,) = node.outputs
         other = self._identity(node)
@@ -102,12 +88,30 @@ class _Simplifier:
         value = _filled_with(node)
         if value is not None and self._fill(name, value):
             return None
+        if self._fold(node):
+            return None
+        node = self._shorter(node)
         key = _key(node)
         if key in self._known:
             self._same[name] = self._known[key][0]
             return None
         self._known[key] = node.outputs
         self._makers[name] = node
+        return node
+
+    def _shorter(self, node: Node) -> Node:
+        """A node of the same result that is cheaper or better known."""
+        (name,) = node.outputs
+        root = looks_at(node, self._layouts)
+        if root is not None:
+            root = self._roots[name] = self._roots.get(root, root)
+            shape = self._layouts[name].shape
+            return Node(_VIEW, (Ref(root), shape), {}, (name,), False, False)
+        if node.op is _ATEN.mul.Tensor:
+            for factor, other in (node.args, node.args[::-1]):
+                alike = isinstance(other, Ref) and self._alike(other.name, name)
+                if alike and self._is(factor, -1):
+                    return Node(_ATEN.neg.default, (other,), {}, (name,), False, False)
         return node
 
     def _renamed(self, value: Any) -> Any:
@@ -119,39 +123,63 @@ class _Simplifier:
 
     def _identity(self, node: Node) -> str | None:
         """The tensor that the node's result is equal to, if it is one of its arguments."""
-        first = node.args[0] if node.args else None
-        if not isinstance(first, Ref) or (node.kwargs and node.op not in _ALIASES):
-            return None
         if node.op in _ALIASES:
-            return first.name
+            return node.args[0].name
+        (name,) = node.outputs
+        looked_at = looks_at(node, self._layouts)
+        if looked_at is not None:
+            root = self._roots.get(looked_at, looked_at)
+            return next((same for same in (looked_at, root) if self._alike(same, name)), None)
+        first = node.args[0] if node.args else None
+        if not isinstance(first, Ref) or node.kwargs:
+            return None
         maker = self._makers.get(first.name)
         if maker is not None and _undoes(node, maker):
             original = maker.args[0].name
-            return original if self._alike(original, node.outputs[0]) else None
-        if not self._alike(first.name, node.outputs[0]):
-            return self._other_factor(node)
+            return original if self._alike(original, name) else None
+        if self._alike(first.name, name) and self._leaves(node):
+            return first.name
+        return self._other_operand(node)
+
+    def _leaves(self, node: Node) -> bool:
+        """Whether what stands behind the first argument changes nothing."""
+        if node.op is _ATEN.expand.default:
+            return True
+        if node.op is _ATEN.index.Tensor:
+            return self._takes_all(node)
         second = node.args[1] if len(node.args) > 1 else None
-        if node.op in _RESHAPES:
-            return first.name
-        if node.op in _PRODUCTS | _QUOTIENTS | _POWERS and self._is_one(second):
-            return first.name
-        return self._other_factor(node)
+        if node.op in _PRODUCTS | _QUOTIENTS | _POWERS:
+            return self._is(second, 1)
+        return node.op in _SUMS | _DIFFERENCES and self._is(second, 0)
 
-    def _other_factor(self, node: Node) -> str | None:
-        """The second factor of a product whose first is one."""
-        if node.op is not _ATEN.mul.Tensor or not isinstance(node.args[1], Ref):
+    def _takes_all(self, node: Node) -> bool:
+        """Whether rows are picked by 0, 1, 2, ..., as plates do that are not subsampled."""
+        picked = [(dim, index) for dim, index in enumerate(node.args[1]) if index is not None]
+        if len(picked) != 1:
+            return False
+        ((dim, index),) = picked
+        rows = self._constants.get(index.name)
+        size = self._layouts[node.args[0].name].shape[dim]
+        if rows is None or rows.dtype != torch.int64 or rows.shape != (size,):
+            return False
+        return torch.equal(rows, torch.arange(size, device=rows.device))
+
+    def _other_operand(self, node: Node) -> str | None:
+        """The second factor where the first is one, or the second term where the first is zero."""
+        if node.op not in (_ATEN.mul.Tensor, _ATEN.add.Tensor):
             return None
-        other = node.args[1].name
-        alike = self._alike(other, node.outputs[0])
-        return other if alike and self._is_one(node.args[0]) else None
+        first, second = node.args
+        if not isinstance(second, Ref) or not self._alike(second.name, node.outputs[0]):
+            return None
+        return second.name if self._is(first, 1 if node.op is _ATEN.mul.Tensor else 0) else None
 
-    def _is_one(self, value: Any) -> bool:
+    def _is(self, value: Any, number: int) -> bool:
+        """Whether an argument is this number, or a constant that holds nothing else."""
         if isinstance(value, Ref):
             constant = self._constants.get(value.name)
-            return (
-                constant is not None and constant.numel() <= _LARGEST_CONSTANT and _ones(constant)
-            )
-        return isinstance(value, int | float) and value == 1
+            small = constant is not None and constant.numel() <= _LARGEST_CONSTANT
+            return small and bool((constant == number).all())
+        return isinstance(value, int | float) and value == number
 
     def _alike(self, one: str, other: str) -> bool:
         """Whether two names stand for tensors of the same layout.
@@ -164,12 +192,27 @@ class _Simplifier:
     def _fill(self, name: str, value: float) -> bool:
         """Make a result a constant of one number; whether that was possible."""
         made = self._layouts.get(name)
-        if made is None or prod(made.shape) > _LARGEST_CONSTANT:
+        if made is None or made.numel > _LARGEST_CONSTANT:
             return False
         filled = torch.full(made.shape, value, dtype=made.dtype, device=made.device)
-        if filled.stride() != made.stride:
+        return self._keep(name, filled)
+
+    def _fold(self, node: Node) -> bool:
+        """Compute what depends on constants alone; whether it does."""
+        (name,) = node.outputs
+        read = set(node.reads())
+        made = self._layouts.get(name)
+        if not read or not self._constants.keys() >= read:
             return False
-        self._constants[name] = filled
+        if made is None or made.numel > _LARGEST_CONSTANT:
+            return False
+        return self._keep(name, node.run(self._constants))
+
+    def _keep(self, name: str, value: Tensor) -> bool:
+        """Make a result a constant, unless it lies in memory otherwise."""
+        if Layout.of(value) != self._layouts[name]:
+            return False
+        self._constants[name] = value
         return True
 
 
@@ -194,8 +237,9 @@ def _transposes(node: Node) -> bool:
     return node.op is _ATEN.t.default
 
 
-def _ones(constant: Tensor) -> bool:
-    return bool((constant == 1).all())
+def _draws(node: Node) -> bool:
+    """Whether it draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in node.op.tags
 
 
 def _key(node: Node) -> Any:

@@ -101,7 +101,7 @@ class Target:
         if self._stopped:
             return -0.5 * float(point @ point), -point
         try:
-            value, gradient = self._evaluate(point)
+            value, gradient = self.gradients.at(point)
         except torch.linalg.LinAlgError:
             return self._undefined()
         except Exception as error:  # noqa: BLE001 - raised again by `check`, in the caller's thread
@@ -113,10 +113,6 @@ class Target:
 
     def _undefined(self) -> tuple[float, np.ndarray]:
         return float("nan"), np.zeros(self.density.dim)
-
-    def _evaluate(self, point: np.ndarray) -> tuple[float, np.ndarray]:
-        log_prob, gradient = self.gradients(torch.from_numpy(point.copy()).view(1, -1))
-        return log_prob.item(), gradient.numpy()[0]
 
     def stop(self) -> None:
         """Answer at once from now on, with a standard normal, so that running chains end soon."""

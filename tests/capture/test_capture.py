@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.capture import CaptureError, Program, capture, record
+from pyro_vi_kit.capture import CaptureError, Program, capture, capture_holding, record
 from pyro_vi_kit.capture import recorder as recorder_module
 from pyro_vi_kit.runtime import RandomStream
 
@@ -299,6 +299,83 @@ def test_operations_that_nothing_reads_are_left_out():
 
     graph = record(function, points(3)[0])
     assert [str(node.op) for node in graph.nodes] == ["aten.add.Tensor"]
+
+
+def operations(function, *inputs: Tensor) -> list[str]:
+    return [str(node.op) for node in record(function, inputs).nodes]
+
+
+def test_the_gradient_of_a_vector_cut_into_sites_is_one_chain():
+    def density(x):
+        first, second, third = x[:, :2], x[:, 2], x[:, 3:]
+        return first.sin().sum(-1) + second.sin() + third.exp().sum(-1)
+
+    program = captured(gradient(density), 4, 5)
+    ops = [str(node.op) for node in program.graph.nodes]
+    assert ops.count("aten.cat.default") == 1
+    assert not any("backward" in op for op in ops)
+    (x,) = points(4, 5, seed=8)[0]
+    for found, expected in zip(program(x), gradient(density)(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+def test_the_gradient_of_slices_that_overlap_or_leave_gaps_is_a_sum():
+    def density(x):
+        return x[:3].sin().sum() + x[2:4].exp().sum()
+
+    program = captured(gradient(density), 6)
+    (x,) = points(6, seed=8)[0]
+    for found, expected in zip(program(x), gradient(density)(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+def test_all_rows_by_their_indices_are_the_tensor():
+    rows = torch.arange(4)
+    assert operations(lambda x: (x[rows].exp(),), torch.ones(4, 2)) == ["aten.exp.default"]
+    assert operations(lambda x: (x[:, rows].exp(),), torch.ones(2, 4)) == ["aten.exp.default"]
+    others = (rows.flip(0), rows[:3], torch.tensor([0, 1, 2, 2]))
+    for other in others:
+        ops = operations(lambda x, other=other: (x[other].exp(),), torch.ones(4, 2))
+        assert ops == ["aten.index.Tensor", "aten.exp.default"]
+
+
+def test_views_of_views_are_one_and_views_of_what_has_another_order_stay():
+    def flat(x):
+        return (x.unsqueeze(0)[0].view(2, 6).reshape(12).exp(),)
+
+    def turned(x):
+        return (x.t().reshape(12).exp(),)
+
+    x = torch.arange(12.0).view(3, 4)
+    assert operations(flat, x) == ["aten.view.default", "aten.exp.default"]
+    for function in (flat, turned):
+        (found,) = capture(function, (x,), [(x + 1.0,)])(x)
+        torch.testing.assert_close(found, function(x)[0], rtol=0.0, atol=0.0)
+
+
+def test_what_constants_alone_decide_is_a_constant():
+    def function(x):
+        weight = (x.new_zeros(3) + 2.0).log().neg()
+        return (x * weight + (0.0 + x * -1.0),)
+
+    found = operations(function, torch.ones(3))
+    assert [op for op in found if "new_zeros" in op or "log" in op] == []
+    minus = operations(lambda x: (x * (x.new_zeros(3) - 1.0),), torch.ones(3))
+    assert minus == ["aten.neg.default"]
+
+
+def test_what_depends_on_held_tensors_alone_is_computed_once():
+    def function(x, y, rows):
+        return ((x * torch.lgamma(y + 1.0)[rows]).sum(), x + y)
+
+    (x,), (other,), _ = points(3)
+    y, rows = torch.rand(3, dtype=torch.float64), torch.tensor([2, 0, 1])
+    program, rest = capture_holding(function, (x,), (y, rows), [(other,)])
+    ops = [str(node.op) for node in program.graph.nodes]
+    assert not any("lgamma" in op or "index" in op for op in ops)
+    assert len(rest) == 2  # y, and the picked values in the place of the rows
+    for found, expected in zip(program(other, *rest), function(other, y, rows), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
 
 
 def test_torch_compile_is_not_imported(tmp_path):
