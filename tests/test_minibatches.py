@@ -11,6 +11,7 @@ from pyro.infer import RenyiELBO
 from toys import local_and_global_model, local_evidence, local_model, two_scales_model
 
 import pyro_vi_kit as vi
+from benchmarks.peers.rows import grouped, moments, regression
 from pyro_vi_kit import guides
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.subsampling import require_subsamplable
@@ -90,52 +91,10 @@ def test_the_posterior_is_that_of_all_rows(model):
     assert posterior.status.reason == "converged"
 
 
-def hierarchical(groups=85, rows=900, seed=1):
-    """Rows of unequal groups, padded to a rectangle, so that a group is a datum."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    member = torch.randint(groups, (rows,), generator=generator)
-    member[:groups] = torch.arange(groups)
-    x, intercepts = normal(rows), 1.0 + 0.5 * normal(groups)
-    y = intercepts[member] + 0.7 * x + 0.8 * normal(rows)
-    width = int(torch.bincount(member).max())
-    padded = torch.zeros(3, groups, width, dtype=torch.float64)
-    for group in range(groups):
-        mine = member == group
-        count = int(mine.sum())
-        padded[:, group, :count] = torch.stack([x[mine], y[mine], torch.ones(count)])
-    return padded[0], padded[1], padded[2] > 0
-
-
-def regression(x, y, there):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    slope = pyro.sample("slope", dist.Normal(0.0, 2.0))
-    tau = pyro.sample("tau", dist.HalfNormal(2.0))
-    sd = pyro.sample("sd", dist.HalfNormal(2.0))
-    with pyro.plate("group", len(y)) as i:
-        intercept = pyro.sample("intercept", dist.Normal(mu, tau))
-        mean = intercept.unsqueeze(-1) + slope * x[i]
-        pyro.sample("y", dist.Normal(mean, sd).mask(there[i]).to_event(1), obs=y[i])
-
-
-def moments(posterior):
-    """Unconstrained means and sds of q by site."""
-    guide = posterior.approximation.guide
-    found = {}
-    for block in guide.blocks:
-        q = guide.families[block.name](None if block.plate is None else guide.rows(block))
-        means, sds = (block.unpack(part.detach()[None]) for part in (q.mean, q.stddev))
-        found |= {name: (means[name].flatten(), sds[name].flatten()) for name in means}
-    return found
-
-
 @pytest.mark.slow
 def test_local_latents_in_minibatches_have_the_posterior_of_the_full_data():
     """85 groups of 900 rows, 17 groups a step: within 0.02 sd, which is 2e-4 nats a latent."""
-    model = vi.Model(regression, *hierarchical())
+    model = vi.Model(regression, *grouped(85, 900, seed=1))
     whole = moments(vi.fit(model, "mean_field", seed=0))
     posterior = vi.fit(model, "mean_field", batch_size=17, tol=0.002, seed=0)
     assert posterior.engine == "captured"

@@ -318,7 +318,7 @@ def test_a_part_of_the_data_held():
     expected = density.terms(density.block.unpack(points()), data=batch).total()
     torch.testing.assert_close(density.held(batch).log_prob(points()), expected)
     memory = Density(vi.Model(linear, *data()))
-    held = memory.held(index={"row": torch.arange(40)})
+    held = memory.subset({"row": torch.arange(40)})
     torch.testing.assert_close(held.log_prob(points()), expected, rtol=1e-12, atol=0)
     assert memory.log_prob(points()).ne(expected).all()
 

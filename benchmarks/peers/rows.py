@@ -59,8 +59,8 @@ def agreement(groups: int, rows: int, batch: int, seed: int, tol: float | None) 
     whole = vi.fit(model, "mean_field", seed=seed)
     part = vi.fit(model, "mean_field", batch_size=batch, tol=tol, seed=seed)
     means, sds = [], []
-    exact = _moments(whole)
-    for name, (mean, sd) in _moments(part).items():
+    exact = moments(whole)
+    for name, (mean, sd) in moments(part).items():
         means.append(float(((mean - exact[name][0]) / exact[name][1]).abs().max()))
         sds.append(float((sd / exact[name][1] - 1.0).abs().max()))
     return {
@@ -73,7 +73,7 @@ def agreement(groups: int, rows: int, batch: int, seed: int, tol: float | None) 
     }
 
 
-def _moments(posterior: vi.Posterior) -> dict[str, tuple[Tensor, Tensor]]:
+def moments(posterior: vi.Posterior) -> dict[str, tuple[Tensor, Tensor]]:
     """Unconstrained means and sds of q by site."""
     guide: Any = posterior.approximation.guide  # type: ignore[attr-defined]
     found = {}

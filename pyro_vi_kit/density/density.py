@@ -93,7 +93,6 @@ class Density:
         self.streamed: Streamed | None = (
             None if model.stream is None else streamed(self._runner, model.stream)
         )
-        self._index: Mapping[str, Tensor] | None = None
         self.latents: list[Site] = self.structure.of_kind("latent")
         self.discrete: list[Site] = self.structure.of_kind("discrete")
         self._example = {v.name: v.value for v in visits.values() if v.kind == "discrete"}
@@ -138,7 +137,6 @@ class Density:
                 transforms) or that of the constrained values.
         """
         scale: dict[str, float] = {}
-        index = self._index if index is None else index
 
         def single(point: Values) -> tuple[Tensor, dict[str, Tensor]]:
             replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
@@ -164,20 +162,15 @@ class Density:
             for batch in stream.all_batches(size or stream.size_for(None), self.dtype):
                 yield streamed.completed(batch, self.data)
 
-    def held(
-        self, data: Sequence[Tensor] | None = None, index: Mapping[str, Tensor] | None = None
-    ) -> Density:
-        """The same density of a part of the data, scaled to all of them: an estimate of it.
+    def held(self, data: Sequence[Tensor]) -> Density:
+        """The density of a streamed model on one batch, scaled to all rows; see `subset`.
 
         Args:
-            data: A batch of a streamed model, in the place of `self.data`.
-            index: Rows `[B]` by plate of data in memory.
+            data: The batch, in the place of `self.data`.
         """
         other = copy.copy(self)
-        other._index = index
-        if data is not None:
-            other.data = list(data)
-            other._runner = self._runner.holding(data)
+        other.data = list(data)
+        other._runner = self._runner.holding(data)
         return other
 
     def log_prob(
@@ -393,7 +386,7 @@ class Density:
         return density
 
     def subset(self, index: Mapping[str, Tensor]) -> Density:
-        """The density of the same model on these rows alone, scaled to all of them.
+        """The density of the same model on some rows of data in memory, scaled to all of them.
 
         Given the globals its rows are those of the whole, N / B times as informative.
 
