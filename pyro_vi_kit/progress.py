@@ -6,6 +6,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
+# Work of less than this, in seconds, is not worth a bar.
+_DELAY = 0.5
 _COUNT = "{desc}: {n_fmt} evaluations [{elapsed}, {rate_fmt}{postfix}]"
 # Most fits stop before their largest number of steps.
 _BAR = "{desc}: {n_fmt} steps [{elapsed}, at most {remaining} left, {rate_fmt}{postfix}]"
@@ -30,7 +32,7 @@ class Progress:
                 total=total,
                 leave=False,
                 file=sys.stderr,
-                delay=0.5,
+                delay=_DELAY,
                 bar_format=_COUNT if total is None else _BAR,
             )
 

@@ -479,7 +479,7 @@ def test_precision(dtype, short_fits):
     ("name", "options"),
     [
         ("affine_coupling", {}),
-        ("full_rank", {"objective": "iwae"}),
+        ("full_rank", {"objective": vi.objectives.Iwae(2000)}),
         ("full_rank", {"engine": "pyro", "method": "stochastic"}),
     ],
 )

@@ -180,7 +180,8 @@ def test_quiet(sampler, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_progress_goes_to_stderr(sampler, capfd):
+def test_progress_goes_to_stderr(sampler, capfd, monkeypatch):
+    monkeypatch.setattr("pyro_vi_kit.progress._DELAY", 0.0)
     nuts(EIGHT, sampler=sampler, **{**SHORT, "draws": 60, "progress": True})
     out, err = capfd.readouterr()
     assert out == ""
