@@ -65,7 +65,7 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @click.option("--checkpoint", type=click.Path(), help="Keep the fit here; go on if it exists.")
 @click.option("--resume", type=click.Path(), help="A fit written by --out, to go on from.")
 @seed_option
-@click.option("--batch-size", type=int, help="Rows of the data in a step (guide amortized).")
+@click.option("--batch-size", type=int, help="Rows of the data plate in a step.")
 @click.option(
     "--device", help="Where to compute: cpu, cuda, cuda:1; by default where the data are."
 )
