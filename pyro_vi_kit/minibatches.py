@@ -162,6 +162,9 @@ def start_on_rows(
     density = guide.density
     if density.params or not all(_startable(guide.families[b.name]) for b in guide.blocks):
         return False
+    if all(block.plate is not None and guide.table(block) is None for block in guide.blocks):
+        # Encoders alone: they read where to start off the data.
+        return False
     inside = {b.plate.name: b.dim for b in guide.blocks if b.plate is not None}
     width = sum(_dim(guide, block.name) for block in guide.blocks if block.plate is None)
     if width > _START_DIM or any(name not in names for name in inside):
