@@ -74,6 +74,7 @@ class PerDatum:
             rows: Indices `[B]`.
         """
         chosen = torch.arange(self.plate.size) if rows is None else torch.as_tensor(rows)
+        density = self.guide.density
         stream = RandomStream(seed)
         width = max(1, width_of(self.guide.density) // self.plate.size)
         size = max(1, min(len(chosen), _NUMBERS // (draws * width)))
@@ -81,9 +82,9 @@ class PerDatum:
             seen = len(part) if self.subsampled else self.plate.size
             count = max(1, min(draws, _NUMBERS // (seen * width)))
             sizes = [min(count, draws - i) for i in range(0, draws, count)]
-            with stream, isolated(self.guide.density.dtype):
-                found = torch.cat([self._drawn(number, part) for number in sizes])
-            yield RowWeights(part.numpy(), found.double().numpy())
+            with stream, isolated(density.dtype, density.device):
+                found = torch.cat([self._drawn(number, density.cast(part)) for number in sizes])
+            yield RowWeights(part.numpy(), found.double().cpu().numpy())
 
     def _drawn(self, draws: int, rows: Tensor) -> Tensor:
         """Log weights `[S, B]` of fresh draws."""
@@ -195,7 +196,7 @@ def globals_words(guide: Guide) -> str:
 def index_of(guide: Guide, plate: Plate, rows: Tensor) -> dict[str, Tensor]:
     """These rows of a plate, and of each other plate of the guide a single one, which does not count."""
     others = [b.plate.name for b in guide.blocks if b.plate is not None and b.plate != plate]
-    return {name: torch.zeros(1, dtype=torch.long) for name in others} | {plate.name: rows}
+    return {name: rows.new_zeros(1) for name in others} | {plate.name: rows}
 
 
 def _block_of(guide: Guide, plate: str | None) -> Block:
@@ -225,14 +226,17 @@ def _require_own_rows(seen: PerDatum) -> None:
     """Refuse a plate whose rows depend on latents of other rows, or whose latents act elsewhere."""
     guide, plate = seen.guide, seen.plate
     count = min(_TRIED, plate.size)
-    index = index_of(guide, plate, torch.arange(count)) if seen.subsampled else None
-    with RandomStream(_SEED), isolated(guide.density.dtype), torch.enable_grad():
+    density = guide.density
+    index = None
+    if seen.subsampled:
+        index = index_of(guide, plate, density.cast(torch.arange(count)))
+    with RandomStream(_SEED), isolated(density.dtype, density.device), torch.enable_grad():
         draw = guide.draw(1, index, share=True)
         flat = {name: value.detach().requires_grad_() for name, value in draw.flat.items()}
         z: dict[str, Tensor] = {}
         for block in guide.blocks:
             z |= block.unpack(flat[block.name])
-        terms = guide.density.terms(z, seen.params, index=index, jacobian=not guide.point)
+        terms = density.terms(z, seen.params, index=index, jacobian=not guide.point)
         own = terms.local[plate.name]
         rest = terms.total().sum() - terms.scale[plate.name] * own.sum()
         elsewhere = _slope(rest, flat[seen.block.name])

@@ -80,7 +80,7 @@ def refine(
         guide,
         objective,
         seed=seed,
-        batches=Batches(sizes) if sizes else None,
+        batches=Batches(sizes, device=guide.density.device) if sizes else None,
         estimator=estimator,
     )
     schedule = _schedule(guide, engine.batches, steps, tol)

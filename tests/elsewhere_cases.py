@@ -318,3 +318,15 @@ def test_a_forgotten_device_is_caught(device):
         there + torch.zeros(3)
     with pytest.raises((TypeError, RuntimeError)):
         there.numpy()
+
+
+def test_what_comes_after_training_is_there_too(device):
+    posterior = vi.fit(
+        local_and_global_model(), "amortized", steps=10, seed=0, dtype=torch.float64, device=device
+    )
+    table = posterior.per_datum(draws=30, seed=0)
+    assert table["log_evidence"].notna().all()
+    refined = posterior.refine(steps=3, seed=0)
+    assert all(map(on_device, refined.approximation.guide.parameters()))
+    assert posterior.amortization_gap(draws=30, steps=3, seed=0)["amortization"].notna().all()
+    assert len(posterior.infer(torch.tensor([0.5, -1.0])).sample(3, seed=0)["z"]) == 3
