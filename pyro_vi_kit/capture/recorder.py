@@ -112,6 +112,9 @@ class _Recorder(TorchDispatchMode):
         if func is _CHECK:
             self._poison(args[0])
             return func(torch.zeros_like(args[0]), *args[1:], **kwargs)
+        reshaped = _reshaped(func)
+        if reshaped is not None:
+            targets = []
         for target in targets:
             self._make_writable(func, target)
         references = tuple(self._reference(value) for value in args)
@@ -123,7 +126,7 @@ class _Recorder(TorchDispatchMode):
         plain = self._out_of_place(func, targets)
         if plain is not None:
             self._rename(targets[0])
-            func = plain
+        func = reshaped or plain or func
         names = tuple(self._new(tensor) for tensor in results)
         if many and func._schema.name.endswith("_ex"):
             self._factors[names[0]] = results[0]
@@ -290,6 +293,16 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict):
         for part in value.values():
             yield from _tensors(part)
+
+
+def _reshaped(func: Any) -> Any:
+    """The view that an operation on a tensor's shape alone is: no number of it is written (squeeze_)."""
+    if torch.Tag.inplace_view not in func.tags:
+        return None
+    packet = getattr(
+        torch.ops.aten, func._schema.name.removeprefix("aten::").removesuffix("_"), None
+    )
+    return getattr(packet, func._overloadname, None)
 
 
 def _written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:

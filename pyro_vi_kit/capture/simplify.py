@@ -33,7 +33,8 @@ _FILLS = {
     _ATEN.new_zeros.default: 0.0,
     _ATEN.new_ones.default: 1.0,
 }
-_FULL = {_ATEN.full_like.default: 1, _ATEN.new_full.default: 2}  # and where they have the number
+# And where they have the number.
+_FULL = {_ATEN.full_like.default: 1, _ATEN.new_full.default: 2, _ATEN.fill.Scalar: 1}
 _LARGEST_CONSTANT = 2**16
 
 
@@ -107,6 +108,9 @@ class _Simplifier:
             root = self._roots[name] = self._roots.get(root, root)
             shape = self._layouts[name].shape
             return Node(_VIEW, (Ref(root), shape), {}, (name,), False, False)
+        if node.op is _ATEN.fill.Scalar:
+            # TorchScript makes one of it, wrongly, where what is filled is empty.
+            return Node(_ATEN.full_like.default, node.args, {}, (name,), False, False)
         if node.op is _ATEN.mul.Tensor:
             for factor, other in (node.args, node.args[::-1]):
                 alike = isinstance(other, Ref) and self._alike(other.name, name)

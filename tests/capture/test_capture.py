@@ -292,6 +292,33 @@ def test_a_shape_changed_in_place_is_followed():
     torch.testing.assert_close(program(x)[0], function(x)[0], rtol=0.0, atol=0.0)
 
 
+def test_a_shape_changed_in_place_hinders_nothing():
+    """`squeeze_` writes no number, also where another view sees them; the rest is shortened."""
+
+    def function(x):
+        y = x.sin()
+        z = y.unsqueeze(0)
+        z.squeeze_(0)
+        return (z.exp() * 1.0 + y,)
+
+    graph = record(function, points(3)[0])
+    assert not any(node.writes for node in graph.nodes)
+    assert not any("mul" in str(node.op) for node in graph.nodes)
+    (x,) = points(3, seed=1)[0]
+    torch.testing.assert_close(captured(function, 3)(x)[0], function(x)[0])
+
+
+def test_a_large_tensor_of_one_number_runs_in_torchscript():
+    def function(x):
+        y = x.sin()
+        return (torch.empty_like(y).fill_(3.0) * y,)
+
+    program = captured(function, 300, 300)
+    assert program.how == "script"
+    (x,) = points(300, 300, seed=1)[0]
+    torch.testing.assert_close(program(x)[0], function(x)[0])
+
+
 def test_operations_that_nothing_reads_are_left_out():
     def function(x):
         x.exp()
