@@ -168,3 +168,16 @@ def _separate(tensors: Sequence[Tensor]) -> list[Tensor]:
         seen.add(own.untyped_storage()._cdata)
         separate.append(own)
     return separate
+
+
+def gradient_of(value: Tensor, of: Tensor) -> Tensor:
+    """The gradient of a number, in the shape of ``of``; zero where it does not depend on that.
+
+    The graph is kept, for gradients of other numbers that share it.
+    """
+    if not value.requires_grad:
+        return torch.zeros_like(of)
+    (found,) = torch.autograd.grad(
+        value, of, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return found

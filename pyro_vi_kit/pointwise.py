@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_vi_kit.density import Block, Plate
 from pyro_vi_kit.density.subsampling import require_subsamplable
 from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.gradients import gradient_of
 from pyro_vi_kit.groups import width_of
 from pyro_vi_kit.guides import Guide, held_at_mean
 from pyro_vi_kit.psis_rows import psis_rows
@@ -239,22 +240,13 @@ def _require_own_rows(seen: PerDatum) -> None:
         terms = density.terms(z, seen.params, index=index, jacobian=not guide.point)
         own = terms.local[plate.name]
         rest = terms.total().sum() - terms.scale[plate.name] * own.sum()
-        elsewhere = _slope(rest, flat[seen.block.name])
-        first = _slope(own[0, 0], flat[seen.block.name])[:, 1:]
+        elsewhere = gradient_of(rest, flat[seen.block.name])
+        first = gradient_of(own[0, 0], flat[seen.block.name])[:, 1:]
         local = [b.name for b in guide.blocks if b.plate is not None and b is not seen.block]
-        others = [_slope(own.sum(), flat[name]) for name in local]
+        others = [gradient_of(own.sum(), flat[name]) for name in local]
     if any(bool(slope.any()) for slope in (elsewhere, first, *others)):
         raise OptionError(
             f"the rows of plate {plate.name!r} have no evidence of their own: what is observed of one "
             "depends on latents of other rows or plates too. posterior.elbo and posterior.log_evidence "
             "are those of all data"
         )
-
-
-def _slope(value: Tensor, of: Tensor) -> Tensor:
-    if not value.requires_grad:
-        return torch.zeros_like(of)
-    (found,) = torch.autograd.grad(
-        value, of, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return found

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.engines.streaming import StreamedBatches, streamed_parts
 from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.gradients import gradient_of
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.methods import fixed_draws
 from pyro_vi_kit.methods.newton import moved
@@ -123,17 +124,7 @@ def _log_prob_and_grad(
             return None
         terms = density.terms(density.block.unpack(z.unsqueeze(0)), data=data)
         shared, rows = (part.sum() for part in streamed.split(terms))
-        gradient += _gradient(rows, z)
+        gradient += gradient_of(rows, z)
         value, seen = value + float(rows.detach()), seen + len(data[0])
     scale = streamed.rows / seen
-    return float(shared.detach()) + scale * value, _gradient(shared, z) + scale * gradient
-
-
-def _gradient(value: Tensor, z: Tensor) -> Tensor:
-    """`[D]`, zero where ``value`` does not depend on z."""
-    if not value.requires_grad:
-        return torch.zeros_like(z)
-    (gradient,) = torch.autograd.grad(
-        value, z, retain_graph=True, allow_unused=True, materialize_grads=True
-    )
-    return gradient
+    return float(shared.detach()) + scale * value, gradient_of(shared, z) + scale * gradient
