@@ -19,6 +19,9 @@ from pyro_vi_kit.runtime import LOCK, RandomStream
 
 # TorchScript's set-up grows faster than the graph: 7,000 operations take 5 seconds.
 _MAX_SCRIPT = 4000
+# While it is set up TorchScript holds all results at once, three times what Python does. Where tensors
+# are that large, Python's time does not count.
+_MAX_SCRIPT_BYTES = 2**26
 # Seconds of replay after which a compiler is started: as long again is likely to follow, and it takes
 # no time of the fit's own.
 _PATIENCE = 5.0
@@ -66,7 +69,8 @@ class Program:
         # TorchScript leaves out casts to half precision and back, and so rounds differently.
         if self.how == "python" and len(graph.nodes) <= _MAX_SCRIPT and not _mixed(graph):
             try:
-                self._run, self.how = replay.script(self._run, inputs), "script"
+                if replay.bytes_of(self._run, inputs) <= _MAX_SCRIPT_BYTES:
+                    self._run, self.how = replay.script(self._run, inputs), "script"
             except RuntimeError as error:  # an operation that TorchScript does not know
                 reasons = [self.note, f"no TorchScript: {first_line(error)}"]
                 self.note = "; ".join(reason for reason in reasons if reason)

@@ -319,6 +319,22 @@ def test_a_large_tensor_of_one_number_runs_in_torchscript():
     torch.testing.assert_close(program(x)[0], function(x)[0])
 
 
+def test_results_too_large_to_be_held_at_once_are_replayed_by_python(monkeypatch):
+    def function(x):
+        return ((x.sin() * 2.0).exp(),)
+
+    (x,) = points(50, seed=1)[0]
+    assert captured(function, 50).how == "script"
+    # Three results of 50 numbers of 8 bytes.
+    monkeypatch.setattr("pyro_vi_kit.capture.program._MAX_SCRIPT_BYTES", 3 * 50 * 8 - 1)
+    program = captured(function, 50)
+    assert program.how == "python"
+    assert program.note == captured(function, 50).note
+    torch.testing.assert_close(program(x)[0], function(x)[0], rtol=0.0, atol=0.0)
+    monkeypatch.setattr("pyro_vi_kit.capture.program._MAX_SCRIPT_BYTES", 3 * 50 * 8)
+    assert captured(function, 50).how == "script"
+
+
 def test_operations_that_nothing_reads_are_left_out():
     def function(x):
         x.exp()
