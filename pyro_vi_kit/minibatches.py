@@ -10,7 +10,6 @@ from torch import Tensor
 
 from pyro_vi_kit import guides
 from pyro_vi_kit.density import Density, Plate
-from pyro_vi_kit.density.subsampling import require_subsamplable
 from pyro_vi_kit.errors import ModelError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.guides.families import GaussianFamily
@@ -41,7 +40,6 @@ def sizes_of(
 
     Raises:
         OptionError: If there is no such plate, or no data plate at all.
-        ModelError: If the model cannot be subsampled.
     """
     known = density.structure.plates
     if isinstance(batch_size, Mapping):
@@ -60,7 +58,6 @@ def sizes_of(
                 f"batch_size must be between 1 and the {plate.size} rows of plate {plate.name!r}, got "
                 f"{size!r}"
             )
-    require_subsamplable(density, sizes)
     return sizes
 
 
@@ -86,7 +83,6 @@ def guide_for(spec: GuideSpec, density: Density, batch_size: BatchSize | None) -
 
     Raises:
         OptionError: If the guide cannot take minibatches of this model.
-        ModelError: If the model cannot be subsampled.
     """
     whole = batch_size is None or density.streamed is not None
     if whole or isinstance(spec, guides.Amortized):

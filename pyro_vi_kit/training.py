@@ -12,6 +12,7 @@ from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceAp
 from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.runner import placed
+from pyro_vi_kit.density.subsampling import require_subsamplable
 from pyro_vi_kit.device import device_of
 from pyro_vi_kit.engines import (
     Batches,
@@ -265,5 +266,6 @@ def _batches(request: Request, guide: Guide, density: Density) -> BatchSource | 
     sizes = {}
     if request.batch_size is not None:
         sizes = minibatches.sizes_of(request.batch_size, density, guide)
+        require_subsamplable(density, sizes)
     minibatches.require_local(guide, sizes, request.objective.multi_sample)
     return Batches(sizes, device=density.device) if sizes else None
