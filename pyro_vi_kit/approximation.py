@@ -33,6 +33,8 @@ from pyro_vi_kit.runtime import RandomStream, isolated, private_params
 Pair = tuple[poutine.Trace, poutine.Trace]
 
 _CHUNK_NUMBERS = 4_000_000
+# Draws in the prior groups of an export, and no more than of the posterior.
+_PRIOR_DRAWS = 500
 
 
 class Weighed(NamedTuple):
@@ -165,7 +167,9 @@ class GuideApproximation:
     def groups(self, draws: int, seed: int) -> dict[str, Group]:
         """See `Approximation.groups`."""
         z = self.unconstrained(draws, seed)
-        return model_groups(self.density, z, params=self.params, seed=seed + 1)
+        return model_groups(
+            self.density, z, params=self.params, seed=seed + 1, prior_draws=min(_PRIOR_DRAWS, draws)
+        )
 
     def parameters(self) -> dict[str, Tensor]:
         """See `Approximation.parameters`."""
@@ -268,7 +272,8 @@ class TraceApproximation:
             arrays = {name: value.cpu().numpy()[None] for name, value in values.items()}
             return {"posterior": Group(arrays)}
         groups = {"posterior": sampled(self.density, values, 1)}
-        return groups | prior_groups(self.density, 500, seed=seed + 2) | data_groups(self.density)
+        groups |= prior_groups(self.density, min(_PRIOR_DRAWS, draws), seed=seed + 2)
+        return groups | data_groups(self.density)
 
     def parameters(self) -> dict[str, Tensor]:
         """See `Approximation.parameters`."""

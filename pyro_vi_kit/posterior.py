@@ -16,7 +16,7 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.device import Device
 from pyro_vi_kit.errors import ModelError, OptionError, ViError
 from pyro_vi_kit.evaluation import Evaluation, evaluate, usable
-from pyro_vi_kit.groups import coords_of, dims_of, squeeze
+from pyro_vi_kit.groups import coords_of, dims_of, squeeze, width_of
 from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.methods.result import HISTORY
 from pyro_vi_kit.model import Model
@@ -30,6 +30,10 @@ from pyro_vi_kit.verdict import Verdict, judge, judge_rows
 if TYPE_CHECKING:
     import pandas as pd
 
+# Numbers that the draws of an export make together where nobody says how many there shall be: about
+# 100 MB of file.
+_EXPORTED = 10_000_000
+_MOST_DRAWS, _FEWEST_DRAWS = 1000, 100
 # Numbers that all draws together may make in a streamed model to be weighed for an export.
 _WEIGHABLE = 10_000_000_000
 _LEFT_OUT = (
@@ -476,7 +480,7 @@ class Posterior:
 
     # -- the way out --------------------------------------------------------------------------
 
-    def to_arviz(self, draws: int = 1000, seed: int = 0) -> Any:
+    def to_arviz(self, draws: int | None = None, seed: int = 0) -> Any:
         """`InferenceData` (ArviZ 0.x) or `DataTree` (1.x) with one chain of draws from q.
 
         Groups: posterior, unconstrained_posterior, posterior_predictive, log_likelihood, prior,
@@ -484,10 +488,10 @@ class Posterior:
         loss_trace, those that the model has.
 
         Args:
-            draws: Draws from q.
+            draws: Draws from q; 1,000 when None, and down to 100 where a draw makes many numbers.
             seed: The same seed gives the same draws.
         """
-        _require_draws(draws)
+        draws = self._exported(draws)
         with self._few_threads():
             groups = self.groups(draws, seed)
         coords = coords_of(self.model, groups)
@@ -527,18 +531,31 @@ class Posterior:
             attrs["learned_parameters"] = ", ".join(self.parameters)
         return attrs
 
-    def save(self, path: str | Path, draws: int = 1000) -> Path:
+    def save(self, path: str | Path, draws: int | None = None) -> Path:
         """Write valid ArviZ netCDF that also holds the guide's tensors; read it with `vi.load`.
+
+        Args:
+            path: The file.
+            draws: Draws from q in it; 1,000 when None, and down to 100 where a draw makes many numbers.
 
         Raises:
             FileError: If the path cannot be written.
         """
+        draws = self._exported(draws)
         target = export.check_writable(path)
         with self._few_threads():
             groups = self.groups(draws, seed=0)
         groups[storage.GROUP] = storage.guide_group(self.approximation, self.record, self.spec)
         coords = coords_of(self.model, groups)
         return export.write(export.to_arviz(groups, coords, self.attrs(0)), target)
+
+    def _exported(self, draws: int | None) -> int:
+        """How many draws an export holds."""
+        if draws is not None:
+            _require_draws(draws)
+            return draws
+        numbers = 1 if self.density is None else max(width_of(self.density), 1)
+        return min(_MOST_DRAWS, max(_FEWEST_DRAWS, _EXPORTED // numbers))
 
     # -- names --------------------------------------------------------------------------------
 

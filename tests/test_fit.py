@@ -729,6 +729,18 @@ def no_pickle(monkeypatch):
     monkeypatch.setattr(torch.jit, "load", refuse)
 
 
+def test_a_file_holds_fewer_draws_where_each_makes_many_numbers(tmp_path):
+    def wide(y):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(m, 1.0), obs=y)
+
+    posterior = vi.fit(vi.Model(wide, torch.zeros(60_000)), guide="mean_field", seed=0)
+    tree = az.from_netcdf(posterior.save(tmp_path / "wide.nc"))
+    assert tree["posterior"].sizes["draw"] == 100 == tree["prior"].sizes["draw"]
+    assert az.from_netcdf(posterior.save(tmp_path / "few.nc", 3))["posterior"].sizes["draw"] == 3
+
+
 @each_guide
 def test_a_file_gives_back_the_same_posterior(name, fitted, tmp_path, no_pickle):
     posterior = fitted(name)

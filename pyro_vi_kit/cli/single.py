@@ -82,9 +82,7 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @click.option(
     "--draws",
     type=click.IntRange(min=1),
-    default=1000,
-    show_default=True,
-    help="Draws in the file.",
+    help="Draws in the file; by default 1,000, and down to 100 where a draw makes many numbers.",
 )
 @json_option
 @common_options
@@ -98,7 +96,7 @@ def fit_command(
     particles: int | None,
     alpha: float | None,
     out: str | None,
-    draws: int,
+    draws: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
