@@ -11,6 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.transforms import CholeskyTransform
 from torch import Tensor
 from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform
 
 from pyro_vi_kit.errors import ModelError
@@ -62,7 +63,16 @@ def _map(support: Any) -> Any:
     if isinstance(support, constraints.independent):
         base = _map(support.base_constraint)
         return IndependentTransform(base, support.reinterpreted_batch_ndims)
+    if isinstance(support, MixtureSameFamilyConstraint) and _is_fixed(support.base_constraint):
+        return _map(support.base_constraint)  # of each component, and so of them all
     return biject_to(support)
+
+
+def _is_fixed(support: Any) -> bool:
+    """Whether a support depends on no parameter of its distribution."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return not any(isinstance(value, Tensor) for value in vars(support).values())
 
 
 class LowerCholesky(Transform):

@@ -325,13 +325,12 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
         f"ELBO {quality.elbo:.3f} nats (s.e. {quality.se:.3f}) on {2 * stage.draws} fresh draws, "
         f"within {max(quality.gap, 0.001):.3f} of the guide's best"
     )
-    if len(frame.modes) > 1:
-        said += f". {_modes_words(frame.modes)}"
+    several = f" {_modes_words(frame.modes)}." if len(frame.modes) > 1 else ""
     tolerance = _reachable(search, tolerance)
 
     def status(reason: Reason, advice: str) -> Status:
         modes = len(frame.modes) or None
-        return Status(reason == "converged", reason, advice, quality.gap, modes)
+        return Status(reason == "converged", reason, advice + several, quality.gap, modes)
 
     if quality.gap > tolerance and not found.converged:
         return status(

@@ -186,6 +186,14 @@ def mixture_same_family():
         pyro.sample("y", mixed, obs=Y)
 
 
+def latent_mixture():
+    modes = dist.Normal(torch.tensor([[-1.0, 0.0], [1.0, 2.0]]), 0.5).to_event(1)
+    x = pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), modes))
+    rates = dist.Gamma(torch.tensor([2.0, 5.0]), 1.0)
+    r = pyro.sample("r", dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), rates))
+    observe(x.sum(), r)
+
+
 def masked_mixture():
     a = pyro.sample("a", dist.Normal(0.0, 1.0))
     b = pyro.sample("b", dist.Normal(1.0, 1.0))
