@@ -8,8 +8,6 @@ What is hard: a differential equation inside the likelihood, solved by Runge-Kut
 numerically hopeless.
 """
 
-from typing import Any
-
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -45,10 +43,11 @@ def lotka_volterra(years, y=None):
     death = pyro.sample("death", dist.LogNormal(-0.2, 0.4))
     feed = pyro.sample("feed", dist.LogNormal(-3.5, 0.5))
     start = pyro.sample("start", dist.Normal(torch.full((2,), 3.0), 1.0).to_event(1))
-    sigma = pyro.sample("sigma", dist.LogNormal(-1.5, 0.5).expand([2]).to_event(1))
+    error = dist.LogNormal(torch.full((2,), -1.5), 0.5)
+    sigma = pyro.sample("sigma", error.to_event(1))
     growth, effect = torch.stack([birth, -death], -1), torch.stack([-eaten, feed], -1)
     logs = solve(start, growth, effect, years)
-    counts: Any = dist.LogNormal(logs, sigma.unsqueeze(-2))
+    counts = dist.LogNormal(logs, sigma.unsqueeze(-2))
     return pyro.sample("y", counts.to_event(2), obs=y)
 
 

@@ -1,8 +1,8 @@
 """Poisson regression: executions in 17 states of the US in 1997.
 
 Data: statsmodels' ``cpunish`` (Gill 2001, "Generalized Linear Models: A Unified Approach"): per state
-the number of executions, median income, poverty, the share of black citizens, violent crime, whether it is a
-southern state, and a degree index of education. Covariates are standardised, income, crime and shares
+the number of executions, median income, poverty, the share of black citizens, violent crime, whether it
+is a southern state, and an index of education. Covariates are standardised, income, crime and shares
 after a logarithm.
 
 What is hard: 17 rows for seven coefficients, and one state (Texas, 37 executions) that pulls at all of
