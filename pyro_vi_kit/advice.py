@@ -32,7 +32,7 @@ class Cure(NamedTuple):
         names = " and ".join(repr(name) for name in self.parents)
         return (
             f"site {self.site!r} depends on {names} through its prior {self.through}: write it "
-            f"non-centred, poutine.reparam(model, {{{self.site!r}: LocScaleReparam(0)}}) with "
+            f"non-centred, poutine.reparam(model, {{{self.site!r}: LocScaleReparam(0.0)}}) with "
             "pyro.infer.reparam"
         )
 

@@ -147,6 +147,7 @@ def _found(
         memory=0.0 if chains is None else chains.memory,
         overflowing=overflowing,
         khats=lambda: smoothed_khats(flat, smoothed),
+        counts=(flat == np.rint(flat)).all(0),
     )
     return found, flat
 
@@ -155,7 +156,9 @@ def _cures(density: Density) -> list[Cure]:
     """Sites whose prior depends on other latents, first those that do by their scale."""
     if density.streamed is not None:
         return []
-    centred = centred_sites(density)
+    # What `obs_mask` fills in is data, and no effect that could be written another way.
+    filled = {f"{name}_unobserved" for name in density.structure.sites}
+    centred = [site for site in centred_sites(density) if site.site not in filled]
     scaled = [Cure(site.site, site.scale, "scale") for site in centred if site.scale]
     moved = [Cure(s.site, s.location, "location") for s in centred if not s.scale]
     return scaled + moved

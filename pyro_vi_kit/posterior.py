@@ -200,10 +200,14 @@ class Posterior:
         Raises:
             OptionError: For a point estimate, which has no spread to be judged.
         """
-        self._require_spread()
-        assert self._diagnosis is not None
+        found = self._diagnosis
+        if found is None:
+            raise OptionError(
+                "a point estimate (guide 'delta') has no spread to be judged: fit a guide with spread, "
+                "e.g. guide='mean_field'"
+            )
         with self._few_threads():
-            return self._diagnosis.table(self.approximation)
+            return found.table(self.approximation)
 
     def summary(self, prob: float = 0.9) -> pd.DataFrame:
         """Mean, sd, interval and Monte Carlo error of each parameter, with its verdict.

@@ -12,6 +12,8 @@ from pyro_vi_kit.psis import Psis
 
 # A column whose sd is below this share of its magnitude is a constant with rounding noise.
 _CONSTANT = 1e-10
+# What is left of a variance is told down to here; less is no other news.
+_LEAST = 1e-4
 
 
 class Shifts(NamedTuple):
@@ -77,10 +79,10 @@ def by_weights(flat: np.ndarray, smoothed: Psis) -> Shifts:
     # [S, 1], with mean 1.
     w = (np.exp(smoothed.log_weights) * len(x))[:, None]
     shift = (w * x).mean(0)
-    ratio = np.maximum((w * (x - shift) ** 2).mean(0), 1e-300)
-    first = w * (x - shift) - x
-    second = w * ((x - shift) ** 2 - ratio) - (x**2 - 1.0)
-    return _in_sds(moving, shift, _error(first), ratio, _error(second))
+    ratio = np.maximum((w * (x - shift) ** 2).mean(0), _LEAST)
+    spread = w * ((x - shift) ** 2 - ratio)
+    mean_se = _error(w * (x - shift) - x - 0.5 * shift / ratio * spread)
+    return _in_sds(moving, shift, mean_se, ratio, _error(spread - ratio * (x**2 - 1.0)))
 
 
 def by_chains(first: np.ndarray, second: np.ndarray, plain: np.ndarray) -> Shifts:
@@ -95,9 +97,10 @@ def by_chains(first: np.ndarray, second: np.ndarray, plain: np.ndarray) -> Shift
     moving = sd > 0
     x = (plain - mean) / np.where(moving, sd, 1.0)
     shift = first.mean(0)
-    ratio = np.maximum(second.mean(0) - shift**2, 1e-300)
-    mean_se = np.hypot(_error(first), _error(x))
-    ratio_se = np.hypot(_error(second - 2.0 * shift * first), ratio * _error(x**2))
+    ratio = np.maximum(second.mean(0) - shift**2, _LEAST)
+    spread = second - 2.0 * shift * first
+    mean_se = np.hypot(_error(first - 0.5 * shift / ratio * spread), _error(x))
+    ratio_se = np.hypot(_error(spread), ratio * _error(x**2))
     return _in_sds(moving, shift, mean_se, ratio, ratio_se)
 
 

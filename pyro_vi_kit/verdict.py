@@ -51,6 +51,9 @@ EVEN_GAP = 0.1
 MIN_ESS = 100.0
 # A tenth of an sd or ten per cent is what a plot of two densities just about shows.
 MAX_SHIFT = 0.1
+# Correlation with their starts up to which chains have forgotten them: what they would still hide of a
+# move is then less than half of it.
+MAX_MEMORY = 0.5
 # Moves are told from noise at about three standard errors where there are ten numbers or a hundred.
 _FALSE_ALARM = 0.01
 # Mass that searches have seen in modes that q leaves out: twice as much moves a mean by 0.1 sd where
@@ -98,6 +101,8 @@ class Findings:
         memory: Largest correlation of the chains' ends with their starts.
         overflowing: Sites with draws that are not finite.
         khats: Makes the k-hat of each number, `[n]`: asked where nothing else is known.
+        counts: Which numbers are whole numbers, `[n]`, and so drawn exactly given the others: moves of
+            rare values are mostly noise, and these are as good as what they depend on.
     """
 
     labels: Sequence[str]
@@ -109,6 +114,13 @@ class Findings:
     memory: float = 0.0
     overflowing: tuple[str, ...] = ()
     khats: Callable[[], np.ndarray] | None = None
+    counts: np.ndarray | None = None
+
+    @property
+    def measured(self) -> np.ndarray:
+        """Which numbers are judged by how they move, `[n]`: all where all are counts."""
+        every = np.ones(len(self.labels), dtype=bool)
+        return every if self.counts is None or self.counts.all() else ~self.counts
 
     @property
     def evenness(self) -> float:
@@ -144,11 +156,6 @@ class Findings:
         return Shifts(*(np.where(finer, a, b) for a, b in pairs))
 
 
-# Correlation with their starts up to which chains have forgotten them: what they would still hide of a
-# move is then less than half of it.
-MAX_MEMORY = 0.5
-
-
 def needs_chains(smoothed: Psis, gap: float) -> bool:
     """Whether weights alone leave a doubt: they do unless they are even, and their tail is short.
 
@@ -161,7 +168,7 @@ def needs_chains(smoothed: Psis, gap: float) -> bool:
 
 
 def is_close(smoothed: Psis, gap: float) -> bool:
-    """Whether more draws may decide otherwise: k-hat within two standard errors of 0.7, and it counts."""
+    """Whether more draws may decide otherwise: k-hat counts, and is within two errors of 0.7."""
     if smoothed.ess < MIN_ESS or not needs_chains(smoothed, gap):
         return False
     even = smoothed.ess >= EVEN_WEIGHTS * len(smoothed.log_weights)
@@ -183,7 +190,8 @@ def judge(
         The verdict, and the level of each number, `[n]`.
     """
     ruined = bool(found.overflowing) or status.reason == "diverged"
-    levels = _levels(found)
+    levels, measured = _levels(found), found.measured
+    levels[~measured] = _worst(levels[measured])
     if ruined:
         levels[:] = "reject"
     missed = status.missed or 0.0
@@ -192,7 +200,7 @@ def judge(
         level = "reject"
     if not status.converged and level == "good":
         level = "resample"
-    sites = {
+    sites: dict[str, Level] = {
         name: _worst(levels[np.array(found.sites) == name]) for name in dict.fromkeys(found.sites)
     }
     wrong = [name for name, site in sites.items() if site != "good"]
@@ -209,8 +217,7 @@ def _levels(found: Findings) -> np.ndarray:
         well = (khats <= MAX_KHAT) & (found.weights.at_most(1.0) <= MAX_SHIFT)
         return np.where(well, "good", "reject").astype(object)
     good = moves.at_most(1.0) <= MAX_SHIFT
-    if found.trusted and found.mixed:
-        assert found.chains is not None
+    if found.trusted and found.mixed and found.chains is not None:
         contradicted = found.weights.apart(found.chains, _z(good.size)) > MAX_SHIFT
         rest = np.where(contradicted, "reject", "resample")
         return np.where(good & ~contradicted, "good", rest).astype(object)
@@ -243,9 +250,9 @@ def _reasons(found: Findings, status: Status) -> list[str]:
         reasons.append(f"draws of site {found.overflowing[0]!r} are not finite")
     if found.labels and not found.overflowing:
         if found.trusted:
-            reasons.append(_moves_words("resampling moves", found.labels, found.weights))
+            reasons.append(_moves_words("resampling moves", found, found.weights))
         if found.chains is not None and found.mixed:
-            reasons.append(_moves_words("short chains move", found.labels, found.chains))
+            reasons.append(_moves_words("short chains move", found, found.chains))
         elif found.chains is not None:
             reasons.append(
                 "short chains did not forget where they began, so that they prove nothing"
@@ -260,10 +267,10 @@ def _reasons(found: Findings, status: Status) -> list[str]:
     return reasons
 
 
-def _moves_words(what: str, labels: Sequence[str], shifts: Shifts) -> str:
-    i = int(shifts.worst().argmax())
+def _moves_words(what: str, found: Findings, shifts: Shifts) -> str:
+    i = int(np.where(found.measured, shifts.worst(), -1.0).argmax())
     return (
-        f"{what} {labels[i]!r} most: mean by {abs(shifts.mean[i]):.2f} sd, "
+        f"{what} {found.labels[i]!r} most: mean by {abs(shifts.mean[i]):.2f} sd, "
         f"sd by {100 * abs(math.expm1(shifts.sd[i])):.0f} %"
     )
 

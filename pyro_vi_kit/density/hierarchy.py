@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from pyro.distributions import Cauchy, Laplace, Normal, StudentT
 from torch import Tensor
+from torch.distributions import Cauchy, Laplace, Normal, StudentT
 
 from pyro_vi_kit.density.density import Density
 from pyro_vi_kit.density.handlers import Replay
@@ -61,4 +61,6 @@ def _behind(value: Tensor, leaves: Mapping[str, Tensor]) -> tuple[str, ...]:
     slopes = torch.autograd.grad(
         value.sum(), list(leaves.values()), retain_graph=True, allow_unused=True
     )
-    return tuple(n for n, slope in zip(leaves, slopes, strict=True) if slope is not None)
+    pairs = zip(leaves, slopes, strict=True)
+    # `LocScaleReparam(0.0)` leaves a scale to the power of zero behind, whose slope is zero.
+    return tuple(name for name, slope in pairs if slope is not None and bool(slope.any()))
