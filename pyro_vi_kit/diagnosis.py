@@ -50,7 +50,7 @@ class Diagnosis:
 
     def table(self, approximation: Approximation) -> pd.DataFrame:
         """One row per number; see `Posterior.diagnose`."""
-        import pandas as pd
+        from pyro_vi_kit.headed import HeadedFrame
 
         found = self.found
         moves = found.moves if found.moves is not None else found.weights
@@ -59,7 +59,7 @@ class Diagnosis:
             mine = np.array(found.sites) == name
             if mine.sum() % len(known) == 0:
                 khats[mine] = np.repeat(known, mine.sum() // len(known))
-        frame = pd.DataFrame(
+        frame = HeadedFrame(
             {
                 "khat": khats,
                 "mean_shift": moves.mean,
@@ -68,7 +68,7 @@ class Diagnosis:
                 "sd_shift_se": moves.sd_se * np.exp(moves.sd),
                 "verdict": self.levels,
             },
-            index=pd.Index(list(found.labels)),
+            index=list(found.labels),
         )
         frame.attrs["verdict"] = str(self.verdict)
         frame.attrs["khat"] = (

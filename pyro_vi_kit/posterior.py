@@ -216,9 +216,9 @@ class Posterior:
             prob: Mass of the equal-tailed interval.
         """
         levels = () if self._diagnosis is None else self._diagnosis.levels.tolist()
-        frame = summarise(self._evaluation.values, self._dims(), self.model.coords, levels, prob)
-        frame.attrs["verdict"] = "" if self.verdict is None else str(self.verdict)
-        return frame
+        verdict = "" if self.verdict is None else str(self.verdict)
+        values, coords = self._evaluation.values, self.model.coords
+        return summarise(values, self._dims(), coords, levels, prob, verdict)
 
     def __repr__(self) -> str:
         if self.approximation.point:

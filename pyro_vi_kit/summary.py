@@ -19,6 +19,7 @@ def summarise(
     coords: Mapping[str, Sequence[Any]],
     verdicts: Sequence[str],
     prob: float,
+    verdict: str = "",
 ) -> pd.DataFrame:
     """Mean, sd, equal-tailed interval and Monte Carlo error of the mean.
 
@@ -28,8 +29,9 @@ def summarise(
         coords: Names along those dims.
         verdicts: Level of each number, in the order of the rows; none where there are none.
         prob: Mass of the interval.
+        verdict: What the table is printed under, and has in its ``attrs``.
     """
-    import pandas as pd
+    from pyro_vi_kit.headed import HeadedFrame
 
     tail = 50.0 * (1.0 - prob)
     rows: dict[str, dict[str, Any]] = {}
@@ -45,7 +47,9 @@ def summarise(
         for index, label in labels(name, draws.shape[1:], dims.get(name, ()), coords):
             rows[label] = {key: float(np.asarray(column)[index]) for key, column in columns.items()}
             rows[label]["verdict"] = str(verdicts[len(rows) - 1]) if len(verdicts) else ""
-    return pd.DataFrame.from_dict(rows, orient="index")
+    frame = HeadedFrame.from_dict(rows, orient="index")
+    frame.attrs["verdict"] = verdict
+    return frame
 
 
 def labels_of(

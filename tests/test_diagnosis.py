@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -246,7 +247,14 @@ def test_point_estimates_cannot_be_diagnosed():
 
 def test_the_verdict_leads_the_export_and_the_summary():
     posterior = against_gaussian(0.3)
-    assert posterior.summary().attrs["verdict"].startswith("resample: k-hat")
+    frame = posterior.summary()
+    assert frame.attrs["verdict"].startswith("resample: k-hat")
+    assert repr(frame).startswith(frame.attrs["verdict"])
+    assert frame._repr_html_().startswith("<p>resample: k-hat")
+    assert repr(posterior.diagnose()).startswith("resample: k-hat")
+    # Parts of it are ordinary tables.
+    assert type(frame[["mean", "sd"]]) is pd.DataFrame
+    assert "resample:" not in repr(frame[["mean", "sd"]])
     attrs = posterior.attrs(0)
     assert attrs["verdict"] == "resample"
     assert "resample()" in attrs["verdict_advice"]
