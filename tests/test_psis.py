@@ -65,14 +65,19 @@ def test_khat_agrees_with_arviz_on_many_shapes(shape):
         assert result.ess == pytest.approx(1 / np.sum(np.exp(2 * expected)), rel=0.01)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+# Ties with the threshold are in the tail there, as excesses of zero; 0.23 and we leave them out. Most of
+# a Cauchy's weights underflow, which it divides by.
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name not in ("many ties", "cauchy")])
 def test_khat_agrees_with_arviz_1(shape):
-    """ArviZ 1.x has it in arviz_stats, as ``psislw`` of an array."""
+    """ArviZ 1.x has it in arviz_stats, as ``psislw`` of log likelihoods: of minus log weights.
+
+    Its tail has ``floor(3 sqrt(S))`` draws, where 0.23 and the paper round up: sizes that are squares.
+    """
     array_stats = pytest.importorskip("arviz_stats.base").array_stats
-    for size in (400, 4000):
+    for size in (400, 1600, 10_000):
         log_w = SHAPES[shape](np.random.default_rng(size), size)
         with np.errstate(over="ignore"):
-            _, k = array_stats.psislw(log_w.copy())
+            _, k = array_stats.psislw(-log_w)
         assert psis(log_w).khat == pytest.approx(float(k), abs=0.01)
 
 
