@@ -51,6 +51,8 @@ EVEN_GAP = 0.1
 MIN_ESS = 100.0
 # A tenth of an sd or ten per cent is what a plot of two densities just about shows.
 MAX_SHIFT = 0.1
+# Half of it is no harm: where only chains can be asked, a rejection takes more than that, beyond noise.
+HARMLESS_SHIFT = 0.05
 # Correlation with their starts up to which chains have forgotten them: what they would still hide of a
 # move is then less than half of it.
 MAX_MEMORY = 0.5
@@ -224,7 +226,7 @@ def _levels(found: Findings) -> np.ndarray:
     if found.trusted:
         return np.where(good, "good", "resample").astype(object)
     # By chains alone. What may be their noise is no reason to reject.
-    moved = moves.at_least(2.0) > MAX_SHIFT
+    moved = moves.at_least(_z(good.size)) > HARMLESS_SHIFT
     return np.where(good, "good", np.where(moved, "reject", "resample")).astype(object)
 
 
