@@ -16,7 +16,7 @@ from pyro_vi_kit.work import work_of
 _MAX_DRAWS = 4000
 # Where the call is close, and the draws all together put out no more numbers than a second's worth.
 _MORE_DRAWS = (16_000, 64_000)
-_WORK = 500_000_000
+_WORK = 300_000_000
 _MIN_DRAWS = 200
 _NUMBERS = 200_000_000
 _SEED = 1_234_567
