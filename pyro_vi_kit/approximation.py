@@ -110,7 +110,7 @@ class GuideApproximation:
 
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
-        return self._constrained(self.unconstrained(draws, seed), seed)
+        return self.constrained(self.unconstrained(draws, seed), seed)
 
     @torch.no_grad()
     def unconstrained(self, draws: int, seed: int) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ class GuideApproximation:
     def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """See `Approximation.draw_and_weigh`."""
         z, weighed = self._weighed(draws, seed)
-        return self._constrained(z, seed), weighed
+        return self.constrained(z, seed), weighed
 
     @torch.no_grad()
     def _weighed(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
@@ -149,7 +149,8 @@ class GuideApproximation:
             log_p, log_q = weigh_all(self.guide, draw, self.params, self.density.batches())
         return draw.z, Weighed(_told(log_p), _told(log_q))
 
-    def _constrained(self, z: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    def constrained(self, z: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+        """Latent, discrete and deterministic sites at unconstrained values `[S, ...]`."""
         # Discrete sites are drawn given z, with the seed that `groups` passes on.
         with RandomStream(seed + 1):
             return in_chunks(lambda part: self.density.constrain(part, self.params), z, self._width)

@@ -10,8 +10,13 @@ from torch import Tensor
 
 from pyro_vi_kit.approximation import Approximation
 from pyro_vi_kit.psis import Psis, psis
+from pyro_vi_kit.verdict import is_close
+from pyro_vi_kit.work import work_of
 
 _MAX_DRAWS = 4000
+# Where the call is close, and the draws all together put out no more numbers than a second's worth.
+_MORE_DRAWS = (16_000, 64_000)
+_WORK = 300_000_000
 _MIN_DRAWS = 200
 _NUMBERS = 200_000_000
 _SEED = 1_234_567
@@ -51,6 +56,21 @@ class Evaluation:
         return None if self.smoothed is None else self.smoothed.khat
 
     @property
+    def khat_se(self) -> float | None:
+        """Standard error of k-hat over repeated draws."""
+        return None if self.smoothed is None else self.smoothed.khat_se
+
+    @property
+    def ess(self) -> float | None:
+        """What the weighted draws are worth, as a number of independent draws of p."""
+        return None if self.smoothed is None else self.smoothed.ess
+
+    @property
+    def gap(self) -> float:
+        """Nats by which the ELBO falls short of the importance-weighted evidence: KL(q || p)."""
+        return gap_of(self.log_weights, self.smoothed)
+
+    @property
     def log_evidence(self) -> tuple[float, float] | None:
         """Log mean weight and its standard error, nats."""
         if self.smoothed is None:
@@ -64,6 +84,9 @@ class Evaluation:
         evidence, se = self.log_evidence
         return {
             "khat": float(self.khat or 0.0),
+            "khat_se": float(self.khat_se or 0.0),
+            "ess": float(self.ess or 0.0),
+            "ess_of_draws": len(self.log_weights) if self.log_weights is not None else 0,
             "elbo": self.elbo,
             "elbo_se": self.elbo_se,
             "log_evidence": evidence,
@@ -72,7 +95,10 @@ class Evaluation:
 
 
 def evaluate(approximation: Approximation, named: Named) -> Evaluation:
-    """Draw from q and weigh: 4,000 draws, fewer where one draw is large.
+    """Draw from q and weigh: 4,000 draws, fewer where one draw is large, more where the call is close.
+
+    More are 16,000 and then 64,000, while k-hat is within two standard errors of where it matters, and
+    where the density is cheap.
 
     Args:
         approximation: The trained guide.
@@ -81,9 +107,39 @@ def evaluate(approximation: Approximation, named: Named) -> Evaluation:
     draws = min(_MAX_DRAWS, max(_MIN_DRAWS, _NUMBERS // max(approximation.cost, 1)))
     if approximation.point:
         return Evaluation(named(approximation.draw(draws, _SEED)), None, None)
-    values, weighed = approximation.draw_and_weigh(draws, _SEED)
-    log_w = (weighed.log_p - weighed.log_q).numpy()
-    return Evaluation(named(values), log_w, smooth(log_w))
+    values, log_w = _weighed(approximation, named, draws, _SEED)
+    smoothed = smooth(log_w)
+    for total in _MORE_DRAWS:
+        if not is_close(smoothed, gap_of(log_w, smoothed)) or total > _affordable(approximation):
+            break
+        more, more_log_w = _weighed(approximation, named, total - len(log_w), _SEED + total)
+        values = {name: np.concatenate([part, more[name]]) for name, part in values.items()}
+        log_w = np.concatenate([log_w, more_log_w])
+        smoothed = smooth(log_w)
+    return Evaluation(values, log_w, smoothed)
+
+
+def gap_of(log_w: np.ndarray | None, smoothed: Psis | None) -> float:
+    """Nats between the importance-weighted evidence and the ELBO; infinite where either is not known."""
+    if log_w is None or smoothed is None or not np.isfinite(log_w).all():
+        return np.inf
+    return float(smoothed.log_mean_weight - log_w.mean())
+
+
+def _weighed(
+    approximation: Approximation, named: Named, draws: int, seed: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Draws by site, and their log weights."""
+    values, weighed = approximation.draw_and_weigh(draws, seed)
+    return named(values), (weighed.log_p - weighed.log_q).numpy()
+
+
+def _affordable(approximation: Approximation) -> int:
+    """How many draws there is time for."""
+    few = 4
+    if approximation.cost > _NUMBERS // _MORE_DRAWS[0]:
+        return 0
+    return int(few * _WORK / work_of(lambda: approximation.draw_and_weigh(few, _SEED)))
 
 
 def usable(log_w: np.ndarray) -> np.ndarray:

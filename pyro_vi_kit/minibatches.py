@@ -172,7 +172,7 @@ def start_on_rows(
         }
     part = density.subset(rows)
     try:
-        gaussian = fixed_draws.prefit(part, seed, deadline, None if inside else start)
+        gaussian = fixed_draws.prefit(part, seed, deadline, None if inside else start).best
     except ModelError:
         return False
     if not inside and any(len(rows[p.name]) < p.size for p in plates):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from pyro_vi_kit import amortization, export, pointwise, refinement, storage
+from pyro_vi_kit import amortization, diagnosis, export, pointwise, refinement, storage
 from pyro_vi_kit.approximation import Approximation, GuideApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.device import Device
@@ -25,7 +25,7 @@ from pyro_vi_kit.record import Record
 from pyro_vi_kit.runtime import fresh_seed, one_thread
 from pyro_vi_kit.summary import summarise
 from pyro_vi_kit.types import Status
-from pyro_vi_kit.verdict import Verdict, judge, judge_rows
+from pyro_vi_kit.verdict import Verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,6 +153,20 @@ class Posterior:
         return self._evaluation.khat
 
     @property
+    def khat_se(self) -> float | None:
+        """Standard error of `khat`: how far another set of draws would put it."""
+        return self._evaluation.khat_se
+
+    @property
+    def ess(self) -> float | None:
+        """Effective number of the weighted draws that `khat` and `log_evidence` are read off.
+
+        There are 4,000 of them, up to 64,000 where the verdict is a close call, fewer where a draw is
+        large. None for a point estimate.
+        """
+        return self._evaluation.ess
+
+    @property
     def log_evidence(self) -> tuple[float, float] | None:
         """Importance-weighted log evidence and its standard error, nats.
 
@@ -161,42 +175,54 @@ class Posterior:
         return self._evaluation.log_evidence
 
     @functools.cached_property
+    def _diagnosis(self) -> diagnosis.Diagnosis | None:
+        with self._few_threads():
+            return diagnosis.diagnose(
+                self.approximation,
+                self.density,
+                self._evaluation,
+                self._named,
+                self.status,
+                (self._dims(), self.model.coords),
+            )
+
+    @property
     def verdict(self) -> Verdict | None:
         """Whether to believe it; None for a point estimate."""
-        evaluation = self._evaluation
-        if evaluation.smoothed is None:
-            return None
-        joint = judge(evaluation.values, evaluation.smoothed, self.status, self.guide)
-        # Weights of many rows are uneven jointly, even where those of each row are not.
-        return (self._verdict_by_rows() or joint) if joint.level == "reject" else joint
+        return None if self._diagnosis is None else self._diagnosis.verdict
 
-    def _verdict_by_rows(self) -> Verdict | None:
-        """Whether to believe it row by row; None where rows have something in common."""
-        if not isinstance(self.approximation, GuideApproximation):
-            return None
-        guide, params = self.approximation.guide, self.approximation.params
-        if any(block.plate is None for block in guide.blocks):
-            return None
-        try:
-            with self._few_threads():
-                found = pointwise.sample_of_rows(guide, params)
-        except OptionError:
-            return None
-        rows = sum(block.plate.size for block in guide.blocks if block.plate is not None)
-        latents = guide.density.dim / rows
-        values = self._evaluation.values
-        return judge_rows(found, rows, latents, values, self.status, self.guide)
+    def diagnose(self) -> pd.DataFrame:
+        """Whether to believe each number: a row for each, labelled as in `summary`.
+
+        Columns: ``khat``, Pareto k-hat of the importance weights smoothed along that number, a
+        heuristic that says which numbers make the weights uneven, or of each datum's own weights where
+        the guide has a distribution for each datum; ``mean_shift``, how far a correction moves its
+        mean, in sds; ``sd_shift``, how far it moves its sd, as a share of it; both with their Monte
+        Carlo errors ``..._se``; and ``verdict``. What corrects is in ``attrs["shifts"]``: importance
+        weights, or short Hamiltonian chains that begin at draws of q.
+
+        Raises:
+            OptionError: For a point estimate, which has no spread to be judged.
+        """
+        found = self._diagnosis
+        if found is None:
+            raise OptionError(
+                "a point estimate (guide 'delta') has no spread to be judged: fit a guide with spread, "
+                "e.g. guide='mean_field'"
+            )
+        with self._few_threads():
+            return found.table(self.approximation)
 
     def summary(self, prob: float = 0.9) -> pd.DataFrame:
-        """Mean, sd, interval and Monte Carlo error of each parameter, with its site's verdict.
+        """Mean, sd, interval and Monte Carlo error of each parameter, with its verdict.
 
         Args:
             prob: Mass of the equal-tailed interval.
         """
-        sites = self.verdict.sites if self.verdict is not None else {}
-        frame = summarise(self._evaluation.values, self._dims(), self.model.coords, sites, prob)
-        frame.attrs["verdict"] = "" if self.verdict is None else str(self.verdict)
-        return frame
+        levels = () if self._diagnosis is None else self._diagnosis.levels.tolist()
+        verdict = "" if self.verdict is None else str(self.verdict)
+        values, coords = self._evaluation.values, self.model.coords
+        return summarise(values, self._dims(), coords, levels, prob, verdict)
 
     def __repr__(self) -> str:
         if self.approximation.point:
@@ -524,6 +550,7 @@ class Posterior:
             attrs |= {
                 "verdict": self.verdict.level,
                 "verdict_reasons": "; ".join(self.verdict.reasons),
+                "verdict_advice": self.verdict.advice,
             }
         if self.model.stream is not None:
             attrs |= {"streamed_rows": self.model.stream.rows, "left_out": _LEFT_OUT}

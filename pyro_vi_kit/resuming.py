@@ -119,8 +119,13 @@ def seed_after(earlier: Posterior) -> int:
 
 def told_as_one(earlier: Record, record: Record) -> Record:
     """The record of both fits: what each has cost, and how the later one ended."""
+    status, before = record.status, earlier.status
+    if status.modes is None:
+        # Who goes on does not search again.
+        status = dataclasses.replace(status, modes=before.modes, missed=before.missed)
     return dataclasses.replace(
         record,
+        status=status,
         losses=np.concatenate([earlier.losses, record.losses]),
         history=_history_as_one(earlier, record),
         evaluations=earlier.evaluations + record.evaluations,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,32 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import GaussianFamily
 from pyro_vi_kit.methods import fixed_draws
+from pyro_vi_kit.methods.peaks import Peak
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.request import Request
+
+
+class Start(NamedTuple):
+    """Where a fit of stochastic steps starts.
+
+    Attributes:
+        whitened: Whether parameters are measured in posterior sds.
+        peaks: Modes of the log density that searches have found.
+    """
+
+    whitened: bool
+    peaks: tuple[Peak, ...] = ()
+
+    def facts(self) -> dict[str, Any]:
+        """The same in what a checkpoint holds."""
+        peaks = [(p.gaussian.loc, p.gaussian.scale_tril, p.log_evidence) for p in self.peaks]
+        return {"whitened": self.whitened, "peaks": peaks}
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Start:
+        """The inverse; a checkpoint of an earlier version has no peaks."""
+        peaks = (Peak(Gaussian(loc, tril), log) for loc, tril, log in facts.get("peaks", ()))
+        return cls(facts["whitened"], tuple(peaks))
 
 
 def begin(
@@ -25,7 +50,7 @@ def begin(
     density: Density,
     batches: BatchSource | None,
     checkpoint: Checkpoint | None,
-) -> bool:
+) -> Start:
     """Find a start unless there is one.
 
     Args:
@@ -36,14 +61,15 @@ def begin(
         checkpoint: Where the start is noted, or found where the fit goes on.
 
     Returns:
-        Whether parameters are measured in posterior sds.
+        Whether parameters are measured in posterior sds, and the modes that the searches have found.
     """
-    if checkpoint is None:
-        return request.resumed or _initialise(request, guide, density, batches)
-    if checkpoint.state is None:
-        found = request.resumed or _initialise(request, guide, density, batches)
-        checkpoint.facts["whitened"] = found
-    return checkpoint.facts["whitened"]
+    if checkpoint is None or checkpoint.state is None:
+        nothing = Start(whitened=True)
+        found = nothing if request.resumed else _initialise(request, guide, density, batches)
+        if checkpoint is not None:
+            checkpoint.facts |= found.facts()
+        return found
+    return Start.of(checkpoint.facts)
 
 
 def starting_point(request: Request, density: Density) -> Tensor | None:
@@ -65,28 +91,29 @@ def gaussian_of(guide: Guide) -> Gaussian:
 
 def _initialise(
     request: Request, guide: Guide, density: Density, batches: BatchSource | None
-) -> bool:
+) -> Start:
     """Start a single Gaussian-based block from the best Gaussian, or where ``init=`` says.
 
     Returns:
-        Whether it was the best Gaussian, in whose sds parameters are measured from now on.
+        Whether it was the best Gaussian, in whose sds parameters are measured from now on, and modes.
     """
     start = starting_point(request, density)
     if isinstance(batches, Batches) and request.init == "auto":
         seed, deadline = request.seed, request.deadline
-        return minibatches.start_on_rows(guide, batches.plates, seed, deadline, start)
+        return Start(minibatches.start_on_rows(guide, batches.plates, seed, deadline, start))
     family = guide.families[guide.blocks[0].name]
     if len(guide.blocks) > 1 or not isinstance(family, GaussianFamily):
         if start is not None and isinstance(request.init, Mapping):
             raise OptionError("init={site: value} needs a guide with one block for all latents")
-        return False
+        return Start(False)
     if request.init == "origin" or density.params or density.dim > fixed_draws.MAX_DIM:
         if start is not None:
             family.centre_on(start)
-        return False
+        return Start(False)
     if isinstance(batches, StreamedBatches):
-        gaussian = streaming.start(request, batches, density, start)
+        gaussian, peaks = streaming.start(request, batches, density, start), ()
     else:
-        gaussian = fixed_draws.prefit(density, request.seed, request.deadline, start)
+        found = fixed_draws.prefit(density, request.seed, request.deadline, start)
+        gaussian, peaks = found.best, found.peaks
     family.start_from(gaussian.loc, gaussian.scale_tril)
-    return True
+    return Start(True, peaks)

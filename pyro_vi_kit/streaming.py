@@ -102,7 +102,7 @@ def start(
     rows = max(batches.size, min(_ROWS, _NUMBERS // stream.numbers))
     sample = stream.sample(rows, request.seed, density.dtype)
     held = density.held(streamed.completed(sample, density.data))
-    gaussian = fixed_draws.prefit(held, request.seed, request.deadline, point)
+    gaussian = fixed_draws.prefit(held, request.seed, request.deadline, point).best
     if streamed.rows <= len(sample[0]) or batches.epoch > _STEPS_WORTH:
         return gaussian
 

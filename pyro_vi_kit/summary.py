@@ -17,8 +17,9 @@ def summarise(
     values: Mapping[str, np.ndarray],
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Sequence[Any]],
-    verdicts: Mapping[str, str],
+    verdicts: Sequence[str],
     prob: float,
+    verdict: str = "",
 ) -> pd.DataFrame:
     """Mean, sd, equal-tailed interval and Monte Carlo error of the mean.
 
@@ -26,10 +27,11 @@ def summarise(
         values: Independent draws by site, `[S, *shape]`.
         dims: Names of each site's dims.
         coords: Names along those dims.
-        verdicts: Level of each site; sites that are not in it get an empty one.
+        verdicts: Level of each number, in the order of the rows; none where there are none.
         prob: Mass of the interval.
+        verdict: What the table is printed under, and has in its ``attrs``.
     """
-    import pandas as pd
+    from pyro_vi_kit.headed import HeadedFrame
 
     tail = 50.0 * (1.0 - prob)
     rows: dict[str, dict[str, Any]] = {}
@@ -44,8 +46,30 @@ def summarise(
         }
         for index, label in labels(name, draws.shape[1:], dims.get(name, ()), coords):
             rows[label] = {key: float(np.asarray(column)[index]) for key, column in columns.items()}
-            rows[label]["verdict"] = verdicts.get(name, "")
-    return pd.DataFrame.from_dict(rows, orient="index")
+            rows[label]["verdict"] = str(verdicts[len(rows) - 1]) if len(verdicts) else ""
+    frame = HeadedFrame.from_dict(rows, orient="index")
+    frame.attrs["verdict"] = verdict
+    return frame
+
+
+def labels_of(
+    values: Mapping[str, np.ndarray],
+    dims: Mapping[str, Sequence[str]],
+    coords: Mapping[str, Sequence[Any]],
+) -> tuple[list[str], list[str]]:
+    """Label and site of each number of all sites, in the order of the rows of a summary.
+
+    Args:
+        values: Draws by site, `[S, *shape]`.
+        dims: Names of each site's dims.
+        coords: Names along those dims.
+    """
+    found, sites = [], []
+    for name, draws in values.items():
+        mine = [label for _, label in labels(name, draws.shape[1:], dims.get(name, ()), coords)]
+        found += mine
+        sites += [name] * len(mine)
+    return found, sites
 
 
 def labels(

@@ -25,6 +25,7 @@ from pyro_vi_kit.engines import (
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.methods import fixed_draws
+from pyro_vi_kit.methods.peaks import with_peaks
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
 from pyro_vi_kit.pacing import PyroGuide
@@ -90,14 +91,15 @@ def train(
         )
     batches = _batches(request, trainee, density)
     try:
-        whitened = starting.begin(request, trainee, density, batches, checkpoint)
+        start = starting.begin(request, trainee, density, batches, checkpoint)
         request = _with_particles(request, trainee, density)
         engine = _engine(request, trainee, density, batches, steady=checkpoint is not None)
         run = pacing.by_themselves if request.epochs is None else pacing.by_course
-        outcome, bound = run(request, name, engine, whitened, checkpoint)
+        outcome, bound = run(request, name, engine, start.whitened, checkpoint)
     finally:
         if isinstance(batches, StreamedBatches):
             batches.close()
+    outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, start.peaks, trainee))
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     bound = bound if request.objective.multi_sample else None

@@ -83,6 +83,8 @@ class Status:
             guide was not fitted to; None where that was not measured.
         modes: Distinct modes of the log density that searches from several points ended in, those more
             than 30 nats below the highest left out; None where none was found, or none looked for.
+        missed: Share of the mass, by Laplace's estimate, in those of them that the guide has next to no
+            draws near; None where fewer than two are known.
     """
 
     converged: bool
@@ -90,3 +92,4 @@ class Status:
     advice: str
     gap: float | None = None
     modes: int | None = None
+    missed: float | None = None

@@ -1,37 +1,71 @@
-"""Whether to believe a fit: one word, its reasons, and what to try next."""
+"""Whether to believe a fit: one word, its reasons, and what to try next.
+
+The question is whether means and sds of q are those of the posterior. Two corrections that fail in
+different ways answer it.
+
+- **Importance weights** (PSIS). Exact where q has draws, and blind elsewhere. They are trusted up to
+  k-hat 0.7, or where they are nearly even: then there is no tail worth fitting, and a near-perfect fit
+  can show a k-hat of 1.
+- **Short Hamiltonian chains** from draws of q (`chains.py`). They go where the posterior has mass, and
+  say something once they have forgotten where they began. They are run unless the weights are both even
+  and of small k-hat: a q that is proportional to p where it goes has left out only what is not
+  connected with that, and there chains do not go either.
+
+Each number (an element of a site) is judged by the more precise of the two:
+
+- **good**: no mean moves by over 0.1 sd and no sd by over 10 %, one standard error included.
+- **resample**: something moves, but the weights are trusted and lead where the chains lead.
+- **reject**: something moves and the weights cannot mend it, or the two contradict each other.
+
+What neither sees are modes that q leaves out. Those that the searches for a start have found are asked
+about (`Status.missed`); one that nobody found is not known to anybody.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from pyro_vi_kit.psis import Psis, weighted_moments
+from pyro_vi_kit.advice import Cure, advice, advice_on_rows
+from pyro_vi_kit.psis import Psis
+from pyro_vi_kit.shifts import Shifts
 from pyro_vi_kit.types import Status
 
 Level = Literal["good", "resample", "reject"]
 
 # Vehtari et al. 2024: up to here the smoothed weights of feasible numbers of draws can be trusted.
 MAX_KHAT = 0.7
-# Below this the raw weights have a finite variance: above, how far they move a site is itself unsure.
+# Rows are not asked twice, nor by chains: of them the raw weights have to have a finite variance.
 GOOD_KHAT = 0.5
-# A k-hat above these means little where hardly any draw carries more weight than the others.
+# The draws are worth this share of as many of p: the weights' relative sd is 0.23, and what one draw in
+# a thousand might weigh too much moves no mean by 0.1 sd.
 EVEN_WEIGHTS = 0.95
+# And log weights are no lower than that on average, in nats: a share of q where p has nothing makes a
+# hole in the weights that the effective draws do not show.
+EVEN_GAP = 0.1
+# Fewer draws give a mean to no better than 0.1 sd.
 MIN_ESS = 100.0
-MAX_MEAN_SHIFT = 0.1
-MAX_SD_SHIFT = 0.1
+# A tenth of an sd or ten per cent is what a plot of two densities just about shows.
+MAX_SHIFT = 0.1
+# Half of it is no harm: where only chains can be asked, a rejection takes more than that, beyond noise.
+HARMLESS_SHIFT = 0.05
+# Correlation with their starts up to which chains have forgotten them: what they would still hide of a
+# move is then less than half of it.
+MAX_MEMORY = 0.5
+# Moves are told from noise at about three standard errors where there are ten numbers or a hundred.
+_FALSE_ALARM = 0.01
+# Mass that searches have seen in modes that q leaves out: twice as much moves a mean by 0.1 sd where
+# they are two sds apart, and by more where they are further.
+MAX_MISSED = 0.02
 # Of many rows this share may be badly approximated, which is said, and fails none of the others.
 MAX_BAD_ROWS = 0.05
 # Nats a latent: what a normal loses whose sd is 10 % off.
 MAX_ROW_GAP = 0.01
-
-_RICHER = {
-    "delta": "mean_field",
-    "mean_field": "full_rank",
-    "full_rank": "affine_coupling",
-}
+_ORDER: tuple[Level, ...] = ("good", "resample", "reject")
 
 
 @dataclass(frozen=True)
@@ -42,7 +76,7 @@ class Verdict:
         level: ``good``; ``resample``, usable after importance resampling; ``reject``, do not use.
         reasons: The numbers behind it, in words.
         advice: What to try next, empty when good.
-        sites: Level of each latent and deterministic site.
+        sites: Level of each latent and deterministic site: that of its worst number.
     """
 
     level: Level
@@ -55,41 +89,192 @@ class Verdict:
         return f"{words} {self.advice}" if self.advice else words
 
 
-def judge(values: Mapping[str, np.ndarray], smoothed: Psis, status: Status, guide: str) -> Verdict:
-    """Judge a fit by its importance weights and by how far they move each site.
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What is known about a fit, n numbers of all sites side by side.
+
+    Attributes:
+        labels: What each number is called, n of them, as ``theta[2]``.
+        sites: The site of each.
+        smoothed: The joint importance weights.
+        gap: Nats by which the ELBO falls short of the importance-weighted evidence: KL(q || p).
+        weights: How far the weights move each number.
+        chains: How far the chains do; None where none were run.
+        memory: Largest correlation of the chains' ends with their starts.
+        overflowing: Sites with draws that are not finite.
+        khats: Makes the k-hat of each number, `[n]`: asked where nothing else is known.
+        counts: Which numbers are whole numbers, `[n]`, and so drawn exactly given the others: moves of
+            rare values are mostly noise, and these are as good as what they depend on.
+    """
+
+    labels: Sequence[str]
+    sites: Sequence[str]
+    smoothed: Psis
+    gap: float
+    weights: Shifts
+    chains: Shifts | None = None
+    memory: float = 0.0
+    overflowing: tuple[str, ...] = ()
+    khats: Callable[[], np.ndarray] | None = None
+    counts: np.ndarray | None = None
+
+    @property
+    def measured(self) -> np.ndarray:
+        """Which numbers are judged by how they move, `[n]`: all where all are counts."""
+        every = np.ones(len(self.labels), dtype=bool)
+        return every if self.counts is None or self.counts.all() else ~self.counts
+
+    @property
+    def evenness(self) -> float:
+        """What the draws are worth, as a share of as many of p."""
+        return self.smoothed.ess / len(self.smoothed.log_weights)
+
+    @property
+    def even(self) -> bool:
+        """Whether hardly any draw carries more or less weight than the others."""
+        return self.evenness >= EVEN_WEIGHTS and self.gap <= EVEN_GAP
+
+    @property
+    def trusted(self) -> bool:
+        """Whether the weights can be used: beyond doubt, where no chains vouch for them."""
+        khat = self.smoothed.khat + (0.0 if self.mixed else 2.0 * self.smoothed.khat_se)
+        return self.smoothed.ess >= MIN_ESS and (khat <= MAX_KHAT or self.even)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether there are chains that have forgotten where they began."""
+        return self.chains is not None and self.memory <= MAX_MEMORY
+
+    @property
+    def moves(self) -> Shifts | None:
+        """How far each number moves, by the more precise correction; None where there is none."""
+        chains = self.chains if self.mixed else None
+        if not self.trusted or chains is None:
+            return self.weights if self.trusted else chains
+        finer = self.weights.at_most(1.0) - self.weights.worst() <= (
+            chains.at_most(1.0) - chains.worst()
+        )
+        pairs = zip(self.weights, chains, strict=True)
+        return Shifts(*(np.where(finer, a, b) for a, b in pairs))
+
+
+def needs_chains(smoothed: Psis, gap: float) -> bool:
+    """Whether weights alone leave a doubt: they do unless they are even, and their tail is short.
 
     Args:
-        values: Draws of the latent and deterministic sites from q, `[S, *shape]` by site.
-        smoothed: Their smoothed importance weights.
+        smoothed: The joint importance weights.
+        gap: Nats between evidence and ELBO.
+    """
+    even = smoothed.ess >= EVEN_WEIGHTS * len(smoothed.log_weights) and gap <= EVEN_GAP
+    return not even or smoothed.khat > MAX_KHAT
+
+
+def is_close(smoothed: Psis, gap: float) -> bool:
+    """Whether more draws may decide otherwise: k-hat counts, and is within two errors of 0.7."""
+    if smoothed.ess < MIN_ESS or not needs_chains(smoothed, gap):
+        return False
+    even = smoothed.ess >= EVEN_WEIGHTS * len(smoothed.log_weights)
+    return not even and abs(smoothed.khat - MAX_KHAT) <= 2.0 * smoothed.khat_se
+
+
+def judge(
+    found: Findings, status: Status, guide: str, cures: Sequence[Cure] = ()
+) -> tuple[Verdict, np.ndarray]:
+    """Judge a fit, and each of its numbers.
+
+    Args:
+        found: What is known about it.
         status: How the fit ended.
         guide: The guide's name, for the advice.
+        cures: Sites of the model that could be written another way.
+
+    Returns:
+        The verdict, and the level of each number, `[n]`.
     """
-    even = smoothed.ess / len(smoothed.log_weights)
-    reliable = smoothed.ess >= MIN_ESS and (smoothed.khat <= MAX_KHAT or even >= EVEN_WEIGHTS)
+    ruined = bool(found.overflowing) or status.reason == "diverged"
+    levels, measured = _levels(found), found.measured
+    levels[~measured] = _worst(levels[measured])
+    if ruined:
+        levels[:] = "reject"
+    missed = status.missed or 0.0
+    level = _worst(levels) if found.moves is not None and not ruined else "reject"
+    if missed > MAX_MISSED:
+        level = "reject"
+    if not status.converged and level == "good":
+        level = "resample"
+    sites: dict[str, Level] = {
+        name: _worst(levels[np.array(found.sites) == name]) for name in dict.fromkeys(found.sites)
+    }
+    wrong = [name for name, site in sites.items() if site != "good"]
+    said = advice(level, guide, status, wrong, cures, missed > MAX_MISSED)
+    return Verdict(level, tuple(_reasons(found, status)), said, sites), levels
+
+
+def _levels(found: Findings) -> np.ndarray:
+    """The level of each number, `[n]`."""
+    moves = found.moves
+    if moves is None:
+        # Nothing can be relied on; the smoothed weights tell where at least no harm shows.
+        khats = np.full(len(found.labels), np.inf) if found.khats is None else found.khats()
+        well = (khats <= MAX_KHAT) & (found.weights.at_most(1.0) <= MAX_SHIFT)
+        return np.where(well, "good", "reject").astype(object)
+    good = moves.at_most(1.0) <= MAX_SHIFT
+    if found.trusted and found.mixed and found.chains is not None:
+        contradicted = found.weights.apart(found.chains, _z(good.size)) > MAX_SHIFT
+        rest = np.where(contradicted, "reject", "resample")
+        return np.where(good & ~contradicted, "good", rest).astype(object)
+    if found.trusted:
+        return np.where(good, "good", "resample").astype(object)
+    # By chains alone. What may be their noise is no reason to reject.
+    moved = moves.at_least(_z(good.size)) > HARMLESS_SHIFT
+    return np.where(good, "good", np.where(moved, "reject", "resample")).astype(object)
+
+
+def _z(numbers: int) -> float:
+    """Standard errors that none of so many normals exceeds, but for one time in a hundred."""
+    return math.sqrt(2.0 * math.log(2.0 * max(numbers, 1) / _FALSE_ALARM))
+
+
+def _worst(levels: np.ndarray) -> Level:
+    return max(levels.tolist(), key=_ORDER.index, default="good")
+
+
+def _reasons(found: Findings, status: Status) -> list[str]:
+    """The numbers, in words."""
+    smoothed = found.smoothed
+    error = f" (s.e. {smoothed.khat_se:.2f})" if math.isfinite(smoothed.khat) else ""
     reasons = [
-        f"k-hat {smoothed.khat:.2f}",
-        f"importance sampling keeps {100 * even:.0f} % of the draws' worth",
+        f"k-hat {smoothed.khat:.2f}{error}",
+        f"importance sampling keeps {100 * found.evenness:.0f} % of the draws' worth",
+        f"the ELBO is {found.gap:.2g} nats below the evidence",
     ]
-    overflowing = [name for name, draws in values.items() if not np.isfinite(draws).all()]
-    if overflowing:
-        reasons.append(f"draws of site {overflowing[0]!r} are not finite")
-    if not reliable or overflowing or status.reason == "diverged":
-        level: Level = "reject"
-        sites: dict[str, Level] = dict.fromkeys(values, level)
-    else:
-        shifts = {name: site_shift(draws, smoothed) for name, draws in values.items()}
-        sites = {name: _site_level(*shift, smoothed.ess) for name, shift in shifts.items()}
-        sure = smoothed.khat <= GOOD_KHAT or even >= EVEN_WEIGHTS
-        level = "good" if sure and all(s == "good" for s in sites.values()) else "resample"
-        worst = max(shifts, key=lambda name: max(shifts[name]))
-        mean, sd = shifts[worst]
+    if found.overflowing:
+        reasons.append(f"draws of site {found.overflowing[0]!r} are not finite")
+    if found.labels and not found.overflowing:
+        if found.trusted:
+            reasons.append(_moves_words("resampling moves", found, found.weights))
+        if found.chains is not None and found.mixed:
+            reasons.append(_moves_words("short chains move", found, found.chains))
+        elif found.chains is not None:
+            reasons.append(
+                "short chains did not forget where they began, so that they prove nothing"
+            )
+    if status.missed is not None and status.missed > MAX_MISSED:
         reasons.append(
-            f"resampling moves site {worst!r} most: mean by {mean:.2f} sd, sd by {100 * sd:.0f} %"
+            f"it leaves out modes that hold about {100 * status.missed:.0f} % of the mass by "
+            "Laplace's estimate"
         )
     if not status.converged:
         reasons.append(f"the fit has not converged ({status.reason})")
-        level = "resample" if level == "good" else level
-    return Verdict(level, tuple(reasons), _advice(level, guide, status), sites)
+    return reasons
+
+
+def _moves_words(what: str, found: Findings, shifts: Shifts) -> str:
+    i = int(np.where(found.measured, shifts.worst(), -1.0).argmax())
+    return (
+        f"{what} {found.labels[i]!r} most: mean by {abs(shifts.mean[i]):.2f} sd, "
+        f"sd by {100 * abs(math.expm1(shifts.sd[i])):.0f} %"
+    )
 
 
 def judge_rows(
@@ -133,64 +318,5 @@ def judge_rows(
         reasons.append(f"the fit has not converged ({status.reason})")
         level = "resample" if level == "good" else level
     return Verdict(
-        level, tuple(reasons), _advice_on_rows(level, guide, status), dict.fromkeys(sites, level)
+        level, tuple(reasons), advice_on_rows(level, guide, status), dict.fromkeys(sites, level)
     )
-
-
-def _advice_on_rows(level: Level, guide: str, status: Status) -> str:
-    if level == "good":
-        return ""
-    steps = [] if status.converged else [status.advice]
-    steps.append("posterior.per_datum() says which rows.")
-    if guide == "amortized":
-        steps.append(
-            "Try posterior.refine(), which gives each row numbers of its own, a larger encoder, or a "
-            "richer local=."
-        )
-    elif guide in _RICHER:
-        steps.append(f"Try guide={_RICHER[guide]!r}.")
-    return " ".join(steps)
-
-
-def _site_level(mean_shift: float, sd_shift: float, ess: float) -> Level:
-    # Two standard errors of a weighted mean, in sds; about those of a log sd as well.
-    slack = 2.0 / np.sqrt(ess)
-    good = mean_shift <= MAX_MEAN_SHIFT + slack and sd_shift <= MAX_SD_SHIFT + slack
-    return "good" if good else "resample"
-
-
-def site_shift(draws: np.ndarray, smoothed: Psis) -> tuple[float, float]:
-    """How far the weights move a site: the largest move of a mean, in sds, and of an sd, relative."""
-    flat = draws.reshape(len(draws), -1)
-    mean, sd = weighted_moments(flat, smoothed.log_weights)
-    plain_sd = flat.std(0)
-    moving = plain_sd > 0
-    if not moving.any():
-        return 0.0, 0.0
-    mean_shift = np.abs(mean - flat.mean(0))[moving] / np.maximum(sd, plain_sd)[moving]
-    sd_shift = np.abs(np.log(np.maximum(sd[moving], 1e-300) / plain_sd[moving]))
-    return float(mean_shift.max()), float(sd_shift.max())
-
-
-def _advice(level: Level, guide: str, status: Status) -> str:
-    if level == "good":
-        return ""
-    steps = [] if status.converged else [status.advice]
-    richer = _RICHER.get(guide)
-    if level == "resample":
-        steps.append(
-            "Use posterior.resample() instead of posterior.sample()"
-            + (f", or try guide={richer!r}." if richer else ".")
-        )
-    elif richer:
-        steps.append(
-            f"Do not use it. Try guide={richer!r}, a non-centred parameterisation, or vi.nuts(model)."
-        )
-    elif guide == "amortized":
-        steps.append(
-            "The weights are of all rows jointly, and many rows make them uneven: look at "
-            "posterior.per_datum() for single rows, or try a larger encoder."
-        )
-    else:
-        steps.append("Do not use it. Try a reparameterisation of the model, or vi.nuts(model).")
-    return " ".join(steps)

@@ -15,7 +15,16 @@ import pyro
 import pytest
 import torch
 
-from benchmarks import accuracy, growth, imports, speed_nuts, speed_steps, speed_svi, streaming
+from benchmarks import (
+    accuracy,
+    growth,
+    imports,
+    speed_nuts,
+    speed_steps,
+    speed_svi,
+    streaming,
+    verdicts,
+)
 from benchmarks.lib import machine, race, references
 from benchmarks.lib.clock import pace
 from benchmarks.lib.options import chosen
@@ -41,6 +50,7 @@ SCRIPTS = (
     "speed_steps",
     "speed_svi",
     "streaming",
+    "verdicts",
 )
 needs_numpyro = pytest.mark.skipif(
     machine.numpyro_missing() is not None, reason=str(machine.numpyro_missing())
@@ -175,6 +185,65 @@ def test_the_flow_has_its_own_limits():
     centred = {"posterior": accuracy.FLOW_ON[0], "guide": "affine_coupling", "gap": None}
     assert accuracy.shortcomings(accurate(**centred, kl=0.06)) == []
     assert len(accuracy.shortcomings(accurate(**centred, kl=0.08, seconds=200.0))) == 2
+
+
+def judged(**changes):
+    row = {
+        "posterior": "ark_ark",
+        "guide": "full_rank",
+        "seed": 0,
+        "error": None,
+        "verdict": "good",
+    }
+    return row | {"mean_error": 0.01, "sd_error": 0.02} | changes
+
+
+@pytest.mark.parametrize(
+    ("mean_error", "sd_error", "kind"),
+    [
+        (0.01, 0.05, "accurate"),
+        (0.06, 0.01, "between"),
+        (0.12, 0.0, "between"),
+        (0.0, 0.2, "inaccurate"),
+    ],
+)
+def test_a_fit_is_inaccurate_beyond_noise(mean_error, sd_error, kind):
+    # Three standard errors of 10,000 draws of the reference are 0.03.
+    assert verdicts.truth(judged(mean_error=mean_error, sd_error=sd_error), 200_000) == kind
+
+
+def test_verdicts_are_held_against_the_truth():
+    fits = [
+        judged(),
+        judged(sd_error=0.2),
+        judged(verdict="reject", seed=1),
+        judged(guide="mean_field", verdict="resample", sd_error=0.5),
+    ]
+    rows = [row | {"truth": verdicts.truth(row, 200_000)} for row in fits]
+    shown = {row["required"]: row for row in verdicts.requirements(rows)}
+    assert shown["full_rank on ark_ark: good"]["shown"] == "2 of 3"
+    assert shown["mean_field on ark_ark: never good"]["passed"]
+    assert not shown["no fit within 0.05 sd and 5 % is rejected"]["passed"]
+    good = "no fit called good has a mean off by over 0.1 sd or an sd by over 10 %"
+    assert shown[good]["shown"] == "1 of 2"
+    table = verdicts.confusion(rows)
+    assert {
+        "guide": "full_rank",
+        "truth": "accurate",
+        "good": 1,
+        "resample": 0,
+        "reject": 1,
+    } in table
+    broken = judged(error="it broke")
+    assert "it broke" in verdicts.report([*fits, broken], 200_000)
+
+
+def test_verdict_of_one_posterior(posteriordb):
+    posteriordb("gp_pois_regr-gp_regr")
+    row = verdicts.one("gp_pois_regr_gp_regr", "full_rank", seed=0, draws=20_000)
+    assert verdicts.truth(row, 20_000) == "accurate"
+    assert row["verdict"] == "good"
+    assert 0 < row["khat_se"] < 0.2
 
 
 def test_a_peer_that_never_arrived_gives_a_lower_bound():
@@ -464,6 +533,10 @@ def test_accuracy_of_one_posterior(posteriordb):
 
 def test_quick_is_a_part_of_the_whole():
     assert set(references.QUICK) <= set(references.names())
+    named = [
+        name for part in (verdicts.GOOD, verdicts.NEVER_GOOD) for name in sum(part.values(), ())
+    ]
+    assert set(named) <= set(references.names())
     assert set(accuracy.NEAR_GAUSSIAN) | set(accuracy.FLOW_ON) <= set(references.names())
     for axis, sizes in growth.QUICK.items():
         assert all(a < b for a, b in pairwise(sizes))

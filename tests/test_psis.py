@@ -9,7 +9,7 @@ import pytest
 
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.export import arviz_major, import_arviz
-from pyro_vi_kit.psis import psis, resample, weighted_moments
+from pyro_vi_kit.psis import khat_error, psis, resample, weighted_moments
 
 SIZES = (100, 1000, 10_000)
 LAWS = {
@@ -26,6 +26,80 @@ def _arviz_psis(log_w: np.ndarray) -> tuple[np.ndarray, float]:
     with np.errstate(over="ignore"):  # its profile likelihood overflows harmlessly for long tails
         smoothed, k = import_arviz().psislw(log_w.copy())
     return smoothed, float(k)
+
+
+def _normal_ratios(scale: float, dim: int, shift: float = 0.0):
+    """Log weights of standard normals under draws of narrower, wider or shifted ones."""
+
+    def law(rng, size):
+        u = rng.standard_normal((size, dim))
+        return (-0.5 * (shift + scale * u) ** 2 + 0.5 * u**2 + math.log(scale)).sum(1)
+
+    return law
+
+
+SHAPES = LAWS | {
+    "narrow in 1": _normal_ratios(0.6, 1),
+    "narrow in 20": _normal_ratios(0.9, 20),
+    "wide in 1": _normal_ratios(1.4, 1),
+    "wide in 20": _normal_ratios(1.1, 20),
+    "shifted": _normal_ratios(1.0, 3, 0.5),
+    "cauchy": lambda rng, size: rng.standard_cauchy(size),
+    "nearly even": lambda rng, size: 1e-3 * rng.standard_normal(size),
+    "many ties": lambda rng, size: np.round(rng.normal(0, 1, size), 1),
+    "two heaps": lambda rng, size: (
+        np.where(rng.random(size) < 0.9, 0.0, 5.0) + rng.normal(size=size)
+    ),
+    "one giant": lambda rng, size: np.r_[rng.normal(size=size - 1), 30.0],
+}
+
+
+@pytest.mark.skipif(arviz_major() >= 1, reason="psislw moved in ArviZ 1.x; compared with 0.x")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_khat_agrees_with_arviz_on_many_shapes(shape):
+    for size in (50, 400, 4000, 16_000):
+        log_w = SHAPES[shape](np.random.default_rng(size), size)
+        expected, k = _arviz_psis(log_w)
+        result = psis(log_w)
+        assert result.khat == pytest.approx(k, abs=0.01)
+        assert result.ess == pytest.approx(1 / np.sum(np.exp(2 * expected)), rel=0.01)
+
+
+# Ties with the threshold are in the tail there, as excesses of zero; 0.23 and we leave them out. Most of
+# a Cauchy's weights underflow, which it divides by.
+@pytest.mark.parametrize("shape", [name for name in SHAPES if name not in ("many ties", "cauchy")])
+def test_khat_agrees_with_arviz_1(shape):
+    """ArviZ 1.x has it in arviz_stats, as ``psislw`` of log likelihoods: of minus log weights.
+
+    Its tail has ``floor(3 sqrt(S))`` draws, where 0.23 and the paper round up: sizes that are squares.
+    """
+    array_stats = pytest.importorskip("arviz_stats.base").array_stats
+    for size in (400, 1600, 10_000):
+        log_w = SHAPES[shape](np.random.default_rng(size), size)
+        with np.errstate(over="ignore"):
+            _, k = array_stats.psislw(-log_w)
+        assert psis(log_w).khat == pytest.approx(float(k), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "shape", ["normal", "pareto 0.2", "pareto 0.9", "narrow in 1", "narrow in 20"]
+)
+def test_khats_error_covers_over_repeated_draws(shape):
+    size, repeats = 4000, 200
+    found = [psis(SHAPES[shape](np.random.default_rng(seed), size)) for seed in range(repeats)]
+    khats = np.array([each.khat for each in found])
+    errors = np.array([each.khat_se for each in found])
+    covered = np.mean(np.abs(khats - khats.mean()) < 2 * errors)
+    # 95.4 % of normals; the share of 200 has a standard error of 1.5 %.
+    assert covered > 0.954 - 3 * 0.015
+    assert 0.8 < errors.mean() / khats.std() < 1.3
+
+
+def test_khats_error_shrinks_with_draws_and_is_none_where_nothing_was_estimated():
+    assert khat_error(0.7, 4000) == pytest.approx(0.12, abs=0.01)
+    # The tail grows with the root of the draws: its error with their fourth root.
+    assert khat_error(0.7, 64_000) == pytest.approx(khat_error(0.7, 4000) / 2, rel=0.05)
+    assert khat_error(math.inf, 4000) == khat_error(-math.inf, 4000) == 0.0
 
 
 @pytest.mark.skipif(arviz_major() >= 1, reason="psislw moved in ArviZ 1.x; compared with 0.x")

@@ -169,6 +169,8 @@ def _fit_facts(posterior: Posterior, file: str | None) -> dict[str, Any]:
         "verdict": None if verdict is None else vars(verdict),
         "status": vars(posterior.status),
         "khat": posterior.khat,
+        "khat_se": posterior.khat_se,
+        "ess": posterior.ess,
         "elbo": posterior.elbo,
         "elbo_se": posterior.elbo_se,
         "bound": posterior.bound,

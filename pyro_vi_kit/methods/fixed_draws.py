@@ -24,6 +24,7 @@ from pyro_vi_kit.methods.draws import matched_normals
 from pyro_vi_kit.methods.low_rank import LowRankShape
 from pyro_vi_kit.methods.minimise import Minimum
 from pyro_vi_kit.methods.natural import BATCH, climb, shortfall
+from pyro_vi_kit.methods.peaks import with_peaks
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Dense, Diagonal, Gaussian, Shape
@@ -124,26 +125,27 @@ def fit(
     frame = _frame(search, start)
     best, stage = _fit_gaussian(search, family, frame, tolerance)
     _hand_over(family, best, stage)
-    status = _status(search, stage, tolerance, frame)
+    status = with_peaks(_status(search, stage, tolerance, frame), frame.peaks, guide)
     return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
 
 
 def prefit(
     density: Density, seed: int, deadline: float | None, start: Tensor | Gaussian | None
-) -> Gaussian:
-    """A good Gaussian for a flow or a multi-sample fit to start from.
+) -> Found:
+    """A good Gaussian for a flow or a multi-sample fit to start from, and the modes that were met.
 
     Raises:
         KeyboardInterrupt: If the user interrupts: of the fit that it is for, nothing is done yet.
     """
     search = Search(density, seed, deadline, Progress("start", enabled=False))
-    best = _frame(search, start).best
+    found = _frame(search, start)
+    best = found.best
     if not search.stopped:
         stage = _grow(search, Dense(best) if density.dim <= _DENSE_DIM else Diagonal(best), 0.1)
         best = stage.shape.gaussian(stage.x)
     if search.stopped == "interrupted":
         raise KeyboardInterrupt
-    return best
+    return Found(best, found.trusted, found.peaks)
 
 
 def _frame(search: Search, start: Tensor | Gaussian | None) -> Found:
@@ -329,8 +331,7 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
     tolerance = _reachable(search, tolerance)
 
     def status(reason: Reason, advice: str) -> Status:
-        modes = len(frame.modes) or None
-        return Status(reason == "converged", reason, advice + several, quality.gap, modes)
+        return Status(reason == "converged", reason, advice + several, quality.gap)
 
     if quality.gap > tolerance and not found.converged:
         return status(

@@ -18,6 +18,7 @@ from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.methods.draws import matched_normals, standard_normals
 from pyro_vi_kit.methods.laplace import Laplace, laplace
 from pyro_vi_kit.methods.minimise import Minimum
+from pyro_vi_kit.methods.peaks import Peak
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Dense, Gaussian, round_at
 
@@ -39,12 +40,17 @@ class Found:
     Attributes:
         best: The Gaussian to go on from.
         trusted: Whether it sits at a mode, and the ELBO there bears that out.
-        modes: Laplace's log evidence of each mode found, nats, best first.
+        peaks: The modes that were found, best first.
     """
 
     best: Gaussian
     trusted: bool
-    modes: tuple[float, ...] = ()
+    peaks: tuple[Peak, ...] = ()
+
+    @property
+    def modes(self) -> tuple[float, ...]:
+        """Laplace's log evidence of each mode, nats, best first."""
+        return tuple(peak.log_evidence for peak in self.peaks)
 
 
 def starting_points(search: Search) -> Tensor:
@@ -139,13 +145,13 @@ def find_frame(search: Search, starts: Tensor) -> Found:
         if at.trusted and not any(_near(m, at.log_prob, at.gaussian.loc) for m in modes):
             modes.append(at)
     modes.sort(key=lambda m: -m.log_evidence)
-    evidence = tuple(m.log_evidence for m in modes)
+    peaks = tuple(Peak(m.gaussian, m.log_evidence) for m in modes)
     if search.stopped:
         return Found(modes[0].gaussian if modes else round_at(found[0].x), bool(modes))
     # Where the posterior is near its Laplace approximation, ELBO and evidence are near each other.
-    if modes and _elbo(search, modes[0].gaussian) > evidence[0] - _SHORTFALL:
-        return Found(modes[0].gaussian, True, evidence)
-    return Found(_best_on_the_way(search, found, modes), False, evidence)
+    if modes and _elbo(search, modes[0].gaussian) > peaks[0].log_evidence - _SHORTFALL:
+        return Found(modes[0].gaussian, True, peaks)
+    return Found(_best_on_the_way(search, found, modes), False, peaks)
 
 
 def _settled(search: Search, at: Laplace) -> Laplace:

@@ -1,0 +1,212 @@
+"""From a trained guide to its verdict, and to one for each number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from pyro_vi_kit import pointwise
+from pyro_vi_kit.advice import Cure
+from pyro_vi_kit.approximation import Approximation, GuideApproximation
+from pyro_vi_kit.chains import run_chains
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.hierarchy import centred_sites
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.evaluation import Evaluation
+from pyro_vi_kit.psis import Psis
+from pyro_vi_kit.shifts import by_weights, flattened
+from pyro_vi_kit.site_khats import smoothed_khats
+from pyro_vi_kit.summary import labels_of
+from pyro_vi_kit.types import Status
+from pyro_vi_kit.verdict import Findings, Verdict, judge, judge_rows, needs_chains
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Rows whose own weights a table of diagnoses waits for, and draws of each.
+_ROWS, _ROW_DRAWS = 2000, 1000
+_SEED = 75_025
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What is known about a fit, and what follows.
+
+    Attributes:
+        verdict: Whether to believe it.
+        found: What is known.
+        levels: ``good``, ``resample`` or ``reject`` for each number, `[n]`.
+        flat: Draws of q of each, `[S, n]`.
+    """
+
+    verdict: Verdict
+    found: Findings
+    levels: np.ndarray
+    flat: np.ndarray
+
+    def table(self, approximation: Approximation) -> pd.DataFrame:
+        """One row per number; see `Posterior.diagnose`."""
+        from pyro_vi_kit.headed import HeadedFrame
+
+        found = self.found
+        moves = found.moves if found.moves is not None else found.weights
+        khats, rows = smoothed_khats(self.flat, found.smoothed), _row_khats(approximation)
+        for name, known in rows.items():
+            mine = np.array(found.sites) == name
+            if mine.sum() % len(known) == 0:
+                khats[mine] = np.repeat(known, mine.sum() // len(known))
+        frame = HeadedFrame(
+            {
+                "khat": khats,
+                "mean_shift": moves.mean,
+                "mean_shift_se": moves.mean_se,
+                "sd_shift": np.expm1(moves.sd),
+                "sd_shift_se": moves.sd_se * np.exp(moves.sd),
+                "verdict": self.levels,
+            },
+            index=list(found.labels),
+        )
+        frame.attrs["verdict"] = str(self.verdict)
+        frame.attrs["khat"] = (
+            "of the importance weights of each datum"
+            if rows and set(rows) == set(found.sites)
+            else "heuristic: of the importance weights, averaged over draws near in that number"
+        )
+        frame.attrs["shifts"] = _source(found)
+        return frame
+
+
+def diagnose(
+    approximation: Approximation,
+    density: Density | None,
+    evaluation: Evaluation,
+    named: Callable[[Mapping[str, Tensor]], dict[str, np.ndarray]],
+    status: Status,
+    names: tuple[Mapping[str, Sequence[str]], Mapping[str, Sequence[Any]]],
+) -> Diagnosis | None:
+    """Judge a fit by all that can be known about it; None for a point estimate.
+
+    Args:
+        approximation: The trained guide.
+        density: Its model's, where there is one.
+        evaluation: Weighted draws of it.
+        named: Brings values into each site's own shape.
+        status: How the fit ended.
+        names: Dims of each site, and coordinates of dims, for the labels.
+    """
+    smoothed = evaluation.smoothed
+    if smoothed is None:
+        return None
+    found, flat = _found(approximation, evaluation, smoothed, named, names)
+    verdict, levels = judge(found, status, approximation.name)
+    if verdict.level != "good" and density is not None:
+        verdict, levels = judge(found, status, approximation.name, _cures(density))
+    if verdict.level == "reject":
+        # Weights of many rows are uneven jointly, even where those of each row are not.
+        by_rows = _by_rows(approximation, evaluation, status)
+        if by_rows is not None:
+            levels = np.array([by_rows.sites[name] for name in found.sites], dtype=object)
+            verdict = by_rows
+    return Diagnosis(verdict, found, levels, flat)
+
+
+def _found(
+    approximation: Approximation,
+    evaluation: Evaluation,
+    smoothed: Psis,
+    named: Callable[[Mapping[str, Tensor]], dict[str, np.ndarray]],
+    names: tuple[Mapping[str, Sequence[str]], Mapping[str, Sequence[Any]]],
+) -> tuple[Findings, np.ndarray]:
+    values = evaluation.values
+    overflowing = tuple(n for n, draws in values.items() if not np.isfinite(draws).all())
+    labels, sites = labels_of(values, *names)
+    flat = flattened(values)
+    flat = np.where(np.isfinite(flat), flat, 0.0)
+    chains = None
+    if (
+        not overflowing
+        and isinstance(approximation, GuideApproximation)
+        and needs_chains(smoothed, evaluation.gap)
+    ):
+
+        def numbers(z: Mapping[str, Tensor]) -> np.ndarray:
+            return flattened(named(approximation.constrained(z, _SEED)))
+
+        chains = run_chains(approximation, flat, numbers)
+    found = Findings(
+        labels=labels,
+        sites=sites,
+        smoothed=smoothed,
+        gap=evaluation.gap,
+        weights=by_weights(flat, smoothed),
+        chains=None if chains is None else chains.shifts,
+        memory=0.0 if chains is None else chains.memory,
+        overflowing=overflowing,
+        khats=lambda: smoothed_khats(flat, smoothed),
+        counts=(flat == np.rint(flat)).all(0),
+    )
+    return found, flat
+
+
+def _cures(density: Density) -> list[Cure]:
+    """Sites whose prior depends on other latents, first those that do by their scale."""
+    if density.streamed is not None:
+        return []
+    # What `obs_mask` fills in is data, and no effect that could be written another way.
+    filled = {f"{name}_unobserved" for name in density.structure.sites}
+    centred = [site for site in centred_sites(density) if site.site not in filled]
+    scaled = [Cure(site.site, site.scale, "scale") for site in centred if site.scale]
+    moved = [Cure(s.site, s.location, "location") for s in centred if not s.scale]
+    return scaled + moved
+
+
+def _by_rows(
+    approximation: Approximation, evaluation: Evaluation, status: Status
+) -> Verdict | None:
+    """Whether to believe it row by row; None where rows have something in common."""
+    if not isinstance(approximation, GuideApproximation):
+        return None
+    guide, params = approximation.guide, approximation.params
+    if any(block.plate is None for block in guide.blocks):
+        return None
+    try:
+        found = pointwise.sample_of_rows(guide, params)
+    except OptionError:
+        return None
+    rows = sum(block.plate.size for block in guide.blocks if block.plate is not None)
+    latents = guide.density.dim / rows
+    return judge_rows(found, rows, latents, evaluation.values, status, approximation.name)
+
+
+def _row_khats(approximation: Approximation) -> dict[str, np.ndarray]:
+    """k-hat of each row's own weights, `[N]`, by site of a local block with a plate of its own."""
+    if not isinstance(approximation, GuideApproximation):
+        return {}
+    khats: dict[str, np.ndarray] = {}
+    for block in approximation.guide.blocks:
+        if block.plate is None or block.plate.size > _ROWS:
+            continue
+        # Rows of inner plates lie behind those of the data plate, which has to be the outermost dim.
+        inside = [site for site in block.sites if block.axis(site) == 0]
+        try:
+            seen = pointwise.seen_per_datum(
+                approximation.guide, approximation.params, block.plate.name
+            )
+        except OptionError:
+            continue
+        khat = pointwise.quality(seen, _ROW_DRAWS, _SEED)["khat"]
+        khats |= {site.name: khat for site in inside}
+    return khats
+
+
+def _source(found: Findings) -> str:
+    """What the shifts are by, in words."""
+    if found.trusted and found.mixed:
+        return "by importance weights or short Hamiltonian chains, whichever is more precise"
+    if found.mixed:
+        return "by short Hamiltonian chains from draws of q"
+    return "by importance weights" + ("" if found.trusted else ", which are not to be trusted here")
