@@ -29,6 +29,7 @@ LAYERS = (
         "checkpoint",
         "work",
         "advice",
+        "headed",
     ),
     ("stream",),
     ("model", "export", "capture", "psis_rows", "shifts"),
