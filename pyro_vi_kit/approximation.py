@@ -313,12 +313,16 @@ class TraceApproximation:
                 "vi.check(model) says what stands in the way"
             )
         pairs = self._traces(draws, seed)
+        for model, _ in pairs:
+            model.compute_log_prob()
         weighed = _log_probs(pairs)
-        names = [site.name for site in self.density.structure.of_kind("observed")]
-        values = {
-            n: torch.stack([m.nodes[n]["log_prob"].detach() for m, _ in pairs]) for n in names
-        }
-        return by_observation(self.density, values, 1), weighed
+        values: dict[str, list[Tensor]] = {}
+        for site in self.density.structure.of_kind("observed"):
+            for model, _ in pairs:
+                visit: Any = model.nodes[site.name]
+                values.setdefault(site.name, []).append(visit["log_prob"].detach())
+        stacked = {name: torch.stack(parts) for name, parts in values.items()}
+        return by_observation(self.density, stacked, 1), weighed
 
     def groups(self, draws: int, seed: int) -> dict[str, Group]:
         """See `Approximation.groups`."""

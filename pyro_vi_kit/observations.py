@@ -51,7 +51,9 @@ class Observation:
     def seen(self) -> np.ndarray:
         """Which observations count for anything, `[*batch]`."""
         event = len(self.site.event_shape)
-        return self.shown.any(axis=tuple(range(self.shown.ndim - event, self.shown.ndim)))
+        return np.asarray(
+            self.shown.any(axis=tuple(range(self.shown.ndim - event, self.shown.ndim)))
+        )
 
     def kept(self, values: np.ndarray) -> np.ndarray:
         """What counts of data sets `[S, *batch, *event]`.

@@ -84,7 +84,7 @@ def log_likelihood_of(
     """
     import xarray as xr
 
-    total = np.zeros(())
+    total: np.ndarray = np.zeros((1, 1))
     for observation in observed:
         dims = _batch_dims(observation)
         summed = tuple(2 + i for i, dim in enumerate(dims) if dim not in chosen.dims)
