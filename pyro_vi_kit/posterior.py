@@ -267,7 +267,12 @@ class Posterior:
             )
 
     def predict(
-        self, *args: Any, draws: int = 1000, seed: int | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        draws: int = 1000,
+        seed: int | None = None,
+        corrected: bool = False,
+        **kwargs: Any,
     ) -> dict[str, np.ndarray]:
         """Predictive draws `{site: [draws, *shape]}` of the observed and deterministic sites.
 
@@ -276,12 +281,17 @@ class Posterior:
                 for what is to be predicted, where the model takes it.
             draws: How many.
             seed: The same seed gives the same draws.
+            corrected: Start from draws chosen by importance resampling, as `resample` gives them,
+                instead of draws from q.
             **kwargs: The model's keyword arguments.
 
         Raises:
             ModelError: If the model refuses the arguments.
+            OptionError: If a point estimate, which has no weights, is to be corrected.
         """
         _require_draws(draws)
+        if corrected:
+            self._require_spread()
         seed = fresh_seed() if seed is None else seed
         if self.model.stream is not None and not (args or kwargs):
             raise OptionError(
@@ -291,7 +301,7 @@ class Posterior:
         model = self.model.with_args(*args, **kwargs) if args or kwargs else self.model
         try:
             with self._few_threads():
-                values = self.approximation.predict(model, draws, seed)
+                values = self.approximation.predict(model, draws, seed, corrected=corrected)
         except ViError:
             raise
         except Exception as error:

@@ -14,7 +14,7 @@ import pyro_vi_kit as vi
 from models import eight_schools, missing_data
 from pyro_vi_kit.errors import OptionError, UnknownNameError
 from pyro_vi_kit.observations import kind_of, observations
-from pyro_vi_kit.predictive import Comparison
+from pyro_vi_kit.predictive import Comparison, replicate
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -104,22 +104,44 @@ def test_ties_count_by_half():
 # -- which draws ------------------------------------------------------------------------------
 
 
-def test_draws_are_corrected_where_the_verdict_says_so():
-    posterior = vi.fit(eight_schools.MODEL, "full_rank", seed=0)
-    assert posterior.verdict.level == "resample"
-    frame = posterior.check_predictive(seed=1)
-    assert "corrected by importance resampling (the verdict is resample)" in frame.attrs["note"]
-    plain = posterior.check_predictive(seed=1, corrected=False)
-    assert plain.attrs["note"].endswith("draws of the guide")
-    assert not np.allclose(frame["mean"], plain["mean"])
+@pytest.mark.parametrize(
+    ("level", "corrected", "words"),
+    [
+        ("good", None, "made by the model at draws of the guide"),
+        ("resample", None, "corrected by importance resampling (the verdict is resample)"),
+        ("resample", False, "made by the model at draws of the guide"),
+        ("good", True, "corrected by importance resampling"),
+        ("reject", None, "The verdict is reject: what does not fit may be the guide's fault"),
+    ],
+)
+def test_draws_are_corrected_where_the_verdict_says_so(school_fit, level, corrected, words):
+    posterior, asked = school_fit, {"sites": None, "draws": 50, "seed": 1}
+    made = [
+        replicate(
+            posterior.approximation, posterior.density, posterior.model,
+            level=level, corrected=choice, **asked,
+        )
+        for choice in (corrected, words.startswith("corrected"))
+    ]  # fmt: skip
+    assert words in made[0].note
+    assert np.array_equal(made[0].sites[0].replicated, made[1].sites[0].replicated)
+
+
+@pytest.fixture(scope="module")
+def school_fit():
+    return vi.fit(eight_schools.MODEL, "full_rank", seed=0)
+
+
+def test_corrected_predictions_are_those_of_resampled_draws(school_fit):
+    posterior = school_fit
     drawn = posterior.approximation.predict(posterior.model, 500, 3, corrected=True)
     again = posterior.approximation.predict(posterior.model, 500, 3, corrected=True)
     assert torch.equal(drawn["theta"], again["theta"])
-    # Corrected draws of a deterministic site have the moments of `resample`: two sets of 4,000 draws.
-    many = posterior.approximation.predict(posterior.model, 4000, 3, corrected=True)["theta"]
+    # Those of a deterministic site have the moments of `resample`: two sets of 4,000 draws.
+    many = posterior.predict(draws=4000, seed=3, corrected=True)["theta"]
     other = posterior.resample(4000, seed=5)["theta"]
     se = other.std(0) * math.sqrt(2 / (4000 * 0.3))  # as few effective draws as 30 %
-    assert (np.abs(many.numpy().mean(0) - other.mean(0)) < 4.5 * se).all()
+    assert (np.abs(many.mean(0) - other.mean(0)) < 4.5 * se).all()
 
 
 def test_a_point_estimate_and_a_pyro_guide():
