@@ -25,7 +25,7 @@ _BINS = 30
 # A range of at most so many steps is a grid.
 _GRID = 1000
 _PALE = 0.45
-# Counts above which a rootogram lumps the rest into its last bar.
+# Bars of a rootogram, each of one count or more, at the most; the last one holds the rest.
 _MOST_COUNTS = 25
 
 
@@ -117,22 +117,31 @@ def _densities(axis: Axes, observed: np.ndarray, copies: np.ndarray) -> None:
 
 
 def _rootogram(axis: Axes, observed: np.ndarray, copies: np.ndarray) -> None:
-    top = int(min(max(observed.max(), np.nanquantile(copies, 0.999)), _MOST_COUNTS))
-    edges = np.append(np.arange(top + 1) - 0.5, np.inf)
-    counted = np.array([np.histogram(row[np.isfinite(row)], edges)[0] for row in copies])
-    seen = np.histogram(observed, edges)[0]
-    low, middle, high = np.quantile(np.sqrt(counted), [0.05, 0.5, 0.95], axis=0)
-    places = np.arange(top + 1)
-    axis.bar(places, np.sqrt(seen), width=0.85, color=_DATA, alpha=_PALE, zorder=1)
-    _intervals(axis, places, middle, low, high)
+    low, top = _range(observed, copies)
+    width = -(-(top - low + 1) // _MOST_COUNTS)
+    bars = -(-(top - low + 1) // width)
+    edges = low - 0.5 + width * np.arange(bars + 1)
+    inside = np.append(edges[:-1], np.inf)  # the last bar holds the rest
+    counted = np.array([np.histogram(row[np.isfinite(row)], inside)[0] for row in copies])
+    seen = np.sqrt(np.histogram(observed, inside)[0])
+    least, middle, most = np.quantile(np.sqrt(counted), [0.05, 0.5, 0.95], axis=0)
+    places = (edges[1:] + edges[:-1]) / 2
+    axis.bar(places, seen, width=0.85 * width, color=_DATA, alpha=_PALE, zorder=1)
+    _intervals(axis, places, middle, least, most)
     axis.set_ylabel("√ number", fontsize=8, color=INK)
     axis.locator_params(axis="x", nbins=6, integer=True)
-    if max(observed.max(), np.nanmax(copies)) > top:
-        axis.set_xlabel(f"{top} and more in the last bar", fontsize=8, color=INK)
+
+
+def _range(observed: np.ndarray, copies: np.ndarray) -> tuple[int, int]:
+    """All data and nearly all copies, from 0 where that is near."""
+    low, high = np.quantile(copies, [0.001, 0.999])
+    top = max(observed.max(), min(high, 3 * observed.max() + 5))
+    low = min(observed.min(), low)
+    return int(0 if 2 * low < top else low), int(top)
 
 
 def _shares(axis: Axes, observed: np.ndarray, copies: np.ndarray) -> None:
-    classes = np.unique(observed)[: _MOST_COUNTS + 1]
+    classes = np.unique(observed)[:_MOST_COUNTS]
     seen = [(observed == value).mean() for value in classes]
     made = np.stack([(copies == value).mean(-1) for value in classes], -1)
     low, middle, high = np.quantile(made, [0.05, 0.5, 0.95], axis=0)
