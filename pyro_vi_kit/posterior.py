@@ -375,7 +375,7 @@ class Posterior:
             ModelError: If the model has no batched density.
 
         Warns:
-            LooWarning: Where k-hat says that an observation's elpd cannot be trusted.
+            LooWarning: Where k-hat says that an observation's elpd may be off; with the remedy.
         """
         _require_draws(draws)
         self._require_spread()

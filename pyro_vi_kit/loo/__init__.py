@@ -61,7 +61,8 @@ def loo(
     log_p, log_q = weighed.log_p.numpy(), weighed.log_q.numpy()
     table = log_likelihood_of(chosen, values, observed, coords)
     found, result = elpd_data(table, log_p, log_q)
-    _warn(found, log_p - log_q, chosen, density, approximation.name)
+    flat = table.values.reshape(draws, -1)
+    _warn(found, flat, log_p - log_q, chosen, density, approximation.name)
     return result
 
 
@@ -103,19 +104,41 @@ def _shared_discrete(density: Density, chosen: Units) -> str | None:
     return None
 
 
-def _warn(found: Elpd, log_ratios: np.ndarray, chosen: Units, density: Density, guide: str) -> None:
-    """Say what to do where weights are too uneven to leave something out."""
+def _warn(
+    found: Elpd,
+    log_likelihood: np.ndarray,
+    log_ratios: np.ndarray,
+    chosen: Units,
+    density: Density,
+    guide: str,
+) -> None:
+    """Say what to do where weights are too uneven to leave something out.
+
+    Args:
+        found: What leaving out gave.
+        log_likelihood: `[S, n]`.
+        log_ratios: log p - log q, `[S]`.
+        chosen: What was left out.
+        density: The model.
+        guide: The guide's name.
+    """
     draws = len(log_ratios)
     most = good_khat(draws)
-    # A high k-hat means little where hardly any draw carries more weight than the others.
-    bad = int(((found.khat > most) & (found.ess < EVEN_WEIGHTS * draws)).sum())
-    if not bad:
+
+    def uneven(khat: np.ndarray, ess: np.ndarray) -> np.ndarray:
+        # A high k-hat means little where hardly any draw carries more weight than the others.
+        return (khat > most) & (ess < EVEN_WEIGHTS * draws)
+
+    bad = np.flatnonzero(uneven(found.khat, found.ess))
+    if not len(bad):
         return
     whole = psis(usable(log_ratios))
+    alone = [psis(-log_likelihood[:, i]) for i in bad]
+    hard = uneven(np.array([a.khat for a in alone]), np.array([a.ess for a in alone])).any()
     local = [s.name for s in density.latents if set(chosen.dims) & {p.name for p in s.plates}]
-    if whole.khat > most and whole.ess < EVEN_WEIGHTS * draws:
+    if uneven(np.array(whole.khat), np.array(whole.ess)) or not hard:
         remedy = (
-            f"The guide {guide!r} itself is too far from the posterior (k-hat {whole.khat:.2f} with "
+            f"The guide {guide!r} is the reason, not the observations (k-hat {whole.khat:.2f} with "
             "nothing left out): fit a richer one, or take the draws of vi.nuts to az.loo."
         )
     elif local:
@@ -130,8 +153,8 @@ def _warn(found: Elpd, log_ratios: np.ndarray, chosen: Units, density: Density, 
             "with heavier tails, or fit again without each of them."
         )
     warnings.warn(
-        f"k-hat is above {most:.2f} for {bad} of {found.khat.size} observations, whose elpd cannot be "
-        f"trusted. {remedy}",
+        f"k-hat is above {most:.2f} for {len(bad)} of {found.khat.size} observations, whose elpd may "
+        f"be off. {remedy}",
         LooWarning,
         stacklevel=4,
     )
