@@ -86,6 +86,7 @@ def fitted():
 # -- the closed form --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_of_the_exact_posterior_it_is_leaving_out(fitted):
     results = [fitted.loo(seed=seed) for seed in range(10)]
     found = np.array([pointwise(result).values for result in results])
@@ -242,6 +243,7 @@ def test_whole_rows_of_a_plate():
         posterior.loo(plate="grup")
 
 
+@pytest.mark.slow
 def test_rows_that_share_discrete_sites_are_whole():
     posterior = vi.fit(hmm.MODEL, "full_rank", seed=0)
     result = posterior.loo(draws=1000)
@@ -272,6 +274,7 @@ def forward(z, s, i):
 # -- when it cannot be ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_warning_says_whose_fault_it_is():
     strange = torch.cat([0.1 * torch.randn(1, 7), torch.tensor([[30.0]])], -1).double()
     exactly = vi.fit(vi.Model(grouped, strange), "full_rank", seed=0)
@@ -285,6 +288,7 @@ def test_the_warning_says_whose_fault_it_is():
         vi.fit(missing_data.MODEL, "full_rank", seed=0).loo()
 
 
+@pytest.mark.slow
 def test_a_pyro_guide():
     guide_of = pyro.infer.autoguide.AutoMultivariateNormal
     with pyro.get_param_store().scope():

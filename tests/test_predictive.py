@@ -38,6 +38,7 @@ def row(frame, statistic, site="y"):
 # -- p-values ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_p_values_of_a_right_model():
     """That of the sd, which the fit does not see, is uniform; the mean was fitted and always fits."""
     rng = np.random.default_rng(0)
@@ -144,6 +145,7 @@ def test_corrected_predictions_are_those_of_resampled_draws(school_fit):
     assert (np.abs(many.mean(0) - other.mean(0)) < 4.5 * se).all()
 
 
+@pytest.mark.slow
 def test_a_point_estimate_and_a_pyro_guide():
     y = torch.tensor([0.5, 1.5, 1.0])
     point = vi.fit(vi.Model(normal, y), "delta", seed=0)
