@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -15,10 +16,13 @@ from torch import Tensor
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.handlers import kind_of, sample_sites
 from pyro_vi_kit.density.runner import placed
+from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.export import Group
 from pyro_vi_kit.groups import (
+    by_observation,
     data_groups,
     in_chunks,
+    log_likelihood,
     model_groups,
     prior_groups,
     sampled,
@@ -27,6 +31,7 @@ from pyro_vi_kit.groups import (
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.streamed import joined_draws, weigh_all
 from pyro_vi_kit.model import Model
+from pyro_vi_kit.psis import psis, resample
 from pyro_vi_kit.runtime import RandomStream, isolated, private_params
 
 # The model's trace and the guide's.
@@ -74,8 +79,17 @@ class Approximation(Protocol):
         """What `draw` and `weigh` give with that seed, drawn once."""
         ...
 
-    def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
-        """Observed and deterministic sites drawn anew, on a model's own or other arguments."""
+    def predict(
+        self, model: Model, draws: int, seed: int, *, corrected: bool = False
+    ) -> dict[str, Tensor]:
+        """Observed and deterministic sites drawn anew, on a model's own or other arguments.
+
+        ``corrected`` starts from draws chosen by Pareto-smoothed importance resampling.
+        """
+        ...
+
+    def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
+        """The log density of each observation at draws from q, and the draws' log densities."""
         ...
 
     def groups(self, draws: int, seed: int) -> dict[str, Group]:
@@ -155,15 +169,38 @@ class GuideApproximation:
         with RandomStream(seed + 1):
             return in_chunks(lambda part: self.density.constrain(part, self.params), z, self._width)
 
-    def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
+    def predict(
+        self, model: Model, draws: int, seed: int, *, corrected: bool = False
+    ) -> dict[str, Tensor]:
         """See `Approximation.predict`."""
-        z = self.unconstrained(draws, seed)
+        if corrected:
+            pool, weighed = self._weighed(_pool(draws), seed)
+            chosen = torch.as_tensor(_chosen(weighed, draws, seed), device=self.density.device)
+            z = {name: value[chosen] for name, value in pool.items()}
+        else:
+            z = self.unconstrained(draws, seed)
         with RandomStream(seed + 1):
             values = in_chunks(
                 lambda part: self.density.simulate(part, model, self.params), z, self._width
             )
         latent = {site.name for site in (*self.density.latents, *self.density.discrete)}
         return {name: value for name, value in values.items() if name not in latent}
+
+    def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
+        """See `Approximation.log_likelihood`."""
+        z, weighed = self._weighed(draws, seed)
+        found = log_likelihood(self.density, z, params=self.params, seed=seed + 1)
+        return found, weighed
+
+    @torch.no_grad()
+    def row_terms(self, draws: int, seed: int, plate: str) -> tuple[Tensor, Weighed]:
+        """All that the log joint has for each row of a plate, `[S, N]`, and the draws' log densities."""
+        z, weighed = self._weighed(draws, seed)
+
+        def rows(part: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {plate: self.density.terms(part, self.params).local[plate]}
+
+        return _told(in_chunks(rows, z, self._width)[plate]), weighed
 
     def groups(self, draws: int, seed: int) -> dict[str, Group]:
         """See `Approximation.groups`."""
@@ -251,13 +288,16 @@ class TraceApproximation:
         pairs = self._traces(draws, seed)
         return _values(pairs), _log_probs(pairs)
 
-    def predict(self, model: Model, draws: int, seed: int) -> dict[str, Tensor]:
+    def predict(
+        self, model: Model, draws: int, seed: int, *, corrected: bool = False
+    ) -> dict[str, Tensor]:
         """See `Approximation.predict`."""
         values: dict[str, list[Tensor]] = {}
         model = placed(model, self.device)
+        chosen = self._resampled(draws, seed) if corrected else None
         with self._running(seed):
-            for _ in range(draws):
-                guide = poutine.trace(self.guide).get_trace(*self.model.args, **self.model.kwargs)
+            for i in range(draws):
+                guide = self._guide_trace() if chosen is None else chosen[i]
                 with _DrawObserved():
                     replayed = poutine.replay(model.fn, trace=guide)
                     trace = poutine.trace(replayed).get_trace(*model.args, **model.kwargs)
@@ -265,6 +305,29 @@ class TraceApproximation:
                     if name not in guide.nodes and kind_of(node) != "factor":
                         values.setdefault(name, []).append(node["value"].detach())
         return {name: torch.stack(parts) for name, parts in values.items()}
+
+    def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
+        """See `Approximation.log_likelihood`.
+
+        Raises:
+            ModelError: If the model has no Density, which knows the plates.
+        """
+        if self.density is None:
+            raise ModelError(
+                "the plates of this model are not known, since it has no batched density: "
+                "vi.check(model) says what stands in the way"
+            )
+        pairs = self._traces(draws, seed)
+        for model, _ in pairs:
+            model.compute_log_prob()
+        weighed = _log_probs(pairs)
+        values: dict[str, list[Tensor]] = {}
+        for site in self.density.structure.of_kind("observed"):
+            for model, _ in pairs:
+                visit: Any = model.nodes[site.name]
+                values.setdefault(site.name, []).append(visit["log_prob"].detach())
+        stacked = {name: torch.stack(parts) for name, parts in values.items()}
+        return by_observation(self.density, stacked, 1), weighed
 
     def groups(self, draws: int, seed: int) -> dict[str, Group]:
         """See `Approximation.groups`."""
@@ -280,12 +343,20 @@ class TraceApproximation:
         """See `Approximation.parameters`."""
         return {}
 
+    def _guide_trace(self) -> poutine.Trace:
+        return poutine.trace(self.guide).get_trace(*self.model.args, **self.model.kwargs)
+
+    def _resampled(self, draws: int, seed: int) -> list[poutine.Trace]:
+        """Traces of the guide chosen by their importance weights."""
+        pairs = self._traces(_pool(draws), seed)
+        return [pairs[i][1] for i in _chosen(_log_probs(pairs), draws, seed)]
+
     def _traces(self, draws: int, seed: int) -> list[Pair]:
         args, kwargs = self.model.args, self.model.kwargs
         pairs = []
         with self._running(seed):
             for _ in range(draws):
-                guide = poutine.trace(self.guide).get_trace(*args, **kwargs)
+                guide = self._guide_trace()
                 replayed = poutine.replay(self.model.fn, trace=guide)
                 pairs.append((poutine.trace(replayed).get_trace(*args, **kwargs), guide))
         return pairs
@@ -315,6 +386,21 @@ def _log_probs(pairs: Sequence[Pair]) -> Weighed:
     log_p = torch.stack([torch.as_tensor(model.log_prob_sum()) for model, _ in pairs])
     log_q = torch.stack([torch.as_tensor(guide.log_prob_sum()) for _, guide in pairs])
     return Weighed(_told(log_p), _told(log_q))
+
+
+def _pool(draws: int) -> int:
+    """From how many draws of q so many are chosen by their weights."""
+    return max(4000, 10 * draws)
+
+
+def _chosen(weighed: Weighed, draws: int, seed: int) -> np.ndarray:
+    """Indices `[draws]` of draws chosen by Pareto-smoothed importance resampling.
+
+    One that model or guide refuses has weight zero.
+    """
+    log_w = (weighed.log_p - weighed.log_q).numpy()
+    usable = np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
+    return resample(psis(usable).log_weights, draws, np.random.default_rng(seed))
 
 
 def _told(log_density: Tensor) -> Tensor:

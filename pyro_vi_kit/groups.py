@@ -142,9 +142,7 @@ def model_groups(
             simulated = in_chunks(lambda part: density.simulate(part, params=params), z, width)
             predictive = {name: simulated[name] for name in observed}
             groups["posterior_predictive"] = sampled(density, predictive, chains)
-        with RandomStream(seed):
-            likelihood = in_chunks(lambda part: density.log_likelihood(part, params), z, width)
-        groups["log_likelihood"] = _log_likelihood(density, likelihood, chains)
+        groups["log_likelihood"] = log_likelihood(density, z, chains, params, seed)
     groups |= prior_groups(density, prior_draws, params=params, seed=seed + 1)
     return groups | data_groups(density)
 
@@ -169,8 +167,27 @@ def _streamed_groups(
     return groups | prior_groups(density, prior_draws, params=params, seed=seed + 1)
 
 
-def _log_likelihood(density: Density, values: Mapping[str, Tensor], chains: int) -> Group:
-    """One number per observation: the observed site's dims without its event dims."""
+def log_likelihood(
+    density: Density,
+    z: Mapping[str, Tensor],
+    chains: int = 1,
+    params: Mapping[str, Tensor] | None = None,
+    seed: int = 0,
+) -> Group:
+    """The log density of each observation, nats; arguments as `model_groups` has them."""
+    with RandomStream(seed):  # for discrete sites
+        values = in_chunks(lambda part: density.log_likelihood(part, params), z, width_of(density))
+    return by_observation(density, values, chains)
+
+
+def by_observation(density: Density, values: Mapping[str, Tensor], chains: int) -> Group:
+    """One number per observation: the observed site's dims without its event dims.
+
+    Args:
+        density: The model.
+        values: `{site: [chains * draws, *batch]}`.
+        chains: How many chains the draws are of.
+    """
     variables, dims = {}, {}
     for name, value in values.items():
         site = density.structure.sites[name]

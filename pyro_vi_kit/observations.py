@@ -1,0 +1,153 @@
+"""What a model observed, site by site: values, what masks hide of them, and what kind they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_vi_kit.density import Density, Site
+from pyro_vi_kit.density.handlers import Visit
+from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.groups import dims_of, squeeze
+
+Kind = Literal["real", "positive", "angle", "count", "binary", "category"]
+
+_WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """One observed site.
+
+    Attributes:
+        site: It.
+        value: What was observed, in the site's own shape `[*batch, *event]`.
+        shown: Which numbers of it count, of the same shape: False where a mask hides them.
+        dims: Names of its dims.
+        kind: What the values are.
+        scaled: Whether `poutine.scale` makes an observation count for more or less than one.
+    """
+
+    site: Site
+    value: np.ndarray
+    shown: np.ndarray
+    dims: tuple[str, ...]
+    kind: Kind
+    scaled: bool
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.site.name
+
+    @property
+    def seen(self) -> np.ndarray:
+        """Which observations count for anything, `[*batch]`."""
+        event = len(self.site.event_shape)
+        return np.asarray(
+            self.shown.any(axis=tuple(range(self.shown.ndim - event, self.shown.ndim)))
+        )
+
+    def kept(self, values: np.ndarray) -> np.ndarray:
+        """What counts of data sets `[S, *batch, *event]`.
+
+        All of it where nothing is masked, `[S, n, *event]` where whole observations are, and the numbers
+        `[S, n]` where parts of them are.
+        """
+        if self.shown.all():
+            return values
+        batch = self.seen
+        event = self.shown.shape[batch.ndim :]
+        whole = batch.reshape(*batch.shape, *(1,) * len(event))
+        if not np.array_equal(np.broadcast_to(whole, self.shown.shape), self.shown):
+            return values.reshape(len(values), -1)[:, self.shown.ravel()]
+        return values.reshape(len(values), -1, *event)[:, batch.ravel()]
+
+
+def observations(density: Density, sites: str | Sequence[str] | None = None) -> list[Observation]:
+    """Observed sites in the model's order; those that a mask hides wholly are left out.
+
+    Args:
+        density: The model.
+        sites: Which; all when None.
+
+    Raises:
+        OptionError: If the model has none, or its data are streamed.
+        UnknownNameError: If a name is no observed site.
+    """
+    if density.streamed is not None:
+        raise OptionError(
+            "the data of this model are streamed, and its rows are not in memory: check a fit to a part "
+            "of the data that is"
+        )
+    origin = torch.zeros(1, density.dim, dtype=density.dtype, device=density.device)
+    visits, _ = density.visits(density.block.unpack(origin))
+    known = [_observation(density, visit) for visit in visits.values() if visit.kind == "observed"]
+    known = [observation for observation in known if observation.shown.any()]
+    if not known:
+        raise OptionError(
+            f"model {density.model.name!r} has no observed site: give the data to pyro.sample(..., "
+            "obs=). What goes into pyro.factor cannot be told apart or drawn anew"
+        )
+    names = [sites] if isinstance(sites, str) else list(sites or [o.name for o in known])
+    for name in names:
+        if name not in {o.name for o in known}:
+            raise UnknownNameError("observed site", name, [o.name for o in known])
+    return [observation for observation in known if observation.name in names]
+
+
+def kind_of(fn: Any) -> Kind:
+    """What a distribution's values are, by its support."""
+    base, support = _innermost(fn), fn.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if isinstance(base, dist.VonMises):
+        return "angle"
+    if isinstance(base, dist.Categorical | dist.OneHotCategorical):
+        return "category"
+    if isinstance(base, dist.Bernoulli):
+        return "binary"
+    if support.is_discrete:
+        return "count"
+    bound = getattr(support, "lower_bound", None)
+    whole = bound is not None and getattr(support, "upper_bound", None) is None
+    return "positive" if whole and bool((torch.as_tensor(bound) == 0).all()) else "real"
+
+
+def _observation(density: Density, visit: Visit) -> Observation:
+    site = density.structure.sites[visit.name]
+    shape = site.batch_shape + site.event_shape
+    value = squeeze(site, visit.value.expand(shape)[None])[0]
+    shown = squeeze(site, _shown(visit, site)[None])[0]
+    scaled = bool((torch.as_tensor(visit.scale) != 1).any())
+    dims = tuple(dims_of(density.model, site))
+    return Observation(site, value, shown, dims, kind_of(visit.fn), scaled)
+
+
+def _shown(visit: Visit, site: Site) -> Tensor:
+    """What neither `poutine.mask` nor the masks in the distribution hide, `[*batch, *event]`."""
+    shape = site.batch_shape + site.event_shape
+    shown = torch.ones(shape, dtype=torch.bool, device=visit.value.device)
+    masks = [] if visit.mask is None else [(visit.mask, len(site.event_shape))]
+    fn = visit.fn
+    while type(fn).__name__ in _WRAPPERS:
+        if type(fn).__name__ == "MaskedDistribution":
+            masks.append((fn._mask, len(fn.event_shape)))
+        fn = fn.base_dist
+    for mask, event in masks:
+        hides = torch.as_tensor(mask, device=shown.device)
+        shown = shown & hides.reshape(*hides.shape, *(1,) * event)
+    return shown
+
+
+def _innermost(fn: Any) -> Any:
+    while type(fn).__name__ in _WRAPPERS:
+        fn = fn.base_dist
+    return fn
