@@ -37,7 +37,7 @@ class Gradients:
 
     The first calls run the model. After ``patience`` calls with the same K the evaluation is captured,
     and checked at two other points; a model that cannot be captured goes on as before. Where the density
-    is one of many on other data (`Density.with_data`), one recording serves them all from the first call.
+    is one of many on other data (`Density.with_data`), one recording serves them all, at once.
 
     Args:
         density: The model.

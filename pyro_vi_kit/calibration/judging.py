@@ -9,13 +9,21 @@ from typing import NamedTuple
 import numpy as np
 
 from pyro_vi_kit.calibration.departures import bias, dispersion, holm
+from pyro_vi_kit.calibration.ranking import LOG_LIKELIHOOD, TARP
 from pyro_vi_kit.calibration.uniformity import uniformity
 
 # A calibrated guide is called uncalibrated this often.
 LEVEL = 0.01
 # Fits that fail are not a random part of the data sets: beyond this share the others say too little.
 MAX_FAILED = 0.01
+JOINT = (LOG_LIKELIHOOD, TARP)
 _TESTS = 3
+# More sites than these are counted and not named.
+_NAMED = 8
+_JOINT_WORDS = {
+    LOG_LIKELIHOOD: "draws do not fit the data as the truth does",
+    TARP: "regions of all latents jointly do not hold the truth as often as they say",
+}
 CALIBRATED = "calibrated"
 
 
@@ -24,7 +32,7 @@ class Number(NamedTuple):
 
     Attributes:
         bias: By how many of its own sds the guide is too high (negative: too low).
-        dispersion: Sd of the truths' normal scores: above 1 the guide is too narrow by about this factor.
+        dispersion: Sd of the truths' normal scores: above 1 the guide is too narrow, by that factor.
         p_bias: Of the symmetry of the probabilities about 1/2 (VSBC).
         p_dispersion: Of that sd.
         p_uniform: Of their ECDF (SBC).
@@ -41,9 +49,14 @@ class Number(NamedTuple):
         """Of the three together (Bonferroni)."""
         return min(1.0, _TESTS * min(self.p_bias, self.p_dispersion, self.p_uniform))
 
-    @property
-    def directions(self) -> list[str]:
-        """What is wrong, supposing that something is; the surest first."""
+    def directions(self, site: str) -> list[str]:
+        """What is wrong, supposing that something is; the surest first.
+
+        Args:
+            site: Whose number it is. Up and down mean nothing for a joint quantity.
+        """
+        if site in JOINT:
+            return ["not uniform"]
         found = [
             (self.p_dispersion, "too narrow" if self.dispersion > 1 else "too wide"),
             (self.p_bias, "biased up" if self.bias > 0 else "biased down"),
@@ -113,12 +126,15 @@ def judge(
         not_converged: Fits that did not meet their stopping rule.
     """
     p = adjusted(numbers)
-    sites = {name: CALIBRATED for name in numbers}
+    sites = dict.fromkeys(numbers, CALIBRATED)
     reasons = []
     for name in sorted((n for n in numbers if p[n] <= LEVEL), key=p.__getitem__):
         label, worst = min(numbers[name].items(), key=lambda item: item[1].p)
-        sites[name] = ", ".join(worst.directions)
-        reasons.append(_words(label, worst, coverage[label], sites[name]))
+        sites[name] = ", ".join(worst.directions(name))
+        if name in JOINT:
+            reasons.append(f"{label}: {_JOINT_WORDS[name]} (p = {p[name]:.1g})")
+        else:
+            reasons.append(_words(label, worst, coverage[label], sites[name]))
     many_failed = failed > MAX_FAILED * (done + failed)
     if failed:
         reasons.append(f"{failed} of {done + failed} fits failed (the first: {first_error})")
@@ -126,11 +142,23 @@ def judge(
         reasons.append(f"{not_converged} of {done + failed} fits did not converge")
     calibrated = all(words == CALIBRATED for words in sites.values()) and not many_failed
     if calibrated:
-        looked_at = f"{done} simulations, {len(sites)} sites and joint quantities: nothing found"
-        # What this many would have shown: the sd of the normal scores is known to 1 / sqrt(2 N).
-        reasons.insert(0, looked_at)
+        names = ", ".join(sites) if len(sites) <= _NAMED else f"{len(sites)} sites"
+        reasons.insert(0, f"{done} simulations speak against none of {names}")
         return CalibrationVerdict(True, tuple(reasons), "", sites)
     return CalibrationVerdict(False, tuple(reasons), _advice(sites, many_failed), sites)
+
+
+def in_words(site: str, number: Number, count: int, p_site: float) -> str:
+    """``calibrated``, or what is wrong with a number.
+
+    Args:
+        site: Its site.
+        number: It.
+        count: Numbers of its site.
+        p_site: The site's adjusted p-value.
+    """
+    wrong = p_site <= LEVEL and count * number.p <= LEVEL
+    return ", ".join(number.directions(site)) if wrong else CALIBRATED
 
 
 def _words(label: str, number: Number, covered: float, directions: str) -> str:
@@ -144,7 +172,7 @@ def _words(label: str, number: Number, covered: float, directions: str) -> str:
             f"{abs(number.bias):.2f} sd too {'high' if number.bias > 0 else 'low'} on average"
         )
     details.append(f"90 % intervals cover {100 * covered:.0f} %")
-    return f"{label} is {directions} ({', '.join(details)})"
+    return f"{label}: {directions} ({', '.join(details)})"
 
 
 def _advice(sites: Mapping[str, str], many_failed: bool) -> str:
@@ -155,9 +183,9 @@ def _advice(sites: Mapping[str, str], many_failed: bool) -> str:
             "Intervals are too narrow where a guide leaves out correlations or tails: try a richer "
             "guide ('full_rank', 'affine_coupling'), or posterior.resample()."
         )
-    elif "wide" in found or "biased" in found or "shape" in found:
+    elif not set(sites.values()) <= {CALIBRATED}:
         steps.append(
-            "Try a richer guide ('affine_coupling'), a reparameterisation of the site, or a smaller tol=."
+            "Try a richer guide ('affine_coupling'), another parameterisation, or a smaller tol=."
         )
     if many_failed:
         steps.append(

@@ -1,4 +1,4 @@
-"""Simulated data in the place of a model's own: in its arguments where they are those, else at its sites."""
+"""Simulated data in the place of a model's own: in its arguments if they are these, else at its sites."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ class Observing:
 
     def __init__(self, density: Density) -> None:
         self.model = density.model
-        self._leaves, self._spec = tree_flatten((self.model.args, dict(self.model.kwargs)))
-        self._places = _places(density, self._leaves)
+        leaves, _ = self._flat()
+        self._places = _places(density, leaves)
         self.by_argument = False
         given = Density(
             self.with_values(density.observed), dtype=density.dtype, device=density.device
         )
-        require_one_use(density, given, self._leaves, self._places)
+        require_one_use(density, given, leaves, self._places)
         self.by_argument = self._is_by_argument(density)
         self.example = self.with_values(density.observed)
 
     def with_values(self, values: Values) -> Model:
         """The model on these values of its observed sites, `{site: [*batch, *event]}`."""
-        leaves = list(self._leaves)
+        leaves, spec = self._flat()
         for name, position in self._places.items():
             leaves[position] = values[name].to(leaves[position])
-        args, kwargs = tree_unflatten(leaves, self._spec)
+        args, kwargs = tree_unflatten(leaves, spec)
         if self.by_argument:
             return self.model.with_args(*args, **kwargs)
         return Model(
@@ -92,6 +92,10 @@ class Observing:
             dims=self.model.dims,
             name=self.model.name,
         )
+
+    def _flat(self) -> tuple[list[Any], Any]:
+        """The model's arguments as a list, and what makes them of it; not kept, to be sent elsewhere."""
+        return tree_flatten((self.model.args, dict(self.model.kwargs)))
 
     def _is_by_argument(self, density: Density) -> bool:
         """Whether the sites observe what their arguments hold, also where these hold other values."""
@@ -111,10 +115,10 @@ class Observing:
 
     def _moved(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments with each observed site's values in the opposite order."""
-        leaves = list(self._leaves)
+        leaves, spec = self._flat()
         for position in self._places.values():
             leaves[position] = leaves[position].flatten().flip(0).reshape(leaves[position].shape)
-        return tree_unflatten(leaves, self._spec)
+        return tree_unflatten(leaves, spec)
 
 
 def _places(density: Density, leaves: list[Any]) -> dict[str, int]:

@@ -15,6 +15,10 @@ from pyro_vi_kit.runtime import RandomStream
 
 Values = Mapping[str, Tensor]
 
+# Joint quantities, beside the sites.
+LOG_LIKELIHOOD = "log_likelihood"
+TARP = "all latents"
+
 
 @dataclass(frozen=True, eq=False)
 class Place:

@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_vi_kit.calibration.intervals import PROBS, covered, coverage_row
-from pyro_vi_kit.calibration.judging import CalibrationVerdict, Number, adjusted, assess, judge
+from pyro_vi_kit.calibration.intervals import PROBS, coverage_row, covered
+from pyro_vi_kit.calibration.judging import (
+    CalibrationVerdict,
+    Number,
+    adjusted,
+    assess,
+    in_words,
+    judge,
+)
+from pyro_vi_kit.calibration.ranking import LOG_LIKELIHOOD, TARP
 from pyro_vi_kit.calibration.simulating import Simulations
-from pyro_vi_kit.calibration.trial import LOG_LIKELIHOOD, TARP, Result
+from pyro_vi_kit.calibration.trial import Result
 from pyro_vi_kit.calibration.uniformity import band, ecdf
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
@@ -72,10 +80,11 @@ class Calibration:
 
     def columns(self) -> dict[str, np.ndarray]:
         """The probabilities of each single number, `[N]`, by its label."""
-        return {label: values for own in self._by_site.values() for label, values in own.items()}
+        return {label: values for own in self.by_site.values() for label, values in own.items()}
 
     @functools.cached_property
-    def _by_site(self) -> dict[str, dict[str, np.ndarray]]:
+    def by_site(self) -> dict[str, dict[str, np.ndarray]]:
+        """The same by site: joint quantities too, ``log_likelihood`` and ``all latents`` (TARP)."""
         return {
             name: {
                 label: values[:, *index]
@@ -98,7 +107,7 @@ class Calibration:
     def _assessed(self) -> dict[str, dict[str, Number]]:
         return {
             name: {label: assess(values) for label, values in own.items()}
-            for name, own in self._by_site.items()
+            for name, own in self.by_site.items()
             if own
         }
 
@@ -116,23 +125,27 @@ class Calibration:
             self.not_converged,
         )
 
+    def p_values(self) -> dict[str, float]:
+        """The p-value of each site, adjusted for all tests and sites, that the verdict rests on."""
+        return adjusted(self._assessed)
+
     def summary(self) -> pd.DataFrame:
         """A row for each number, and for ``log_likelihood`` and all latents jointly (TARP).
 
-        Columns: ``verdict`` of its site; ``bias``, sds by which the guide is too high; ``dispersion``, the
+        Columns: ``verdict``; ``bias``, sds by which the guide is too high; ``dispersion``, the
         factor by which it is too narrow (above 1) or too wide; the share of truths inside central
         intervals, ``50%`` to ``95%``; p-values ``p_bias`` (VSBC), ``p_dispersion`` and ``p_uniform``
         (SBC), raw; ``p_site``, adjusted for all tests and sites, which the verdict rests on.
         """
         import pandas as pd
 
-        p = adjusted(self._assessed)
+        p = self.p_values()
         rows = {}
         for site, own in self._assessed.items():
             for label, number in own.items():
-                values = self._by_site[site][label]
+                values = self.by_site[site][label]
                 rows[label] = {
-                    "verdict": self.verdict.sites[site],
+                    "verdict": in_words(site, number, len(own), p[site]),
                     "bias": number.bias,
                     "dispersion": number.dispersion,
                     **{f"{100 * prob:g}%": covered(values, prob) for prob in PROBS},
@@ -195,13 +208,13 @@ class Calibration:
     def to_frame(self) -> pd.DataFrame:
         """All ranks in one table, a row for each number of each simulation.
 
-        Columns ``simulation``, ``parameter``, ``truth``, ``rank``, ``probability``. Joint quantities have
-        no truth, and TARP has no rank.
+        Columns ``simulation``, ``parameter``, ``truth``, ``rank``, ``probability``. Joint quantities
+        have no truth, and TARP has no rank.
         """
         import pandas as pd
 
         parts = []
-        for site, own in self._by_site.items():
+        for site, own in self.by_site.items():
             shape = self.ranks[site].shape[1:] if site in self.ranks else ()
             named = {label: i for i, label in self._labels(site, shape)}
             for label, values in own.items():
@@ -290,5 +303,3 @@ def collected(
 def _inside(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Uniform numbers inside of (0, 1): a normal score of 0 or 1 would be infinite."""
     return generator.uniform(1e-9, 1.0 - 1e-9, shape)
-
-

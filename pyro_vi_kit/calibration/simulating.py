@@ -96,8 +96,8 @@ def require_generative(model: Model, density: Density) -> Observing:
     factor = next((site.name for site in density.structure.of_kind("factor")), None)
     if factor is not None:
         raise ModelError(
-            f"factor {factor!r} changes the density but draws nothing, so that data cannot be simulated: "
-            "write it as pyro.sample(..., dist, obs=data)"
+            f"factor {factor!r} changes the density but draws nothing, so that data cannot be "
+            "simulated: write it as pyro.sample(..., dist, obs=data)"
         )
     if not density.observed:
         raise ModelError(
@@ -131,4 +131,3 @@ def _require_plain(visit: Visit, visits: Mapping[str, Visit]) -> None:
             f"latent {visit.name!r} is masked, so that its density is not that of what is drawn there: "
             "calibrate the model without the mask"
         )
-

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_flatten
 
 from pyro_vi_kit.calibration.observing import Observing
 from pyro_vi_kit.calibration.ranking import (
+    LOG_LIKELIHOOD,
+    TARP,
     Place,
     distances,
     joined_points,
@@ -33,9 +35,6 @@ from pyro_vi_kit.runtime import RandomStream
 
 Fitter = Callable[[Model, int], Any]
 """From a model on simulated data and a seed to draws: `{site: [S, *shape]}`, a Posterior, or ArviZ."""
-
-LOG_LIKELIHOOD = "log_likelihood"
-TARP = "all latents"
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +142,9 @@ class Trial:
             converged = found.status.converged
             found = found.sample(self.draws, seed)
         arrays = found if isinstance(found, Mapping) else _arrays(found)
-        return {n: self._as_drawn(density, n, v) for n, v in arrays.items() if self._has(n)}, converged
+        return {
+            n: self._as_drawn(density, n, v) for n, v in arrays.items() if self._has(n)
+        }, converged
 
     def _has(self, name: str) -> bool:
         return name in self.sites or any(site.name == name for site in self.density.latents)
@@ -172,8 +173,8 @@ class Trial:
         missing = [name for name in self.sites if name not in draws]
         if missing:
             raise OptionError(
-                f"there are no draws of site {missing[0]!r}: have fitter= give them, or name what is to be "
-                "ranked, sites=[...]"
+                f"there are no draws of site {missing[0]!r}: have fitter= give them, or name what is to "
+                "be ranked, sites=[...]"
             )
         broken = [name for name in self.sites if not bool(draws[name].isfinite().all())]
         if broken:

@@ -120,10 +120,9 @@ def run_all(
 
 def _in_turn(run: _Run, *, look: bool) -> None:
     """One after another; where they ``look``, until it is seen that processes would pay."""
-    started, done = time.monotonic(), 0
-    for number in run.left:
+    started = time.monotonic()
+    for done, number in enumerate(run.left, start=1):
         run.here(number)
-        done += 1
         elapsed = time.monotonic() - started
         if look and elapsed > _LOOK:
             to_come = elapsed / done * len(run.left)
@@ -133,8 +132,8 @@ def _in_turn(run: _Run, *, look: bool) -> None:
 
 def _spread(run: _Run, jobs: int) -> str:
     """In processes of their own; why that is not possible, where it is not."""
+    import cloudpickle
     import joblib
-    from joblib.externals import cloudpickle
 
     try:
         with _by_value(_module_of(run.trial), cloudpickle):
@@ -155,7 +154,8 @@ def _spread(run: _Run, jobs: int) -> str:
     )
     try:
         with joblib.parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
-            for found in joblib.Parallel(return_as="generator_unordered", pre_dispatch=jobs)(calls):
+            parallel: Any = joblib.Parallel(return_as="generator_unordered", pre_dispatch="n_jobs")
+            for found in parallel(calls):
                 for number, result in found:
                     run.add(number, result)
     except ViError:
