@@ -32,6 +32,7 @@ SCRIPTS = (
     "minibatches",
     "streaming",
     "amortization",
+    "calibration",
 )
 NEED_REFERENCES = ("accuracy", "speed_svi")
 

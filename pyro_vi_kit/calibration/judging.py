@@ -143,7 +143,7 @@ def judge(
     calibrated = all(words == CALIBRATED for words in sites.values()) and not many_failed
     if calibrated:
         names = ", ".join(sites) if len(sites) <= _NAMED else f"{len(sites)} sites"
-        reasons.insert(0, f"{done} simulations speak against none of {names}")
+        reasons.insert(0, f"{done} simulations say nothing against {names}")
         return CalibrationVerdict(True, tuple(reasons), "", sites)
     return CalibrationVerdict(False, tuple(reasons), _advice(sites, many_failed), sites)
 

@@ -1,4 +1,4 @@
-"""Simulated data in the place of a model's own: in its arguments if they are these, else at its sites."""
+"""Simulated data in the place of a model's own: in its arguments, or else at its observed sites."""
 
 from __future__ import annotations
 
