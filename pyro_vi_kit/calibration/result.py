@@ -175,8 +175,9 @@ class Calibration:
                 raise OptionError(f"probs= are masses between 0 and 1, got {prob!r}")
         rows = [
             {"parameter": label, **coverage_row(values, prob)}
-            for label, values in self.columns().items()
-            if label != TARP
+            for site, own in self.by_site.items()
+            if site not in (LOG_LIKELIHOOD, TARP)
+            for label, values in own.items()
             for prob in probs
         ]
         return pd.DataFrame(rows)

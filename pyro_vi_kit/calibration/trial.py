@@ -37,6 +37,9 @@ Fitter = Callable[[Model, int], Any]
 """From a model on simulated data and a seed to draws: `{site: [S, *shape]}`, a Posterior, or ArviZ."""
 
 
+_ARVIZ = ("InferenceData", "DataTree")
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """What came of one simulation.
@@ -141,7 +144,9 @@ class Trial:
             _raise_if_interrupted(found)
             converged = found.status.converged
             found = found.sample(self.draws, seed)
-        arrays = found if isinstance(found, Mapping) else _arrays(found)
+        # ArviZ's objects are mappings too, of groups.
+        plain = isinstance(found, Mapping) and type(found).__name__ not in _ARVIZ
+        arrays = found if plain else _arrays(found)
         return {
             n: self._as_drawn(density, n, v) for n, v in arrays.items() if self._has(n)
         }, converged
