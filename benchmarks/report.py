@@ -33,6 +33,7 @@ SCRIPTS = (
     "minibatches",
     "streaming",
     "amortization",
+    "calibration",
 )
 NEED_REFERENCES = ("accuracy", "verdicts", "speed_svi")
 

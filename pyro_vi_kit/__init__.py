@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pyro_vi_kit import guides as guides
     from pyro_vi_kit import objectives as objectives
+    from pyro_vi_kit.calibration import Calibration as Calibration
+    from pyro_vi_kit.calibration import calibrate as calibrate
     from pyro_vi_kit.checks import check as check
     from pyro_vi_kit.comparison import compare as compare
     from pyro_vi_kit.errors import ViError as ViError
@@ -21,10 +23,12 @@ if TYPE_CHECKING:
 # Everything public and where it lives. Imported on first use (PEP 562), so that the command line
 # answers `--help` without loading torch.
 _HOME = {
+    "Calibration": "pyro_vi_kit.calibration",
     "Epochs": "pyro_vi_kit.methods.epochs",
     "Model": "pyro_vi_kit.model",
     "Posterior": "pyro_vi_kit.posterior",
     "ViError": "pyro_vi_kit.errors",
+    "calibrate": "pyro_vi_kit.calibration",
     "check": "pyro_vi_kit.checks",
     "compare": "pyro_vi_kit.comparison",
     "fit": "pyro_vi_kit.fitting",

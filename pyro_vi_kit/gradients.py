@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.capture import CaptureError, Program, capture_holding
-from pyro_vi_kit.density import Density
+from pyro_vi_kit.capture import CaptureError, Program, SharedProgram, capture_holding
+from pyro_vi_kit.capture.program import Function
+from pyro_vi_kit.density import Density, Recordings
 from pyro_vi_kit.errors import first_line
 from pyro_vi_kit.runtime import LOCK, RandomStream
 
@@ -26,7 +27,7 @@ class _Shape:
 
     calls: int = 0
     failures: int = 0
-    program: Program | None = None
+    program: Program | SharedProgram | None = None
     rest: list[Tensor] = field(default_factory=list)
     note: str = ""
 
@@ -35,7 +36,8 @@ class Gradients:
     """A density's values and gradients, for whoever needs many: samplers, mode searches, L-BFGS.
 
     The first calls run the model. After ``patience`` calls with the same K the evaluation is captured,
-    and checked at two other points; a model that cannot be captured goes on as before.
+    and checked at two other points; a model that cannot be captured goes on as before. Where the density
+    is one of many on other data (`Density.with_data`), one recording serves them all, at once.
 
     Args:
         density: The model.
@@ -81,8 +83,10 @@ class Gradients:
             shape = self._shapes.setdefault(points, _Shape())
         z = z.detach().contiguous()
         if shape.program is None and not shape.note and self._patience is not None:
+            if shape.calls == 0 and self.density.recordings is not None:
+                self._take_shared(shape, points, self.density.recordings)
             shape.calls += 1
-            if shape.calls > self._patience:
+            if shape.program is None and shape.calls > self._patience:
                 self._try_capture(shape, z)
         if shape.program is None:
             return self._eager(z, *self._rest)
@@ -129,6 +133,15 @@ class Gradients:
         note = shape.program.note
         return f"{shape.program.how} ({note})" if note else shape.program.how
 
+    def _take_shared(self, shape: _Shape, points: int, recordings: Recordings) -> None:
+        """Take the recording that serves all data, where there is one."""
+        key = ("gradients", points, self._jacobian)
+        program = recordings.get(
+            key, lambda: _recorded_for_all(self._eager, points, self.density, self._rest)
+        )
+        if program is not None:
+            shape.program, shape.rest = program, program.holding(self._rest)
+
     def _try_capture(self, shape: _Shape, z: Tensor) -> None:
         with self._lock:
             if shape.program is not None or shape.note:
@@ -155,6 +168,61 @@ class Gradients:
             log_prob = self.density.log_prob(z, params, data, jacobian=self._jacobian)
             (gradient,) = torch.autograd.grad(log_prob.sum(), z)
         return log_prob.detach(), gradient
+
+
+def second_derivatives(density: Density, z: Tensor) -> Tensor:
+    """Row i of the Hessian of the log density at row i of ``z``, `[D, D]`, detached.
+
+    Replayed where the density is one of many on other data.
+
+    Args:
+        density: The model, whose learned parameters are held fixed.
+        z: Unconstrained points `[D, D]`.
+    """
+    names = list(density.params)
+    rest = _separate([*density.params.values(), *density.data])
+
+    def rows(points: Tensor, *held: Tensor) -> tuple[Tensor]:
+        params = dict(zip(names, held, strict=False))
+        with LOCK, torch.enable_grad():
+            points = points.detach().requires_grad_()
+            log_prob = density.log_prob(points, params, held[len(names) :])
+            (gradient,) = torch.autograd.grad(log_prob.sum(), points, create_graph=True)
+            (found,) = torch.autograd.grad(gradient.diagonal().sum(), points)
+        return (found.detach(),)
+
+    program = None
+    if density.recordings is not None:
+        program = density.recordings.get(
+            "hessian", lambda: _recorded_for_all(rows, len(z), density, rest)
+        )
+    if program is None:
+        return rows(z, *rest)[0]
+    return program(z.contiguous(), *program.holding(rest))[0]
+
+
+def _recorded_for_all(
+    function: Function, points: int, density: Density, rest: Sequence[Tensor]
+) -> SharedProgram | None:
+    """A recording with data as its inputs, or None where the model cannot be recorded so.
+
+    Args:
+        function: From points `[K, D]`, learned parameters and data.
+        points: K.
+        density: One of the densities that it is for.
+        rest: That one's parameters and data.
+    """
+    recordings = density.recordings
+    if recordings is None:
+        return None
+    z = density.cast(recordings.points(points, density.dim))
+    params = rest[: len(rest) - len(recordings.data)]
+    held = _separate([*params, *recordings.data])
+    try:
+        checks = [((1.5 * z + 0.1,), held), ((0.1 - z,), rest)]
+        return SharedProgram(function, (z,), held, checks)
+    except (CaptureError, RuntimeError):
+        return None
 
 
 def _separate(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -11,6 +11,8 @@ _DELAY = 0.5
 _COUNT = "{desc}: {n_fmt} evaluations [{elapsed}, {rate_fmt}{postfix}]"
 # Most fits stop before their largest number of steps.
 _BAR = "{desc}: {n_fmt} steps [{elapsed}, at most {remaining} left, {rate_fmt}{postfix}]"
+# Where it is known how much there is to do.
+_KNOWN = "{desc}: {n_fmt} of {total_fmt} {unit} [{elapsed}, {remaining} left{postfix}]"
 
 
 class Progress:
@@ -20,9 +22,17 @@ class Progress:
         label: What is being done.
         total: Steps at the most; the time left is an upper bound where work may stop early.
         enabled: Show it; None shows it on a terminal only.
+        unit: What ``total`` counts, where all of them will be done.
     """
 
-    def __init__(self, label: str, total: int | None = None, enabled: bool | None = None) -> None:
+    def __init__(
+        self,
+        label: str,
+        total: int | None = None,
+        enabled: bool | None = None,
+        *,
+        unit: str | None = None,
+    ) -> None:
         self._bar: Any = None
         if sys.stderr.isatty() if enabled is None else enabled:
             from tqdm import tqdm
@@ -33,7 +43,8 @@ class Progress:
                 leave=False,
                 file=sys.stderr,
                 delay=_DELAY,
-                bar_format=_COUNT if total is None else _BAR,
+                unit=unit or "it",
+                bar_format=_KNOWN if unit else _COUNT if total is None else _BAR,
             )
 
     def __enter__(self) -> Progress:

@@ -45,7 +45,7 @@ LAYERS = (
     ("pacing", "starting"),
     ("resuming", "training", "identity"),
     ("fitting", "sampling"),
-    ("comparison",),
+    ("comparison", "calibration"),
     ("plots",),
     ("bench",),
     ("cli",),

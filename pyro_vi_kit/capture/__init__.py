@@ -5,5 +5,14 @@ from __future__ import annotations
 from pyro_vi_kit.capture.graph import Graph
 from pyro_vi_kit.capture.program import Program, capture, capture_holding
 from pyro_vi_kit.capture.recorder import CaptureError, record
+from pyro_vi_kit.capture.shared import SharedProgram
 
-__all__ = ["CaptureError", "Graph", "Program", "capture", "capture_holding", "record"]
+__all__ = [
+    "CaptureError",
+    "Graph",
+    "Program",
+    "SharedProgram",
+    "capture",
+    "capture_holding",
+    "record",
+]

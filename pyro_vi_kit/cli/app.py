@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from pyro_vi_kit import __version__
+from pyro_vi_kit.cli.calibrating import calibrate_command
 from pyro_vi_kit.cli.listing import guides_command, objectives_command
 from pyro_vi_kit.cli.many import bench_command, compare_command
 from pyro_vi_kit.cli.options import common_options, debugging
@@ -29,7 +30,7 @@ A MODEL is a Python file with one MODEL = vi.Model(function, *data).
 Results go to stdout, progress and messages to stderr.
 
 Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 3 fit finished, but its verdict is
-"reject"; 130 interrupted.
+"reject", or calibrate's is "not calibrated"; 130 interrupted.
 """
 
 
@@ -81,6 +82,7 @@ for _command in (
     nuts_command,
     compare_command,
     bench_command,
+    calibrate_command,
     guides_command,
     objectives_command,
 ):

@@ -2,7 +2,8 @@
 
 from pyro_vi_kit.density.density import Density
 from pyro_vi_kit.density.layout import Block
+from pyro_vi_kit.density.recordings import Recordings
 from pyro_vi_kit.density.structure import Parameter, Plate, Site, Structure
 from pyro_vi_kit.density.terms import Terms
 
-__all__ = ["Block", "Density", "Parameter", "Plate", "Site", "Structure", "Terms"]
+__all__ = ["Block", "Density", "Parameter", "Plate", "Recordings", "Site", "Structure", "Terms"]

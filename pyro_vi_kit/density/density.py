@@ -22,6 +22,7 @@ from pyro_vi_kit.density.problems import (
     sum_problem,
     sums,
 )
+from pyro_vi_kit.density.recordings import Recordings
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.streamed import Streamed, streamed
 from pyro_vi_kit.density.structure import Site, discover
@@ -58,6 +59,8 @@ class Density:
         observed: Values of the observed sites.
         batching: How K points are evaluated: see `batching.batched`.
         streamed: How a batch stands for all data, where they are streamed: ``data`` is an example then.
+        recordings: Where recordings are kept that serve other data too; shared with what `with_data`
+            gives. None where nobody asked for other data.
 
     Raises:
         ModelError: If the model raises, has no continuous latent, has discrete latents that cannot be
@@ -75,6 +78,7 @@ class Density:
     ) -> None:
         self.model = model
         self.dtype = dtype
+        self.recordings: Recordings | None = None
         self._runner = Runner(model, dtype, checked(device))
         self.device: torch.device = self._runner.device
         self.data: list[Tensor] = self._runner.data
@@ -171,6 +175,36 @@ class Density:
         other = copy.copy(self)
         other.data = list(data)
         other._runner = self._runner.holding(data)
+        return other
+
+    def with_data(self, data: Sequence[Tensor]) -> Density:
+        """The density of the same model on other data of the same shapes.
+
+        The model is not looked over again, and what is recorded for one of them serves all.
+
+        Args:
+            data: Tensors in the place of `self.data`, in the same order.
+
+        Raises:
+            ModelError: If a shape differs, the data are no numbers or cannot occur, or the model raises.
+        """
+        shapes = [tuple(tensor.shape) for tensor in self.data]
+        if [tuple(tensor.shape) for tensor in data] != shapes:
+            found = ", ".join(str(tuple(tensor.shape)) for tensor in data)
+            raise ModelError(
+                f"data of shapes {found} do not fit a model on {', '.join(map(str, shapes))}: make a "
+                "new Density of them"
+            )
+        if self.recordings is None:
+            self.recordings = Recordings(self.data)
+        other = self.held([self.cast(tensor) for tensor in data])
+        args, kwargs = other.arguments()
+        other.model = self.model.with_args(*args, **kwargs)
+        replay = Replay(constrained=self._example)
+        with other._runner.isolated(), torch.no_grad():
+            other._run(replay)
+            require_usable(replay.visits)
+        other.observed = _observed(replay.visits)
         return other
 
     def log_prob(
@@ -324,6 +358,22 @@ class Density:
         points = {name: replay.visits[name].unconstrained for name in names}
         return self.block.pack({n: p.unsqueeze(0) for n, p in points.items() if p is not None})[0]
 
+    @torch.no_grad()
+    def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The flat points `[K, D]` of constrained values `{latent: [K, *batch, *event]}`.
+
+        Not finite where a value lies on the boundary of its support.
+        """
+
+        def single(point: Values) -> Values:
+            replay = Replay(constrained=self._example | point)
+            self._run(replay)
+            found = {site.name: replay.visits[site.name].unconstrained for site in self.latents}
+            return {name: value for name, value in found.items() if value is not None}
+
+        latents = {site.name: self.cast(values[site.name]) for site in self.latents}
+        return self.block.pack(self._sampled(single, latents))
+
     def _shaped(self, name: str, value: Any) -> Tensor:
         site = self.structure.sites[name]
         shape = site.batch_shape + site.event_shape
@@ -335,21 +385,26 @@ class Density:
             )
         return tensor.reshape(shape)
 
-    def observations(self, data: Model | Sequence[Tensor] | None = None) -> Values:
+    def observations(
+        self, data: Model | Sequence[Tensor] | None = None, *, attached: bool = False
+    ) -> Values:
         """Values of the observed sites.
 
         Args:
             data: The same model on other arguments, or tensors in the place of `self.data`; the
                 model's own data by default.
+            attached: Whether they are to be differentiable in these tensors.
         """
         if data is None:
             return self.observed
         replay = Replay(constrained=self._example)
-        with self._runner.isolated(), torch.no_grad():
+        with self._runner.isolated(), torch.set_grad_enabled(attached):
             if isinstance(data, Model):
                 self._run(replay, model=data)
             else:
                 self._run(replay, data=data)
+        if attached:
+            return {v.name: v.value for v in replay.visits.values() if v.kind == "observed"}
         return _observed(replay.visits)
 
     def visits(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.gradients import second_derivatives
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Gaussian, round_at
 
@@ -69,10 +70,9 @@ def hessian(density: Density, z: Tensor) -> Tensor:
     Falls back to central differences of gradients where an operation cannot be differentiated twice, or
     its second derivative is not finite (`logaddexp` far from a tie).
     """
-    points = z.detach().expand(density.dim, -1).clone().requires_grad_()
+    points = z.detach().expand(density.dim, -1).clone()
     try:
-        (gradient,) = torch.autograd.grad(density.log_prob(points).sum(), points, create_graph=True)
-        (rows,) = torch.autograd.grad(gradient.diagonal().sum(), points)
+        rows = second_derivatives(density, points)
     except RuntimeError:
         rows = torch.full_like(points, torch.nan)
     if not bool(rows.isfinite().all()):

@@ -1,0 +1,217 @@
+"""Pictures of a calibration: ECDFs of the truth's probabilities, and coverage, with bands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyro_vi_kit.calibration import Calibration
+from pyro_vi_kit.calibration.judging import CALIBRATED, JOINT
+from pyro_vi_kit.calibration.uniformity import Band, band, ecdf
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.plots.style import COLOURS, GREY, INK, destination, panels, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MOST_PANELS = 12
+# Of more curves in a panel each is thin.
+_FEW = 3
+_FINE, _WRONG = COLOURS[0], COLOURS[1]
+_BAND_WORDS = "95 % band, if calibrated"
+
+
+def rank_ecdf(
+    calibration: Calibration,
+    sites: Sequence[str] | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """The ECDF of each truth's probability under the guide, less that of uniform numbers.
+
+    A curve that leaves the grey band is that of a number on which the guide is not calibrated: an arch
+    above zero says that the guide is too high, one below that it is too low; up on the left and down on
+    the right that it is too narrow, the reverse that it is too wide (Säilynoja et al. 2022).
+
+    Args:
+        calibration: What `vi.calibrate` returned.
+        sites: Which, a panel each; by default the twelve with the smallest p-values at the most, in the
+            model's order.
+        path: Where to write the picture.
+
+    Raises:
+        OptionError: If a site is not there, or the path's ending is no kind of picture.
+        FileError: If the path cannot be written.
+        MissingDependencyError: If matplotlib is not installed.
+    """
+
+    def draw(axis: Axes, values: np.ndarray, limits: Band, colour: str) -> None:
+        x, y = _steps(ecdf(values, limits.points) - limits.points, limits)
+        axis.plot(x, y, color=colour, lw=1.2)
+
+    def band_of(axis: Axes, limits: Band) -> None:
+        x, low = _steps(limits.low - limits.points, limits)
+        _, high = _steps(limits.high - limits.points, limits)
+        axis.fill_between(x, low, high, color=GREY, alpha=0.6, lw=0, label=_BAND_WORDS)
+        axis.axhline(0.0, color=INK, lw=0.6)
+
+    return _by_site(
+        calibration,
+        sites,
+        path,
+        draw,
+        band_of,
+        "share of draws below the truth",
+        "ECDF less uniform",
+    )
+
+
+def coverage(
+    calibration: Calibration,
+    sites: Sequence[str] | None = None,
+    path: str | Path | None = None,
+) -> Figure:
+    """How often central intervals hold the truth, against the mass that the guide gives them.
+
+    Below the grey band intervals are too narrow, above it too wide.
+
+    Args:
+        calibration: What `vi.calibrate` returned.
+        sites: As for `rank_ecdf`.
+        path: Where to write the picture.
+
+    Raises:
+        OptionError: If a site is not there, or the path's ending is no kind of picture.
+        FileError: If the path cannot be written.
+        MissingDependencyError: If matplotlib is not installed.
+    """
+
+    def draw(axis: Axes, values: np.ndarray, limits: Band, colour: str) -> None:
+        x, y = _ends(ecdf(np.abs(2.0 * values - 1.0), limits.points), limits)
+        axis.plot(x, y, color=colour, lw=1.2)
+
+    chosen = sites if sites is not None else [s for s in _worst(calibration) if s not in JOINT]
+    return _by_site(
+        calibration,
+        chosen,
+        path,
+        draw,
+        _diagonal,
+        "mass of the interval",
+        "holds the truth",
+    )
+
+
+def expected_coverage(calibration: Calibration, path: str | Path | None = None) -> Figure:
+    """How often regions about random points hold the truth, all latents jointly (TARP).
+
+    Args:
+        calibration: What `vi.calibrate` returned.
+        path: Where to write the picture.
+
+    Raises:
+        OptionError: If a fitter did not give all latents, or the path's ending is no kind of picture.
+        FileError: If the path cannot be written.
+        MissingDependencyError: If matplotlib is not installed.
+    """
+    target = destination(path)
+    frame = calibration.expected_coverage()
+    figure, (axis,) = panels(1, height=1.7)
+    limits = Band(*(frame[name].to_numpy() for name in ("credibility", "low", "high")))
+    _diagonal(axis, limits)
+    wrong = calibration.verdict.sites[JOINT[1]] != CALIBRATED
+    x, y = _ends(frame["coverage"].to_numpy(), limits)
+    axis.plot(x, y, color=_WRONG if wrong else _FINE, lw=1.5, label=calibration.guide)
+    axis.set_xlabel("mass of the region under the guide", fontsize=9, color=INK)
+    axis.set_ylabel("holds the truth", fontsize=9, color=INK)
+    axis.set_title("All latents jointly (TARP)", fontsize=10, color=INK, loc="left")
+    axis.legend(fontsize=8, frameon=False, loc="upper left")
+    _headline(figure, calibration)
+    return save(figure, target)
+
+
+Draw = Callable[["Axes", np.ndarray, Band, str], None]
+
+
+def _by_site(
+    calibration: Calibration,
+    sites: Sequence[str] | None,
+    path: str | Path | None,
+    draw: Draw,
+    band_of: Callable[[Axes, Band], None],
+    x_label: str,
+    y_label: str,
+) -> Figure:
+    """A panel for each site, a curve in it for each of its numbers."""
+    target = destination(path)
+    known = calibration.by_site
+    chosen = _worst(calibration) if sites is None else list(sites)
+    unknown = [name for name in chosen if name not in known]
+    if unknown or not chosen:
+        what = f"site {unknown[0]!r}" if unknown else "no site"
+        raise OptionError(f"sites= names {what}; there are: {', '.join(known)}")
+    verdicts = calibration.summary()["verdict"].to_dict()
+    limits = band(len(calibration.numbers))
+    figure, axes = panels(len(chosen), height=1.1)
+    for axis, name in zip(axes, chosen, strict=True):
+        band_of(axis, limits)
+        wrong = [label for label in known[name] if verdicts[label] != CALIBRATED]
+        # What is wrong lies above what is not.
+        for label in sorted(known[name], key=wrong.__contains__):
+            draw(axis, known[name][label], limits, _WRONG if label in wrong else _FINE)
+        if len(known[name]) > _FEW:
+            for line in axis.lines:
+                line.set_linewidth(0.7)
+        _title(axis, name, calibration.verdict.sites[name], len(wrong), len(known[name]))
+    figure.supxlabel(x_label, fontsize=9, color=INK)
+    figure.supylabel(y_label, fontsize=9, color=INK)
+    _headline(figure, calibration)
+    return save(figure, target)
+
+
+def _worst(calibration: Calibration) -> list[str]:
+    """The sites with the smallest p-values, in the model's order, joint quantities last."""
+    p = calibration.p_values()
+    kept = sorted(p, key=p.__getitem__)[:_MOST_PANELS]
+    return [name for name in p if name in kept]
+
+
+def _diagonal(axis: Axes, limits: Band) -> None:
+    x, low = _ends(limits.low, limits)
+    _, high = _ends(limits.high, limits)
+    axis.fill_between(x, low, high, color=GREY, alpha=0.6, lw=0, label=_BAND_WORDS)
+    axis.plot([0, 1], [0, 1], color=INK, lw=0.6)
+
+
+def _steps(values: np.ndarray, limits: Band) -> tuple[np.ndarray, np.ndarray]:
+    """Differences of ECDFs, which are zero at both ends."""
+    return np.r_[0.0, limits.points, 1.0], np.r_[0.0, values, 0.0]
+
+
+def _ends(values: np.ndarray, limits: Band) -> tuple[np.ndarray, np.ndarray]:
+    """ECDFs, which go from zero to one."""
+    return np.r_[0.0, limits.points, 1.0], np.r_[0.0, values, 1.0]
+
+
+def _title(axis: Axes, name: str, verdict: str, wrong: int, count: int) -> None:
+    fine = verdict == CALIBRATED
+    share = f" ({wrong} of {count})" if not fine and count > 1 else ""
+    axis.set_title(name, fontsize=9, color=INK, loc="left", fontweight="bold")
+    axis.set_title(
+        "" if fine else verdict + share, fontsize=8, color=INK if fine else _WRONG, loc="right"
+    )
+
+
+def _headline(figure: Figure, calibration: Calibration) -> None:
+    count = len(calibration.numbers)
+    figure.suptitle(
+        f"{calibration.guide} on {calibration.model.name}: {calibration.verdict.level}\n{count} "
+        "simulations; grey: where 95 % of calibrated curves lie",
+        fontsize=10,
+        color=INK,
+        x=0.01,
+        ha="left",
+    )
