@@ -13,6 +13,7 @@ from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
 from pyro_vi_kit.guides.delta import Delta
 from pyro_vi_kit.guides.full_rank import FullRank
+from pyro_vi_kit.guides.gaussian_mixture import Mixture
 from pyro_vi_kit.guides.held import held_at_mean, mean_of_globals
 from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.low_rank import LowRank
@@ -40,6 +41,7 @@ REGISTRY: dict[str, type[GuideSpec]] = {
     "low_rank": LowRank,
     "full_rank": FullRank,
     "affine_coupling": AffineCoupling,
+    "mixture": Mixture,
     "amortized": Amortized,
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "LocalMixture",
     "LowRank",
     "MeanField",
+    "Mixture",
     "describe",
     "held_at_mean",
     "make",
