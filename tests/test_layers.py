@@ -32,7 +32,7 @@ LAYERS = (
     ("posterior", "request", "minibatches"),
     ("streaming",),
     ("pacing", "starting"),
-    ("resuming", "training", "identity"),
+    ("resuming", "training", "identity", "ladder"),
     ("fitting", "sampling"),
     ("comparison",),
     ("plots",),

@@ -45,7 +45,14 @@ REGISTRY: dict[str, type[GuideSpec]] = {
     "amortized": Amortized,
 }
 
+# Not a guide, but a choice among them that `vi.fit` makes: see `ladder.py`.
+AUTO = "auto"
+_AUTO_LINE = (
+    "Climbs from a Gaussian to flows and mixtures while the verdict asks for it (vi.fit only)."
+)
+
 __all__ = [
+    "AUTO",
     "REGISTRY",
     "AffineCoupling",
     "Amortized",
@@ -59,6 +66,7 @@ __all__ = [
     "LowRank",
     "MeanField",
     "Mixture",
+    "choices",
     "describe",
     "held_at_mean",
     "make",
@@ -71,13 +79,18 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """What can be named as ``guide=``."""
+    """What can be named as ``guide=``, and built; `vi.fit` takes ``"auto"`` too."""
     return list(REGISTRY)
 
 
 def describe() -> dict[str, str]:
     """One line for each guide."""
     return {name: first_line(cls) for name, cls in REGISTRY.items()}
+
+
+def choices() -> dict[str, str]:
+    """One line for everything that `vi.fit` takes as a name: the guides, and ``auto``."""
+    return describe() | {AUTO: _AUTO_LINE}
 
 
 def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:

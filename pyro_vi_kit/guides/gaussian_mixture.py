@@ -123,7 +123,10 @@ class GaussianMixture(GaussianFamily):
         own = self.log_diagonal.exp()
         if self.diagonal:
             return NormalMixture(
-                self.logits, self.centre + self.unit * self.loc, self.unit * own, validate_args=False
+                self.logits,
+                self.centre + self.unit * self.loc,
+                self.unit * own,
+                validate_args=False,
             )
         locs = self.centre + (self.unit @ self.loc.unsqueeze(-1))[..., 0]
         scales = self.unit @ (self.lower.tril(-1) + own.diag_embed())

@@ -153,7 +153,9 @@ class NormalMixture(TorchDistribution):
             return -torch.einsum("csi,csj->sij", weighed, scores).tril(-1)
         eye = torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device)
         inverse = torch.linalg.solve_triangular(self.scales, eye, upper=False)
-        found = torch.einsum("csi,cij->sij", shares * (-0.5 * noise.square() - _LOG_ROOT).exp(), inverse)
+        found = torch.einsum(
+            "csi,cij->sij", shares * (-0.5 * noise.square() - _LOG_ROOT).exp(), inverse
+        )
         terms = noise.unsqueeze(-1) * inverse[:, None]
         scores = terms.cumsum(-2) - terms
         return (found - torch.einsum("csi,csij->sij", weighed, scores)).tril(-1)

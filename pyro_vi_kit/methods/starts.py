@@ -40,19 +40,21 @@ class Found:
         best: The Gaussian to go on from.
         trusted: Whether it sits at a mode, and the ELBO there bears that out.
         modes: Laplace's log evidence of each mode found, nats, best first.
+        gaussians: Laplace's approximation at each of them.
     """
 
     best: Gaussian
     trusted: bool
     modes: tuple[float, ...] = ()
+    gaussians: tuple[Gaussian, ...] = ()
 
 
-def starting_points(search: Search) -> Tensor:
+def starting_points(search: Search, count: int = _STARTS) -> Tensor:
     """The origin of unconstrained space and random points of radius 1 and 2 around it, `[M, D]`."""
     generator = torch.Generator().manual_seed(search.seed)
     dim = search.density.dim
-    points = standard_normals(_STARTS - 1, dim, generator)
-    points[_STARTS // 2 :] *= 2.0
+    points = standard_normals(count - 1, dim, generator)
+    points[count // 2 :] *= 2.0
     return search.density.cast(torch.cat([points.new_zeros(1, dim), points]))
 
 
@@ -140,12 +142,13 @@ def find_frame(search: Search, starts: Tensor) -> Found:
             modes.append(at)
     modes.sort(key=lambda m: -m.log_evidence)
     evidence = tuple(m.log_evidence for m in modes)
+    gaussians = tuple(m.gaussian for m in modes)
     if search.stopped:
         return Found(modes[0].gaussian if modes else round_at(found[0].x), bool(modes))
     # Where the posterior is near its Laplace approximation, ELBO and evidence are near each other.
     if modes and _elbo(search, modes[0].gaussian) > evidence[0] - _SHORTFALL:
-        return Found(modes[0].gaussian, True, evidence)
-    return Found(_best_on_the_way(search, found, modes), False, evidence)
+        return Found(modes[0].gaussian, True, evidence, gaussians)
+    return Found(_best_on_the_way(search, found, modes), False, evidence, gaussians)
 
 
 def _settled(search: Search, at: Laplace) -> Laplace:
