@@ -42,7 +42,7 @@ from pyro_vi_kit.verdict import GOOD_KHAT
 # Seconds.
 BUDGET = 120.0
 # Of the time left, for a rung with others above it.
-_SHARE = 0.75
+_SHARE = 0.9
 # Gradient steps, of as many particles, below which a flow or a mixture is hardly worth beginning.
 _LEAST_STEPS = 300
 _PARTICLES = 64

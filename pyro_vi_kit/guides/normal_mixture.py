@@ -96,13 +96,12 @@ class NormalMixture(TorchDistribution):
 
     def _drawn(self, sample_shape: torch.Size) -> Tensor:
         shape, (count, dim) = sample_shape + self.batch_shape, self.locs.shape
-        # All noise of a draw comes together, so that K draws at once are K single ones. The largest of
-        # logits with Gumbel noise is the component: `torch.multinomial` could not be replayed.
-        noise = torch.randn((*shape, count + dim), dtype=self.locs.dtype, device=self.locs.device)
-        info = torch.finfo(noise.dtype)
-        uniform = torch.special.ndtr(noise[..., :count]).clamp(info.tiny, 1.0 - info.eps)
-        chosen = (self.logits - (-uniform.log()).log()).argmax(-1)
-        noise = noise[..., count:].reshape(1, -1, dim)
+        # All noise of a draw comes together, so that K draws at once are K single ones. The component
+        # follows from the first number: `torch.multinomial` could not be replayed.
+        noise = torch.randn((*shape, 1 + dim), dtype=self.locs.dtype, device=self.locs.device)
+        bounds = self.logits.softmax(-1).cumsum(-1)[:-1]
+        chosen = (torch.special.ndtr(noise[..., :1]) > bounds).sum(-1)
+        noise = noise[..., 1:].reshape(1, -1, dim)
         spread = noise @ self.scales.mT if self.dense else noise * self.scales[:, None]
         values = (self.locs[:, None] + spread).reshape(count, *shape, dim)
         index = chosen.expand(1, *shape).unsqueeze(-1).expand(1, *shape, dim)

@@ -169,7 +169,7 @@ def _start(
     best = fixed_draws.best_gaussian(search, found, tolerance, diagonal=family.diagonal)
     count = family.components
     if search.stopped:
-        return best, _parts([best], torch.zeros(1), [count], search)
+        return best, _parts([best], best.loc.new_zeros(1), [count], search)
     candidates = [_parts([best], best.loc.new_zeros(1), [count], search)]
     modes = _that_count(found)[:count]
     if len(modes) > 1:
@@ -244,7 +244,7 @@ class _Blend:
         self.units = (
             conditional_sds(frame.scale_trils).diag_embed() if diagonal else frame.scale_trils
         )
-        self._below = torch.tril_indices(self.dim, self.dim, -1)
+        self._below = torch.tril_indices(self.dim, self.dim, -1, device=frame.locs.device)
         weights = frame.logits.softmax(0)
         below = 0 if diagonal else self._below.shape[1]
         ones = weights.new_ones(self.dim)
