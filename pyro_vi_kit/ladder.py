@@ -2,7 +2,8 @@
 
 A rung is a fit of one guide with its verdict. The first is a Gaussian, which takes a second and is often
 enough. Where searches from several points found several modes, mixtures are next, and flows else: no
-flow over one Gaussian covers two modes that lie apart. A flow starts from the rung below it. The climb
+flow over one Gaussian covers two modes that lie apart. A flow starts from the Gaussian or the flow below
+it. The climb
 ends at a good verdict, at the top, or where the time left is too short for one more rung; the
 posterior is the one of the best verdict, and of the highest ELBO among equals, which are all bounds on
 the same evidence.
@@ -43,6 +44,8 @@ from pyro_vi_kit.verdict import GOOD_KHAT
 BUDGET = 120.0
 # Of the time left, for a rung with others above it.
 _SHARE = 0.9
+# Of the time left: what an evaluation takes that begins just before a deadline.
+_RESERVE = 0.03
 # Gradient steps, of as many particles, below which a flow or a mixture is hardly worth beginning.
 _LEAST_STEPS = 300
 _PARTICLES = 64
@@ -66,7 +69,7 @@ class _Climb:
         fit: Trains one guide.
         rungs: What was tried or left out so far, with its posterior where there is one.
         interrupted: Whether the user has ended it.
-        verdict_seconds: What the first verdict took.
+        verdict_seconds: What the slowest verdict took.
     """
 
     request: Request
@@ -89,8 +92,10 @@ class _Climb:
     @property
     def left(self) -> float:
         """Seconds for the next rung's training, its verdict set aside; infinite without a deadline."""
-        deadline = math.inf if self.request.deadline is None else self.request.deadline
-        return deadline - time.monotonic() - 1.5 * self.verdict_seconds
+        if self.request.deadline is None:
+            return math.inf
+        left = self.request.deadline - time.monotonic()
+        return (1.0 - _RESERVE) * left - 2.0 * self.verdict_seconds
 
 
 def require_none(**options: object) -> None:
@@ -175,12 +180,12 @@ def _above(dim: int, modes: int) -> list[GuideSpec]:
     if dim > fixed_draws.MAX_DIM:
         return [LowRank()]
     covariance = "full" if dim <= _MANY_DIMS else "diagonal"
-    largest = Mixture(components=_MAX_COMPONENTS, covariance=covariance)
-    # With one dimension there is nothing to couple.
-    flows: list[GuideSpec] = [AffineCoupling(), _LARGER_FLOW] if dim > 1 else []
+    mixture = Mixture(covariance=covariance)
     if modes > 1:
-        return [Mixture(covariance=covariance), largest, *flows]
-    return [*flows, largest]
+        larger: GuideSpec = Mixture(components=_MAX_COMPONENTS, covariance=covariance)
+        return [mixture, larger, *([AffineCoupling()] if dim > 1 else [])]
+    # With one dimension there is nothing to couple. The mixture is far cheaper than the larger flow.
+    return [AffineCoupling(), mixture, _LARGER_FLOW] if dim > 1 else [mixture]
 
 
 def _enough(climb: _Climb) -> bool:
@@ -207,7 +212,7 @@ def _try(climb: _Climb, spec: GuideSpec, *, share: float) -> None:
     judged = time.monotonic()
     verdict = posterior.verdict
     now = time.monotonic()
-    climb.verdict_seconds = climb.verdict_seconds or now - judged
+    climb.verdict_seconds = max(climb.verdict_seconds, now - judged)
     level = "" if verdict is None else verdict.level
     known = spec if posterior.spec is None else posterior.spec
     rung = Rung(_words(known), posterior.elbo, posterior.khat, level, now - started, ended)

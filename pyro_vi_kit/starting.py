@@ -97,15 +97,15 @@ def settled(request: Request, spec: GuideSpec, density: Density) -> tuple[Reques
     Returns:
         The request, with the modes that were found, and the guide.
     """
-    open_ended = isinstance(spec, Mixture) and spec.components is None
-    unsearchable = density.params or request.batch_size is not None or density.streamed is not None
-    if not open_ended or unsearchable or density.dim > fixed_draws.MAX_DIM:
+    if not isinstance(spec, Mixture) or spec.components is not None:
         return request, spec
-    spec.family(density.dim)  # type: ignore[attr-defined]  # refuses what is too large
+    if density.params or request.batch_size is not None or density.streamed is not None:
+        return request, spec
+    spec.require_room(density.dim)
     point = starting_point(request, density)
     found = mixtures.find(density, request.seed, request.deadline, point)
     count = mixtures.number_of_components(found)
-    return dataclasses.replace(request, found=found), dataclasses.replace(spec, components=count)  # type: ignore[type-var]
+    return dataclasses.replace(request, found=found), dataclasses.replace(spec, components=count)
 
 
 def _initialise(

@@ -77,6 +77,16 @@ class Mixture:
         Raises:
             OptionError: If D is too large.
         """
+        self.require_room(dim)
+        count = self.components or _COMPONENTS
+        return GaussianMixture(dim, count, self.init_scale, diagonal=self.covariance == "diagonal")
+
+    def require_room(self, dim: int) -> None:
+        """Refuse more dimensions than a draw's gradient has room for.
+
+        Raises:
+            OptionError: If D is too large.
+        """
         if dim > _MAX_DIM[self.covariance]:
             other = "covariance='diagonal'" if dim <= _MAX_DIM["diagonal"] else "guide='mean_field'"
             raise OptionError(
@@ -84,8 +94,6 @@ class Mixture:
                 f"{_MAX_DIM[self.covariance]:,} unconstrained dimensions, and this model has {dim:,}: "
                 f"use {other}"
             )
-        count = self.components or _COMPONENTS
-        return GaussianMixture(dim, count, self.init_scale, diagonal=self.covariance == "diagonal")
 
 
 class GaussianMixture(GaussianFamily):

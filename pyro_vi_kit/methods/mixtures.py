@@ -42,6 +42,8 @@ _DRAWS = 64
 _MAX_DRAWS = 16_384
 _MAX_EVALUATIONS = 200
 _CHECK = 2048
+# The same where time has run out.
+_FEW = 256
 # A component of less weight has no part in the fit, and the user hears of it.
 _IDLE = 1e-3
 
@@ -127,10 +129,11 @@ def fit(
         family.become(start.logits, start.locs, start.scale_trils)
     blend, x, gain = _grow(search, _Blend(start, diagonal=family.diagonal), tolerance)
     end = blend.components(x)
-    if best is not None and not search.stopped:
-        # Parts of a Gaussian may end as less than it, where draws were few; it is a mixture too.
-        same = _copies(best, family)
-        if _elbo(search, same, family)[0] > _elbo(search, end, family)[0]:
+    if best is not None and search.stopped != "interrupted":
+        # Parts of a Gaussian may end as less than it, where draws or time were short; it is a mixture
+        # too.
+        same, draws = _copies(best, family), _FEW if search.stopped else _CHECK
+        if _elbo(search, same, family, draws)[0] > _elbo(search, end, family, draws)[0]:
             end = same
     family.become(end.logits, end.locs, end.scale_trils)
     status = _status(search, end, family, gain, tolerance, found)
@@ -365,10 +368,12 @@ def _noise(search: Search, blend: _Blend, draws: int) -> Tensor:
 
 
 @torch.no_grad()
-def _elbo(search: Search, mixture: Components, family: GaussianMixture) -> tuple[float, float]:
+def _elbo(
+    search: Search, mixture: Components, family: GaussianMixture, draws: int = _CHECK
+) -> tuple[float, float]:
     """ELBO on fresh draws and its standard error, nats; minus infinity where it is not finite."""
     blend = _Blend(mixture, diagonal=family.diagonal)
-    draws = max(_CHECK // blend.count, 4 * blend.dim) // 2 * 2
+    draws = max(draws // blend.count, 4 * blend.dim) // 2 * 2
     noise = _noise(search, blend, draws)
     mixture = blend.components(blend.start())
     z = _placed(mixture, noise)
