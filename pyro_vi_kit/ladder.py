@@ -43,11 +43,11 @@ from pyro_vi_kit.verdict import GOOD_KHAT
 # Seconds.
 BUDGET = 120.0
 # Of the time left, for a rung with others above it.
-_SHARE = 0.9
+_SHARE = 0.8
 # Of the time left: what an evaluation takes that begins just before a deadline.
 _RESERVE = 0.03
-# Gradient steps, of as many particles, below which a flow or a mixture is hardly worth beginning.
-_LEAST_STEPS = 300
+# Gradient steps, of as many particles, below which a flow, and a mixture, is hardly worth beginning.
+_LEAST_STEPS, _LEAST_OF_MIXTURE = 300, 100
 _PARTICLES = 64
 _MAX_COMPONENTS = 8
 # A full covariance for each component becomes dear; flows hold a dense one.
@@ -167,7 +167,8 @@ def _ascend(climb: _Climb) -> None:
         if climb.interrupted or _enough(climb):
             return
         pace = pace or _seconds_per_step(climb)
-        needed, left = _LEAST_STEPS * _pace_of(spec, climb, pace), climb.left
+        least = _LEAST_OF_MIXTURE if isinstance(spec, Mixture) else _LEAST_STEPS
+        needed, left = least * _pace_of(spec, climb, pace), climb.left
         if needed > left:
             reason = f"not tried: needs about {needed:.0f} s, and {max(left, 0.0):.0f} s were left"
             climb.rungs.append((Rung(_words(spec), None, None, "", 0.0, reason), None))
@@ -220,10 +221,10 @@ def _try(climb: _Climb, spec: GuideSpec, *, share: float) -> None:
 
 
 def _below(climb: _Climb, spec: GuideSpec) -> Guide | None:
-    """The guide to start from: a smaller flow, or the Gaussian. Mixtures look for modes of their own."""
-    if isinstance(spec, Mixture):
-        return None
-    wanted = (AffineCoupling, FullRank) if isinstance(spec, AffineCoupling) else (MeanField,)
+    """The guide to start from: a smaller flow, or the Gaussian. Mixtures look for modes beside it."""
+    wanted: tuple[type, ...] = (FullRank, MeanField)
+    if isinstance(spec, AffineCoupling):
+        wanted = (AffineCoupling, *wanted)
     for kind in wanted:
         for _, posterior in reversed(climb.tried):
             finite = posterior.elbo is not None and math.isfinite(posterior.elbo)

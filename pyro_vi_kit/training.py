@@ -108,7 +108,8 @@ def _fit_on_fixed_draws(
     point = starting.starting_point(request, density)
     if mixtures.applies_to(guide):
         start = starting.components_of(guide) if request.resumed else point
-        return mixtures.fit(guide, start=start, found=request.found, **given)
+        below = None if request.below is None else starting.gaussian_of(request.below)
+        return mixtures.fit(guide, start=start, found=request.found, below=below, **given)
     start = starting.gaussian_of(guide) if request.resumed else point
     return fixed_draws.fit(guide, start=start, **given)
 

@@ -144,7 +144,8 @@ def test_a_rung_that_is_not_affordable_is_left_out_and_said(monkeypatch):
     first, *others = posterior.record.ladder
     assert first.chosen
     assert len(others) == 3
-    assert all("not tried: needs about 300 s" in rung.ended for rung in others)
+    needed = [rung.ended.partition(" s, ")[0] for rung in others]
+    assert needed == [f"not tried: needs about {n}" for n in (300, 100, 300)]
     assert "not tried" in str(others[0])
 
 
@@ -155,7 +156,7 @@ def test_deadlines_leave_time_for_what_comes_after():
     ends = [request.deadline - started for _, request in script.asked]
     assert ends[0] == pytest.approx(50.0, abs=3.0)
     # The last has all that is left but for the reserve; what the scripted rungs took is next to nothing.
-    assert 80.0 < ends[1] < ends[-1] < 100.0
+    assert 75.0 < ends[1] < 90.0 < ends[-1] < 100.0
 
 
 def test_an_interruption_returns_the_best_so_far():
@@ -180,14 +181,13 @@ def test_an_interruption_of_the_first_rung_goes_through():
 # -- where rungs start ------------------------------------------------------------------------
 
 
-def test_flows_start_from_what_is_below_and_mixtures_look_for_modes():
+def test_rungs_start_from_what_is_below():
     script = Scripted([("reject", -1.0, 1.0)] * 4)
     script.climb()
     below = [request.below for _, request in script.asked]
     assert below[0] is None
-    assert below[2] is None
-    assert below[1].name == "full_rank"
-    assert below[3].name == "affine_coupling"
+    names = ["full_rank", "full_rank", "affine_coupling"]
+    assert [guide.name for guide in below[1:]] == names
 
 
 @pytest.mark.parametrize("dim", [2, 5])

@@ -105,6 +105,7 @@ def fit(
     progress: Progress,
     start: Tensor | Components | None = None,
     found: Found | None = None,
+    below: Gaussian | None = None,
 ) -> Outcome:
     """Fit a mixture to the ELBO, in place.
 
@@ -116,6 +117,7 @@ def fit(
         progress: Told each evaluation.
         start: Unconstrained starting point `[D]`, the only one then, or components to go on from.
         found: What searches for modes came to, where they are done.
+        below: The best Gaussian, where it is known.
 
     Raises:
         ModelError: If no starting point has a finite log density.
@@ -125,7 +127,7 @@ def fit(
     best = None
     if not isinstance(start, Components):
         found = _found(search, start) if found is None else found
-        best, start = _start(search, family, found, tolerance)
+        best, start = _start(search, family, found, tolerance, below)
         family.become(start.logits, start.locs, start.scale_trils)
     blend, x, gain = _grow(search, _Blend(start, diagonal=family.diagonal), tolerance)
     end = blend.components(x)
@@ -166,10 +168,16 @@ def _that_count(found: Found) -> list[Gaussian]:
 
 
 def _start(
-    search: Search, family: GaussianMixture, found: Found, tolerance: float
+    search: Search,
+    family: GaussianMixture,
+    found: Found,
+    tolerance: float,
+    below: Gaussian | None,
 ) -> tuple[Gaussian, Components]:
     """The best Gaussian, and the better of its parts and of the modes."""
-    best = fixed_draws.best_gaussian(search, found, tolerance, diagonal=family.diagonal)
+    best = below
+    if best is None:
+        best = fixed_draws.best_gaussian(search, found, tolerance, diagonal=family.diagonal)
     count = family.components
     if search.stopped:
         return best, _parts([best], best.loc.new_zeros(1), [count], search)
@@ -268,9 +276,8 @@ class _Blend:
         if not self.diagonal:
             row, column = self._below
             wide = factor.new_zeros(self.count, self.dim, self.dim)
-            factor = factor + wide.index_put(
-                (torch.arange(self.count)[:, None], row, column), lower
-            )
+            which = torch.arange(self.count, device=wide.device)[:, None]
+            factor = factor + wide.index_put((which, row, column), lower)
         locs = self.frame.locs + (self.units @ mean.unsqueeze(-1))[..., 0]
         return Components(self.frame.logits + x[: self.count], locs, self.units @ factor)
 
