@@ -26,6 +26,7 @@ SCRIPTS = (
     "engines_table",
     "accuracy",
     "verdicts",
+    "auto",
     "speed_svi",
     "speed_steps",
     "speed_nuts",
@@ -35,7 +36,7 @@ SCRIPTS = (
     "amortization",
     "calibration",
 )
-NEED_REFERENCES = ("accuracy", "verdicts", "speed_svi")
+NEED_REFERENCES = ("accuracy", "verdicts", "auto", "speed_svi")
 
 
 def run(script: str, asked: list[str], out: Path) -> tuple[str, float]:

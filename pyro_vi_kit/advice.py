@@ -64,8 +64,9 @@ def advice(
         steps.append("Do not use it.")
     if missed:
         steps.append(
-            "A guide with one mode cannot cover several: try vi.nuts(model) with many chains, or a "
-            "prior that says which mode is meant."
+            "A guide with one mode cannot cover several: try "
+            + ("more components=" if guide == "mixture" else "guide='mixture'")
+            + ", or a prior that says which mode is meant."
         )
         return " ".join(steps)
     # A wrong child shows in its parent as often as in itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,16 @@ import numpy as np
 import torch
 
 from pyro_vi_kit import checkpoint as checkpoints
-from pyro_vi_kit import guides, identity, minibatches, resuming, streaming, training
+from pyro_vi_kit import (
+    guides,
+    identity,
+    ladder,
+    minibatches,
+    resuming,
+    starting,
+    streaming,
+    training,
+)
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.device import Device
 from pyro_vi_kit.engines import OptimizerFactory
@@ -58,7 +68,8 @@ def fit(
         guide: A name (see `vi.guides.names()`), a configured instance such as
             ``vi.guides.AffineCoupling(layers=4)``, or any Pyro guide callable. A guide object of your
             own is trained in place, as in stock Pyro. By default ``"full_rank"``, and ``"mean_field"``
-            for more than 1,000 dimensions.
+            for more than 1,000 dimensions. ``"auto"`` begins with these and goes on to flows and
+            mixtures only while the verdict asks for it; ``posterior.ladder`` says what was tried.
         objective: ``"elbo"`` (the default), ``"iwae"``, ``"renyi"``, or an instance such as
             ``vi.objectives.Renyi(alpha=0.5, particles=16)``.
         method: ``"lbfgs"`` (Gaussian guides, ELBO), ``"stochastic"``, or ``"auto"``.
@@ -72,7 +83,7 @@ def fit(
         tol: Nats that the bound may fall short by. By default 0.01, and for stochastic steps 0.001 a
             dimension if that is more; where parameters are learned or latents lie in a data plate,
             0.1 % of the bound if that is more.
-        budget: Seconds after which to stop with what there is.
+        budget: Seconds after which to stop with what there is; two minutes for ``guide="auto"``.
         steps: The most stochastic steps; asks for them where L-BFGS could be taken.
         init: ``"auto"``: near the mode, and flows and multi-sample fits from the best Gaussian;
             ``"origin"``: the origin of unconstrained space; or a dict of site values.
@@ -102,6 +113,10 @@ def fit(
         OptionError: If a name or an option is wrong, or a combination cannot work.
     """
     started = time.monotonic()
+    automatic = isinstance(guide, str) and guide == guides.AUTO
+    if automatic:
+        budget = ladder.BUDGET if budget is None else budget
+        ladder.require_none(resume=resume, checkpoint=checkpoint)
     earlier = None
     saved = None if checkpoint is None else checkpoints.read(checkpoint)
     if resume is not None:
@@ -135,10 +150,17 @@ def fit(
         device,
     )
     _require_dtype(dtype)
+    if automatic:
+        ladder.require_possible(request)
+        density = Density(request.model, dtype=dtype or torch.float64, device=request.device)
+        posterior = ladder.climb(request, density, _fit_one)
+        seconds = time.monotonic() - started
+        posterior.record = dataclasses.replace(posterior.record, seconds=seconds)
+        return posterior
     streaming.require_streamable(request, guide)
     request = streaming.with_batch_size(request)
     if earlier is None:
-        guide, trainee, density = _trainee(request, guide, dtype)
+        request, guide, trainee, density = _trainee(request, guide, dtype)
         state = None
     else:
         trainee, density = resuming.trained_again(earlier, model, dtype, request.device)
@@ -150,8 +172,36 @@ def fit(
         kept = checkpoints.Checkpoint(Path(checkpoint), told, saved)
     with one_thread(density is not None and is_small(density)):
         trained = training.train(request, name, trainee, density, state, kept)
+    before = 0.0 if kept is None else kept.seconds
+    record = _record(request, trainee, trained, time.monotonic() - started + before)
+    if earlier is not None:
+        record = resuming.told_as_one(earlier.record, record)
+    spec = guide if isinstance(guide, GuideSpec) else None
+    return Posterior(model, trained.approximation, record, density, spec)
+
+
+def _fit_one(request: Request, spec: GuideSpec, density: Density) -> Posterior:
+    """One rung of ``guide="auto"``."""
+    started = time.monotonic()
+    if density.params:
+        # They are trained in place, and the rungs before keep theirs.
+        density = Density(request.model, dtype=density.dtype, device=density.device)
+    with one_thread(is_small(density)):
+        request, spec = starting.settled(request, spec, density)
+        with RandomStream(request.seed):
+            guide = spec.build(density)
+        trained = training.train(request, spec.name, guide, density, None)
+    record = _record(request, guide, trained, time.monotonic() - started)
+    return Posterior(request.model, trained.approximation, record, density, spec)
+
+
+def _record(
+    request: Request, trainee: Guide | PyroGuide, trained: training.Trained, seconds: float
+) -> Record:
+    """How it was fitted."""
     outcome = trained.outcome
-    record = Record(
+    stepped = outcome.method == stochastic.NAME
+    return Record(
         objective=request.objective,
         method=outcome.method,
         engine=trained.engine,
@@ -159,20 +209,14 @@ def fit(
         status=outcome.status,
         losses=np.asarray(outcome.losses),
         evaluations=outcome.evaluations,
-        seconds=time.monotonic() - started + (0.0 if kept is None else kept.seconds),
+        seconds=seconds,
         seed=request.seed,
         bound=trained.bound,
         skipped=outcome.skipped,
-        estimator=training.estimator_of(request, trainee)
-        if outcome.method == stochastic.NAME
-        else None,
+        estimator=training.estimator_of(request, trainee) if stepped else None,
         batch_size=request.batch_size,
         history={name: np.asarray(column) for name, column in outcome.history.items()},
     )
-    if earlier is not None:
-        record = resuming.told_as_one(earlier.record, record)
-    spec = guide if isinstance(guide, GuideSpec) else None
-    return Posterior(model, trained.approximation, record, density, spec)
 
 
 def _require_dtype(dtype: object) -> None:
@@ -182,8 +226,11 @@ def _require_dtype(dtype: object) -> None:
 
 def _trainee(
     request: Request, guide: object, dtype: torch.dtype | None
-) -> tuple[GuideSpec | Guide | PyroGuide, Guide | PyroGuide, Density | None]:
-    """What ``guide=`` stands for, the guide itself, untrained, and the model's Density if it has one."""
+) -> tuple[Request, GuideSpec | Guide | PyroGuide, Guide | PyroGuide, Density | None]:
+    """What ``guide=`` stands for, the guide itself, untrained, and the model's Density if it has one.
+
+    The request comes back with what was found out on the way.
+    """
     if isinstance(guide, Guide):
         if request.device not in (None, guide.density.device):
             raise OptionError(
@@ -191,17 +238,19 @@ def _trainee(
                 f"{str(guide.density.device)!r}: build it there, vi.guides.make(..., device=...), or "
                 "give its name"
             )
-        return guide, guide, guide.density
+        return request, guide, guide, guide.density
     if guide is not None and not isinstance(guide, str | GuideSpec) and callable(guide):
-        return guide, guide, _density_or_none(request)
+        return request, guide, guide, _density_or_none(request)
     spec = guides.specify("full_rank" if guide is None else guide)  # type: ignore[arg-type]
     if dtype is None:
         dtype = default_dtype() if spec.name == "amortized" else torch.float64
     density = Density(request.model, dtype=dtype, device=request.device)
     if guide is None and density.dim > fixed_draws.MAX_DIM:
         spec = guides.specify("mean_field")
+    with one_thread(is_small(density)):
+        request, spec = starting.settled(request, spec, density)
     with RandomStream(request.seed):
-        return spec, minibatches.guide_for(spec, density, request.batch_size), density
+        return request, spec, minibatches.guide_for(spec, density, request.batch_size), density
 
 
 def _density_or_none(request: Request) -> Density | None:

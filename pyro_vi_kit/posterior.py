@@ -30,7 +30,7 @@ from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.methods.result import HISTORY
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.psis import psis, resample
-from pyro_vi_kit.record import Record
+from pyro_vi_kit.record import Record, ladder_frame
 from pyro_vi_kit.runtime import fresh_seed, one_thread
 from pyro_vi_kit.summary import summarise
 from pyro_vi_kit.types import Status
@@ -128,6 +128,15 @@ class Posterior:
     def engine(self) -> str:
         """How steps were executed: ``eager`` or ``pyro``."""
         return self.record.engine
+
+    @property
+    def ladder(self) -> pd.DataFrame:
+        """A row for each guide that ``guide="auto"`` tried; none where the guide was named.
+
+        Columns: ``rung``, from 1; ``guide``; ``elbo`` (nats); ``khat``; ``verdict``; ``seconds``, the
+        verdict's included; ``chosen``; ``ended``, how its fit ended, or why it was left out.
+        """
+        return ladder_frame(self.record.ladder)
 
     @property
     def parameters(self) -> dict[str, np.ndarray]:
@@ -251,6 +260,8 @@ class Posterior:
             f"{self.record.objective.name}: {self.evaluations:,} gradient evaluations in "
             f"{self.seconds:.2f} s"
         )
+        if self.record.ladder:
+            lines.append(f"  climbed  {' -> '.join(map(str, self.record.ladder))}")
         return "\n".join(lines)
 
     # -- draws --------------------------------------------------------------------------------

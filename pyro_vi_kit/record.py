@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyro_vi_kit.types import Objective, Status
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One guide that ``guide="auto"`` tried, or left out.
+
+    Attributes:
+        guide: Its name, with the options that are not the default ones.
+        elbo: Nats; None where it was left out.
+        khat: Pareto k-hat of the joint importance ratios; None where it was left out.
+        verdict: ``good``, ``resample`` or ``reject``; empty where it was left out.
+        seconds: Wall time, verdict included.
+        ended: How its fit ended (`Status.reason`), or why it was left out.
+        chosen: Whether it is the posterior.
+    """
+
+    guide: str
+    elbo: float | None
+    khat: float | None
+    verdict: str
+    seconds: float
+    ended: str
+    chosen: bool = False
+
+    def __str__(self) -> str:
+        """It in a few words, a star where it was chosen."""
+        if not self.verdict:
+            return f"{self.guide} ({self.ended})"
+        star = "*" if self.chosen else ""
+        return f"{self.guide}{star} ({self.verdict}, k-hat {self.khat:.2f}, {self.seconds:.1f} s)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +63,7 @@ class Record:
         batch_size: Rows of the data plate in each step; all when None.
         history: What is told of each epoch, columns of equal length; empty where there were none.
         refined: Whether it is of the numbers of each row alone, which an encoder had given before.
+        ladder: What ``guide="auto"`` tried, in order; empty where the guide was named.
         note: Why steps were not captured, where they should have been; empty otherwise.
     """
 
@@ -47,9 +82,11 @@ class Record:
     note: str = ""
     history: Mapping[str, np.ndarray] = field(default_factory=dict)
     refined: bool = False
+    ladder: tuple[Rung, ...] = ()
 
     def attrs(self) -> dict[str, str | int | float]:
         """What an exported file says of it."""
+        climbed = {"ladder": " -> ".join(map(str, self.ladder))} if self.ladder else {}
         return {
             "objective": self.objective.name,
             "method": self.method,
@@ -60,4 +97,15 @@ class Record:
             "advice": self.status.advice,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
-        }
+        } | climbed
+
+
+def ladder_frame(rungs: Sequence[Rung]) -> pd.DataFrame:
+    """What was tried as a table; see `Posterior.ladder`."""
+    import pandas as pd
+
+    columns = ["guide", "elbo", "khat", "verdict", "seconds", "chosen", "ended"]
+    rows = [[getattr(rung, column) for column in columns] for rung in rungs]
+    frame = pd.DataFrame(rows, columns=columns).astype({"elbo": float, "khat": float})
+    frame.insert(0, "rung", range(1, len(rungs) + 1))
+    return frame

@@ -15,8 +15,10 @@ from pyro_vi_kit.device import Device, device_of
 from pyro_vi_kit.engines import NAMES as ENGINES
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.methods import NAMES as METHODS
 from pyro_vi_kit.methods.epochs import Epochs
+from pyro_vi_kit.methods.starts import Found
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import fresh_seed
 from pyro_vi_kit.types import Objective
@@ -37,6 +39,8 @@ class Request:
         epochs: How to train by epochs; None where steps stop by themselves.
         device: Where everything is; where the model's data are when None.
         deadline: `time.monotonic` second at which to stop.
+        found: What searches for modes came to, where they are done already.
+        below: A simpler guide of the same latents, trained, to start from.
     """
 
     model: Model
@@ -57,6 +61,8 @@ class Request:
     resumed: bool
     epochs: Epochs | None = None
     device: torch.device | None = None
+    found: Found | None = None
+    below: Guide | None = None
 
 
 def checked(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,11 +14,15 @@ from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.engines import Batches, BatchSource, StreamedBatches
 from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.guides.families import GaussianFamily
-from pyro_vi_kit.methods import fixed_draws
+from pyro_vi_kit.guides import Guide, GuideSpec
+from pyro_vi_kit.guides.coupling import CouplingFlow
+from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal, GaussianFamily
+from pyro_vi_kit.guides.gaussian_mixture import GaussianMixture, Mixture
+from pyro_vi_kit.guides.low_rank import LowRankNormal
+from pyro_vi_kit.methods import fixed_draws, mixtures
 from pyro_vi_kit.methods.peaks import Peak
 from pyro_vi_kit.methods.shapes import Gaussian
+from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import Request
 
 
@@ -89,6 +94,48 @@ def gaussian_of(guide: Guide) -> Gaussian:
         return Gaussian(found.mean, found.stddev.diag() if scale_tril is None else scale_tril)
 
 
+def _taken_over(family: GaussianFamily, below: Guide) -> bool:
+    """Become what a simpler guide is, where that can be said."""
+    known = below.families[below.blocks[0].name]
+    if isinstance(family, CouplingFlow) and isinstance(known, CouplingFlow):
+        family.extend(known)
+    elif isinstance(family, LowRankNormal) and isinstance(known, DiagonalNormal):
+        with torch.no_grad():
+            now = known().base_dist
+            # Not zero, which is a saddle: the columns have to part.
+            columns = 0.1 * torch.randn_like(family.factor) / family.factor.shape[1] ** 0.5
+            family.become(now.loc, now.scale, now.scale[:, None] * columns)
+    elif isinstance(known, DenseNormal):
+        family.start_from(*(part.detach() for part in known.moments()))
+    else:
+        return False
+    return True
+
+
+def components_of(guide: Guide) -> mixtures.Components:
+    """The components that a mixture has now."""
+    return mixtures.components_of(guide.families[guide.blocks[0].name])  # type: ignore[arg-type]
+
+
+def settled(request: Request, spec: GuideSpec, density: Density) -> tuple[Request, GuideSpec]:
+    """A mixture of as many components as there are modes, where their number was left open.
+
+    Returns:
+        The request, with the modes that were found, and the guide.
+    """
+    if not isinstance(spec, Mixture) or spec.components is not None:
+        return request, spec
+    if density.params or request.batch_size is not None or density.streamed is not None:
+        return request, spec
+    spec.require_room(density.dim)
+    found = request.found
+    if found is None:
+        point = starting_point(request, density)
+        found = mixtures.find(density, request.seed, request.deadline, point)
+    count = mixtures.number_of_components(found)
+    return dataclasses.replace(request, found=found), dataclasses.replace(spec, components=count)
+
+
 def _initialise(
     request: Request, guide: Guide, density: Density, batches: BatchSource | None
 ) -> Start:
@@ -106,10 +153,24 @@ def _initialise(
         if start is not None and isinstance(request.init, Mapping):
             raise OptionError("init={site: value} needs a guide with one block for all latents")
         return Start(False)
+    if request.below is not None and _taken_over(family, request.below):
+        return Start(True, () if request.found is None else request.found.peaks)
     if request.init == "origin" or density.params or density.dim > fixed_draws.MAX_DIM:
         if start is not None:
             family.centre_on(start)
         return Start(False)
+    if isinstance(family, GaussianMixture) and batches is None:
+        found = request.found or mixtures.find(density, request.seed, request.deadline, start)
+        mixtures.fit(
+            guide,
+            seed=request.seed,
+            tolerance=0.1,
+            deadline=request.deadline,
+            progress=Progress("start", enabled=False),
+            start=start,
+            found=found,
+        )
+        return Start(True, found.peaks)
     if isinstance(batches, StreamedBatches):
         gaussian, peaks = streaming.start(request, batches, density, start), ()
     else:

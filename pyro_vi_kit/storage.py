@@ -24,7 +24,7 @@ from pyro_vi_kit.device import Device, checked, device_of
 from pyro_vi_kit.errors import FileError, ModelError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.record import Record
+from pyro_vi_kit.record import Record, Rung
 from pyro_vi_kit.runtime import RandomStream, default_device, private_params
 from pyro_vi_kit.types import Status
 
@@ -75,6 +75,7 @@ def guide_group(
                 "refined",
             )
         },
+        "ladder": [dataclasses.asdict(rung) for rung in record.ladder],
     }
     if isinstance(approximation, GuideApproximation):
         header["guide"] = approximation.name
@@ -232,6 +233,7 @@ def _record(
         status=Status(**header["status"]),
         losses=np.asarray(losses),
         history=history,
+        ladder=tuple(Rung(**rung) for rung in header.get("ladder", ())),
         **header["record"],
     )
 

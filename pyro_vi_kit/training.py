@@ -24,7 +24,7 @@ from pyro_vi_kit.engines import (
 )
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.methods import fixed_draws
+from pyro_vi_kit.methods import fixed_draws, mixtures
 from pyro_vi_kit.methods.peaks import with_peaks
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
@@ -76,16 +76,7 @@ def train(
     if _use_fixed_draws(request, trainee):
         _refuse_fixed_draws(checkpoint)
         with Progress(f"{name} (L-BFGS)", enabled=request.progress) as progress:
-            outcome = fixed_draws.fit(
-                trainee,
-                seed=request.seed,
-                tolerance=request.tolerance,
-                deadline=request.deadline,
-                progress=progress,
-                start=starting.gaussian_of(trainee)
-                if request.resumed
-                else starting.starting_point(request, density),
-            )
+            outcome = _fit_on_fixed_draws(request, trainee, density, progress)
         return Trained(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
@@ -104,6 +95,25 @@ def train(
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     bound = bound if request.objective.multi_sample else None
     return Trained(approximation, outcome, engine.name, bound, note)
+
+
+def _fit_on_fixed_draws(
+    request: Request, guide: Guide, density: Density, progress: Progress
+) -> Outcome:
+    """L-BFGS for one Gaussian, or for a mixture of them."""
+    given: dict[str, Any] = {
+        "seed": request.seed,
+        "tolerance": request.tolerance,
+        "deadline": request.deadline,
+        "progress": progress,
+    }
+    point = starting.starting_point(request, density)
+    if mixtures.applies_to(guide):
+        start = starting.components_of(guide) if request.resumed else point
+        below = None if request.below is None else starting.gaussian_of(request.below)
+        return mixtures.fit(guide, start=start, found=request.found, below=below, **given)
+    start = starting.gaussian_of(guide) if request.resumed else point
+    return fixed_draws.fit(guide, start=start, **given)
 
 
 def _engine(
@@ -236,16 +246,16 @@ def _require_compatible(request: Request, guide: Guide) -> None:
         )
     if request.method == "lbfgs" and not _fixed_draws_possible(request, guide):
         raise OptionError(
-            "method='lbfgs' needs guide 'delta', 'mean_field', 'low_rank' or 'full_rank', a model "
-            f"without learned parameters and of at most {fixed_draws.MAX_DIM:,} dimensions, objective "
-            "'elbo', and none of engine='pyro', optimizer=, estimator=, steps= and batch_size=; use "
-            "method='stochastic'"
+            "method='lbfgs' needs guide 'delta', 'mean_field', 'low_rank', 'full_rank' or 'mixture', a "
+            f"model without learned parameters and of at most {fixed_draws.MAX_DIM:,} dimensions, "
+            "objective 'elbo', and none of engine='pyro', optimizer=, estimator=, steps= and "
+            "batch_size=; use method='stochastic'"
         )
 
 
 def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
     return (
-        fixed_draws.applies_to(guide)
+        (fixed_draws.applies_to(guide) or mixtures.applies_to(guide))
         and not request.objective.multi_sample
         and request.engine != "pyro"
         and request.optimizer is None

@@ -102,6 +102,7 @@ def plate(density):
         ("mean_field", {}),
         ("full_rank", {"init": {"shift": 0.5}}),
         ("delta", {}),
+        ("mixture", {}),
         ("affine_coupling", {"steps": 3, "engine": "eager"}),
         ("full_rank", {"steps": 3, "engine": "pyro"}),
         ("mean_field", {"steps": 3, "engine": "eager", "batch_size": 3}),

@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     "accuracy",
     "amortization",
+    "auto",
     "calibration",
     "engines_table",
     "growth",

@@ -43,7 +43,7 @@ LAYERS = (
     ("posterior", "request", "minibatches"),
     ("streaming",),
     ("pacing", "starting"),
-    ("resuming", "training", "identity"),
+    ("resuming", "training", "identity", "ladder"),
     ("fitting", "sampling"),
     ("comparison", "calibration"),
     ("plots",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def against(posterior: Posterior, reference: Reference, draws: int) -> dict[str,
     facts = reference.facts
     values, weighed = posterior.approximation.draw_and_weigh(draws, _SEED)
     log_w = weighed.log_p - weighed.log_q
-    q = np.stack([_entry(values, name) for name in facts["parameters"]], -1)
+    q = entries(values, facts["parameters"])
     mean, sd = np.array(facts["mean"]), np.array(facts["sd"])
     elbo = float(log_w.mean())
     return {
@@ -72,6 +72,11 @@ def log_joint_error(module: Any, reference: Reference) -> float:
         start += shape.numel()
     log_joint = density.log_prob(density.block.pack(parts))
     return abs(float(log_joint) - facts["log_joint_at_reference_mean_unconstrained"])
+
+
+def entries(values: Mapping[str, Tensor], parameters: Sequence[str]) -> np.ndarray:
+    """The draws of these parameters, as the reference names them, `[S, P]`."""
+    return np.stack([_entry(values, name) for name in parameters], -1)
 
 
 def _entry(values: Mapping[str, Tensor], parameter: str) -> np.ndarray:

@@ -73,7 +73,8 @@ def enumerate_cells(
         if not given:
             raise OptionError(f"no {kind} is given: name one or more")
     for guide in guide_names:
-        guides.specify(guide)
+        if guide != guides.AUTO:
+            guides.specify(guide)
     for objective in objective_names:
         objectives.make(objective)
     paths = model_files(models)
@@ -99,6 +100,10 @@ def obstacle(density: Density, guide: str, objective: str) -> str | None:
         guide: The guide's name.
         objective: The objective's name.
     """
+    if guide == guides.AUTO:
+        return (
+            None if objective == "elbo" else f"guide 'auto' climbs by the ELBO, not by {objective}"
+        )
     try:
         built = guides.make(guide, density)
     except OptionError as error:

@@ -17,7 +17,7 @@ def guides_command(as_json: bool) -> None:
     """List the guides, one line each."""
     from pyro_vi_kit import guides
 
-    _print(guides.describe(), as_json)
+    _print(guides.choices(), as_json)
 
 
 @click.command("objectives")

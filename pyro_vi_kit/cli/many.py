@@ -61,7 +61,7 @@ def compare_command(
     from pyro_vi_kit.modelfile import load_model_file
     from pyro_vi_kit.sampling import nuts
 
-    names = split_names("guide", guide_text, guides.names())
+    names = split_names("guide", guide_text, list(guides.choices()))
     goal = make_objective(objective, particles, alpha)
     folder = None if out is None else folder_for_results(out)
     model = load_model_file(model_file)
@@ -113,7 +113,7 @@ def bench_command(
     from pyro_vi_kit import guides, objectives
     from pyro_vi_kit.bench import Nuts, format_results, run
 
-    names = split_names("guide", guide_text, guides.names())
+    names = split_names("guide", guide_text, list(guides.choices()))
     goals = split_names("objective", goal_text, objectives.names())
     try:
         frame = run(

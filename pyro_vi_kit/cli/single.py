@@ -49,7 +49,7 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 
 @click.command("fit", short_help="Fit a guide, with a verdict.")
 @model_argument
-@click.option("--guide", show_default="full_rank", help="See vi-kit guides.")
+@click.option("--guide", show_default="full_rank", help="See vi-kit guides; auto tries several.")
 @click.option("--objective", show_default="elbo", help="See vi-kit objectives.")
 @click.option("--method", default="auto", show_default=True, help="auto, lbfgs or stochastic.")
 @click.option(
@@ -59,7 +59,7 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @click.option(
     "--tol", type=float, show_default="0.01", help="Nats that the bound may fall short by."
 )
-@click.option("--budget", type=float, help="Seconds after which to stop with what there is.")
+@click.option("--budget", type=float, help="Seconds after which to stop; 120 for auto.")
 @click.option("--steps", type=click.IntRange(min=1), help="The most stochastic steps.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Train by passes over the data.")
 @click.option("--checkpoint", type=click.Path(), help="Keep the fit here; go on if it exists.")
@@ -101,14 +101,13 @@ def fit_command(
     **options: Any,
 ) -> None:
     """Fit a guide; print the verdict and a summary. Exit code 3 if the verdict is reject."""
-    from pyro_vi_kit import guides
     from pyro_vi_kit.export import check_writable
     from pyro_vi_kit.fitting import fit
     from pyro_vi_kit.modelfile import load_model_file
 
     fresh = options["resume"] is None
     given = key_values("--guide-option", guide_options)
-    spec = guides.specify(guide or "full_rank", **given) if guide or given else None
+    spec = _guide(guide, given)
     goal = None
     if fresh or objective is not None or particles is not None or alpha is not None:
         goal = make_objective(objective or "elbo", particles, alpha)
@@ -159,6 +158,21 @@ def nuts_command(model_file: str, out: str | None, as_json: bool, **options: Any
         print_table(_draws_summary(tree), "--json prints all of them")
 
 
+def _guide(name: str | None, options: dict[str, Any]) -> Any:
+    """What ``--guide`` and its options stand for; None where neither is given."""
+    from pyro_vi_kit import guides
+    from pyro_vi_kit.errors import OptionError
+
+    if name != guides.AUTO:
+        return guides.specify(name or "full_rank", **options) if name or options else None
+    if options:
+        raise OptionError(
+            f"--guide auto tries several guides and takes no --guide-option {next(iter(options))}: "
+            "name the guide"
+        )
+    return name
+
+
 def _fit_facts(posterior: Posterior, file: str | None) -> dict[str, Any]:
     """A fit as JSON has it."""
     verdict, evidence = posterior.verdict, posterior.log_evidence
@@ -181,6 +195,7 @@ def _fit_facts(posterior: Posterior, file: str | None) -> dict[str, Any]:
         "seed": posterior.record.seed,
         "evaluations": posterior.evaluations,
         "seconds": posterior.seconds,
+        "ladder": records(posterior.ladder),
         "file": file,
         "summary": records(posterior.summary().reset_index(names="parameter")),
     }

@@ -13,6 +13,7 @@ from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
 from pyro_vi_kit.guides.delta import Delta
 from pyro_vi_kit.guides.full_rank import FullRank
+from pyro_vi_kit.guides.gaussian_mixture import Mixture
 from pyro_vi_kit.guides.held import held_at_mean, mean_of_globals
 from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.low_rank import LowRank
@@ -40,10 +41,18 @@ REGISTRY: dict[str, type[GuideSpec]] = {
     "low_rank": LowRank,
     "full_rank": FullRank,
     "affine_coupling": AffineCoupling,
+    "mixture": Mixture,
     "amortized": Amortized,
 }
 
+# Not a guide, but a choice among them that `vi.fit` makes: see `ladder.py`.
+AUTO = "auto"
+_AUTO_LINE = (
+    "Climbs from a Gaussian to flows and mixtures while the verdict asks for it (vi.fit only)."
+)
+
 __all__ = [
+    "AUTO",
     "REGISTRY",
     "AffineCoupling",
     "Amortized",
@@ -56,6 +65,8 @@ __all__ = [
     "LocalMixture",
     "LowRank",
     "MeanField",
+    "Mixture",
+    "choices",
     "describe",
     "held_at_mean",
     "make",
@@ -68,13 +79,18 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """What can be named as ``guide=``."""
+    """What can be named as ``guide=``, and built; `vi.fit` takes ``"auto"`` too."""
     return list(REGISTRY)
 
 
 def describe() -> dict[str, str]:
     """One line for each guide."""
     return {name: first_line(cls) for name, cls in REGISTRY.items()}
+
+
+def choices() -> dict[str, str]:
+    """One line for everything that `vi.fit` takes as a name: the guides, and ``auto``."""
+    return describe() | {AUTO: _AUTO_LINE}
 
 
 def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:

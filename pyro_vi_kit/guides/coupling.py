@@ -139,6 +139,28 @@ class CouplingFlow(GaussianFamily):
         self.affine.centre_on(loc)
 
     @torch.no_grad()
+    def extend(self, smaller: CouplingFlow) -> None:
+        """Become the same distribution as a flow of fewer layers, or of narrower networks.
+
+        New layers come first and do nothing yet: they permute standard normals. New units of a
+        network are not listened to yet.
+
+        Args:
+            smaller: With as many hidden layers, and an even number of layers fewer.
+        """
+        self.affine.load_state_dict(smaller.affine.state_dict())
+        self._to_identity()
+        new = len(self.permutations) - len(smaller.permutations)
+        self.permutations[new:].copy_(smaller.permutations)
+        for own, known in zip(self.weights, smaller.weights, strict=True):
+            layers, above, below = known.shape
+            own[-layers:, :, :below] = 0.0
+            own[-layers:, :above, :below] = known
+        for own, known in zip(self.biases, smaller.biases, strict=True):
+            layers, below = known.shape
+            own[-layers:, :below] = known
+
+    @torch.no_grad()
     def _to_identity(self) -> None:
         """Zero the last layer of each network: shift 0 and log scale 0, whatever goes in."""
         for last in (*self.weights[-1:], *self.biases[-1:]):

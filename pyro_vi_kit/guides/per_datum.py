@@ -24,6 +24,7 @@ _LOCAL = {
     "low_rank": "full_rank",
     "full_rank": "full_rank",
     "affine_coupling": "affine_coupling",
+    "mixture": "mixture",
 }
 _INIT_SCALE = 0.1
 

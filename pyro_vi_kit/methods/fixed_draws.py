@@ -148,6 +148,27 @@ def prefit(
     return Found(best, found.trusted, found.peaks)
 
 
+def best_gaussian(
+    search: Search, found: Found, tolerance: float, *, diagonal: bool = False
+) -> Gaussian:
+    """The Gaussian of the highest ELBO, as part of a fit of something else.
+
+    Args:
+        search: That fit.
+        found: What its searches for modes came to.
+        tolerance: Nats by which its ELBO may fall short.
+        diagonal: Whether latents are to be independent in it.
+    """
+    if search.stopped:
+        return found.best
+    known = len(search.losses)
+    shape = Diagonal(found.best) if diagonal else Dense(found.best)
+    stage = _grow(search, shape, tolerance, polish=False)
+    # They are not the losses of the guide that was asked for.
+    del search.losses[known:]
+    return stage.shape.gaussian(stage.x) if math.isfinite(stage.quality.elbo) else found.best
+
+
 def _frame(search: Search, start: Tensor | Gaussian | None) -> Found:
     if isinstance(start, Gaussian):
         return Found(start, True)
@@ -205,7 +226,7 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
         family.loc.copy_(mode.x)
     search.losses.append(mode.value)
     if search.stopped:
-        status = _stopped_status(search.stopped)
+        status = stopped_status(search.stopped)
     elif mode.converged:
         status = Status(True, "converged", "The mode of the constrained density was found.")
     else:
@@ -314,7 +335,7 @@ def _quality(search: Search, shape: Shape, x: Tensor, noise: Tensor) -> Quality:
 
 def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found) -> Status:
     if search.stopped or stage is None:
-        return _stopped_status(search.stopped)
+        return stopped_status(search.stopped)
     quality, found = stage.quality, stage.found
     if not math.isfinite(quality.elbo):
         return Status(
@@ -361,7 +382,8 @@ def _modes_words(modes: tuple[float, ...]) -> str:
     )
 
 
-def _stopped_status(stopped: str) -> Status:
+def stopped_status(stopped: str) -> Status:
+    """How a fit ended that was cut short by its budget, or by the user."""
     if stopped == "budget":
         return Status(False, "budget", "The budget ran out; the best point so far was kept.")
     return Status(False, "interrupted", "Interrupted; the best point so far was kept.")

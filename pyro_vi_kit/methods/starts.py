@@ -52,13 +52,18 @@ class Found:
         """Laplace's log evidence of each mode, nats, best first."""
         return tuple(peak.log_evidence for peak in self.peaks)
 
+    @property
+    def gaussians(self) -> tuple[Gaussian, ...]:
+        """Laplace's approximation at each of them."""
+        return tuple(peak.gaussian for peak in self.peaks)
 
-def starting_points(search: Search) -> Tensor:
+
+def starting_points(search: Search, count: int = _STARTS) -> Tensor:
     """The origin of unconstrained space and random points of radius 1 and 2 around it, `[M, D]`."""
     generator = torch.Generator().manual_seed(search.seed)
     dim = search.density.dim
-    points = standard_normals(_STARTS - 1, dim, generator)
-    points[_STARTS // 2 :] *= 2.0
+    points = standard_normals(count - 1, dim, generator)
+    points[count // 2 :] *= 2.0
     return search.density.cast(torch.cat([points.new_zeros(1, dim), points]))
 
 
