@@ -76,10 +76,20 @@ def test_a_good_gaussian_ends_it():
     assert script.names == ["full_rank"]
 
 
-def test_a_good_gaussian_at_one_of_two_modes_does_not():
-    script = Scripted([("good", -1.7, 0.3, "converged", 2), ("good", -1.0, 0.3)])
+def test_mixtures_are_next_where_there_are_two_modes():
+    """A guide that leaves one out is rejected: the verdict knows of them."""
+    script = Scripted([("reject", -1.7, 0.3, "converged", 2), ("good", -1.0, 0.3)])
     assert chosen(script.climb()).guide == "mixture"
     assert script.names == ["full_rank", "mixture"]
+
+
+def test_modes_are_looked_for_once_for_all_rungs():
+    script = Scripted([("reject", -1.7, 0.9, "converged", 2), *3 * [("reject", -1.0, 0.9)]])
+    script.climb()
+    found = [request.found for _, request in script.asked]
+    assert found[0] is None
+    assert len({id(each) for each in found[1:]}) == 1
+    assert found[1].peaks
 
 
 def test_it_climbs_to_the_top_while_guides_are_rejected_and_takes_the_highest_bound():
