@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pyro_vi_kit.capture.graph import Graph
+from pyro_vi_kit.capture.in_c import CDensity
 from pyro_vi_kit.capture.program import Program, capture, capture_holding
 from pyro_vi_kit.capture.recorder import CaptureError, record
 
-__all__ = ["CaptureError", "Graph", "Program", "capture", "capture_holding", "record"]
+__all__ = [
+    "CDensity",
+    "CaptureError", "Graph", "Program", "capture", "capture_holding", "record"]

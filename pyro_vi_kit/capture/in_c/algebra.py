@@ -178,7 +178,7 @@ def solve_triangular(call: Call) -> None:
     out = call.out
     lead = out.shape[:-2]
     names, loops = _loops(lead)
-    factor = _Matrix(_stacked(call, call.value("A"), lead), names)
+    factor = _Matrix(_stacked(call, call.value("self"), lead), names)
     right = _Matrix(_stacked(call, call.value("B"), lead), names)
     result, upper = _Matrix(out, names), bool(call["upper"])
     if not call["left"]:

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyro_vi_kit.capture.in_c.library import CFunction
 
 _TEXT = """
 struct state { const void *const *tensors; int64_t evaluations, draws, stopped; };
@@ -61,6 +66,57 @@ class State(ctypes.Structure):
         ("draws", ctypes.c_int64),
         ("stopped", ctypes.c_int64),
     )
+
+
+class CDensity:
+    """A log density and its gradient at one point, in C, with all that it reads.
+
+    Args:
+        function: A graph of the form that `entry` knows.
+        held: Its inputs behind the point, contiguous.
+
+    Raises:
+        AttributeError: If the graph is of another form.
+    """
+
+    def __init__(self, function: CFunction, held: Sequence[Tensor]) -> None:
+        self.function, self._held = function, list(held)
+        self._tensors = function.arguments(self._held)
+        self.state = State(ctypes.addressof(self._tensors), 0, 0, 0)
+        self.state_address = ctypes.addressof(self.state)
+        self.log_density, self.keep_draw = map(function.address, ("log_density", "keep_draw"))
+        prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_uint64, *[ctypes.c_void_p] * 4)
+        self._call = prototype(self.log_density)
+
+    @property
+    def evaluations(self) -> int:
+        """Points evaluated so far, whoever asked."""
+        return self.state.evaluations
+
+    @property
+    def draws(self) -> int:
+        """Draws that a sampler has handed over so far."""
+        return self.state.draws
+
+    def stop(self) -> None:
+        """Answer at once from now on, as a standard normal would."""
+        self.state.stopped = 1
+
+    def at(self, point: np.ndarray) -> tuple[float, np.ndarray]:
+        """Log density in nats and its gradient `[D]` at a float64 point `[D]`; Python's lock is free
+        meanwhile."""
+        point = np.ascontiguousarray(point)
+        gradient, value = np.empty_like(point), ctypes.c_double()
+        status = self._call(
+            point.size,
+            point.ctypes.data,
+            gradient.ctypes.data,
+            ctypes.addressof(value),
+            self.state_address,
+        )
+        if status < 0:
+            raise RuntimeError(f"a density in C returned {status}")
+        return value.value, gradient
 
 
 def entry(inputs: Sequence[Tensor], results: Sequence[Tensor], count: int) -> str:

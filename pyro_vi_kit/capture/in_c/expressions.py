@@ -9,7 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 
 # What a C variable of each dtype is.
-CTYPES = {torch.float64: "double", torch.int64: "int64_t", torch.bool: "uint8_t"}
+CTYPES = {
+    torch.float64: "double",
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.bool: "uint8_t",
+}
 
 
 class RefusedError(Exception):

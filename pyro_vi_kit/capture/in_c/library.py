@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pyro_vi_kit.capture import cache
 from pyro_vi_kit.capture.graph import Graph
-from pyro_vi_kit.capture.in_c.source import RefusedError, Source, source_of
+from pyro_vi_kit.capture.in_c.expressions import RefusedError
+from pyro_vi_kit.capture.in_c.source import Source, source_of
 
 # Without -ffast-math: NaN and infinities mean something here.
 FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w")
@@ -64,7 +65,7 @@ class CFunction:
         try:
             self._library = ctypes.CDLL(str(self.path))
         except OSError as error:
-            cache.discard(self.path)
+            self.discard()
             raise RefusedError(f"the compiled library does not load: {error}") from error
         self._replay = self._library.replay
         self._replay.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
@@ -87,6 +88,10 @@ class CFunction:
         if self._replay(tensors, places):
             raise RuntimeError("no memory for a replay in C")
         return results
+
+    def discard(self) -> None:
+        """Take the library off the disk, where it is of no use."""
+        cache.discard(self.path)
 
     def address(self, name: str) -> int:
         """Where a function of the library lies.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pyro_vi_kit.capture.graph import Ref
 from pyro_vi_kit.capture.in_c.expressions import Expr, Nest, RefusedError, Value, element, number
-from pyro_vi_kit.capture.in_c.writer import Call
+from pyro_vi_kit.capture.in_c.writer import Call, numel
 
 
 def _part(value: Value, dim: int, start: int, size: int, step: int = 1) -> Value:
@@ -232,12 +232,25 @@ def index_put(call: Call) -> None:
     """`x[indices] = values`, or `+= values`; elements that come twice are set in their order."""
     out = call.out
     call.writer.store(out, call.expression("self"))
+    if len(call["indices"]) == 1 and call.writer.value(call["indices"][0].name).ctype == "uint8_t":
+        return _masked_put(call)
     shape, _, place = _addressed(call, out, _broadcast(call))
     values = call.expression("values", shape)
     nest = Nest(shape, list(values.leaves()), whole=True)
     sign = "+=" if call["accumulate"] else "="
     load = values.cast(out.ctype).code(nest.place)
-    call.writer.add(nest.lines([f"{place(nest.indices)} {sign} {load};"]))
+    return call.writer.add(nest.lines([f"{place(nest.indices)} {sign} {load};"]))
+
+
+def _masked_put(call: Call) -> None:
+    """`x[mask] = number`."""
+    out, mask = call.out, call.writer.value(call["indices"][0].name)
+    if numel(call.shape("values")) != 1 or mask.shape != out.shape:
+        raise RefusedError("several numbers are put where a mask says")
+    leaves = (Expr(mask.ctype, value=mask), call.expression("values", out.shape).cast(out.ctype))
+    other = "{2} + {1}" if call["accumulate"] else "{1}"
+    own = Expr(out.ctype, value=out)
+    call.writer.store(out, Expr(out.ctype, f"({{0}} ? {other} : {{2}})", (*leaves, own)))
 
 
 def gather(call: Call) -> None:
