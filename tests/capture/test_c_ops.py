@@ -87,7 +87,7 @@ class Cases:
             patch.delenv("PYRO_VI_KIT_COMPILE", raising=False)
             patch.setenv("PYRO_VI_KIT_CACHE", str(folder))
             # Hundreds of loops, of a few rounds each: to optimise them would take half a minute.
-            patch.setattr(library, "FLAGS", ("-O0", *library.FLAGS[1:]))
+            patch.setattr(library, "_PLAIN", "-O0")
             function = CFunction(graph, list(self.tensors.values()))
         found = function(*self.tensors.values())
         return {name: values[name] for name in outputs}, dict(zip(outputs, found, strict=True))

@@ -26,8 +26,11 @@ from pyro_vi_kit.capture.in_c.expressions import RefusedError
 from pyro_vi_kit.capture.in_c.source import Source, source_of
 
 # Without -ffast-math: NaN and infinities mean something here.
-FLAGS = ("-O2", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w")
+FLAGS = ("-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w")
 _SECONDS = 60.0
+# Loops of vectors take up to half the time; to find them takes long in a graph of many loops.
+_VECTORS, _PLAIN = "-O3", "-O2"
+_MAX_VECTORS = 200
 
 
 def compiler() -> str | None:
@@ -61,7 +64,8 @@ class CFunction:
         self._source: Source = source_of(graph, inputs)
         self._constants = list(graph.constants.values())
         self._behind = [_start(constant) for constant in self._constants]
-        self.path = library(self._source.text, found)
+        level = _VECTORS if len(graph.nodes) <= _MAX_VECTORS else _PLAIN
+        self.path = library(self._source.text, found, level)
         try:
             self._library = ctypes.CDLL(str(self.path))
         except OSError as error:
@@ -111,13 +115,13 @@ class CFunction:
         return (ctypes.c_void_p * self._count)(None, *behind, *self._behind)
 
 
-def library(text: str, with_compiler: str) -> Path:
-    """The shared library of a source, made unless it is there.
+def library(text: str, with_compiler: str, level: str) -> Path:
+    """The shared library of a source, optimised to a level, made unless it is there.
 
     Raises:
         RefusedError: If the compiler fails, with what it said.
     """
-    path = cache.folder() / f"{_key(text, with_compiler)}.so"
+    path = cache.folder() / f"{_key(text, with_compiler, level)}.so"
     if path.exists():
         with contextlib.suppress(OSError):
             os.utime(path)  # the libraries that go first are those not used for longest
@@ -126,7 +130,7 @@ def library(text: str, with_compiler: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(prefix="pyro_vi_kit_") as scratch:
             made = Path(scratch) / "made.so"
-            command = [with_compiler, *FLAGS, "-x", "c", "-", "-o", str(made), "-lm"]
+            command = [with_compiler, level, *FLAGS, "-x", "c", "-", "-o", str(made), "-lm"]
             done = subprocess.run(
                 command, input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
             )
@@ -145,9 +149,10 @@ def _start(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _key(text: str, with_compiler: str) -> str:
+def _key(text: str, with_compiler: str, level: str) -> str:
     """Other sources, compilers and processors have other libraries."""
     real = Path(with_compiler).resolve()
     stamp = real.stat()
-    parts = (text, str(real), str(stamp.st_mtime_ns), str(stamp.st_size), *FLAGS, cache.processor())
+    made_by = (str(real), str(stamp.st_mtime_ns), str(stamp.st_size), level, *FLAGS)
+    parts = (text, *made_by, cache.processor())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

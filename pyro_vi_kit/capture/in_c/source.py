@@ -22,7 +22,7 @@ from pyro_vi_kit.capture.in_c.prelude import PRELUDE
 from pyro_vi_kit.capture.in_c.writer import Call, Writer, numel, total
 
 # Compilers take longer than in proportion.
-MAX_NODES = 1500
+MAX_NODES = 3000
 # Elements of all results: beyond, time goes into arithmetic that torch does with wider instructions.
 MAX_ELEMENTS = 2**17
 _STACK = 2**17
