@@ -138,10 +138,10 @@ class Gradients:
         # C reads memory without gaps.
         held = [tensor.contiguous() for tensor in shape.rest]
         points = [z, *_around(z)]
-        if not shape.program.to_c([(z, *held) for z in points]):
+        function = shape.program.to_c([(z, *held) for z in points])
+        if function is None:
             return False
-        assert shape.program.function is not None
-        self.in_c, shape.rest = CDensity(shape.program.function, held), held
+        self.in_c, shape.rest = CDensity(function, held), held
         return True
 
     @property
@@ -153,7 +153,7 @@ class Gradients:
         return "compiled" if any(p.how in ("native", "c") for p in programs) else "captured"
 
     def how(self, points: int) -> str:
-        """How K points are evaluated: ``c``, ``native``, ``script``, ``python``, or ``eager``, with reasons."""
+        """How K points are evaluated, as `Program.how` has it, or ``eager``; with reasons."""
         shape = self._shapes.get(points, _Shape())
         if shape.program is None:
             return f"eager: {shape.note}" if shape.note else "eager"

@@ -7,6 +7,4 @@ from pyro_vi_kit.capture.in_c import CDensity
 from pyro_vi_kit.capture.program import Program, capture, capture_holding
 from pyro_vi_kit.capture.recorder import CaptureError, record
 
-__all__ = [
-    "CDensity",
-    "CaptureError", "Graph", "Program", "capture", "capture_holding", "record"]
+__all__ = ["CDensity", "CaptureError", "Graph", "Program", "capture", "capture_holding", "record"]

@@ -1,7 +1,7 @@
 """Where compiled libraries are kept, and which of them go.
 
-`PYRO_VI_KIT_COMPILE=off` in the environment turns compilation off; `PYRO_VI_KIT_CACHE` says where libraries
-are kept (``~/.cache/pyro_vi_kit`` by default).
+`PYRO_VI_KIT_COMPILE=off` in the environment turns compilation off; `PYRO_VI_KIT_CACHE` says where
+libraries are kept (``~/.cache/pyro_vi_kit`` by default).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _BETWEEN_LOOKS = 0.2
 # Seconds of replay to come for which a compiler is started at once, where it is known how many.
 _WORTHWHILE = 8.0
 _SAMPLE = 5
-# Seconds that an operation takes in TorchScript, and that the C compiler takes, for each and at the least.
+# Seconds that an operation takes in TorchScript; that the C compiler takes for it, and at the least.
 _SCRIPT_SECONDS = 1e-6
 _C_SECONDS, _C_LEAST = 2e-3, 0.15
 
@@ -54,7 +54,6 @@ class Program:
         graph: The recording.
         how: ``c``, ``native``, ``cuda``, ``script`` or ``python``: what replays it now.
         note: Why it is not compiled, where it cannot be.
-        function: It in C, where ``how`` is that.
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Tensor], *, compiles: bool = True) -> None:
@@ -65,7 +64,7 @@ class Program:
         self.how = "python"
         self._library: Library | None = None
         self._compiles = compiles
-        self.function: CFunction | None = None
+        self._function: CFunction | None = None
         where = _elsewhere(inputs)
         if where is not None:
             compiles, self.note = False, self._launch_at_once(where, inputs)
@@ -127,12 +126,14 @@ class Program:
         return not self._library.problem
 
     def worth_c(self, calls: int) -> bool:
-        """Whether so many calls take longer than it takes to compile C, and to find out whether that can
-        be done. A count of operations, and no clock: who samples twice does so by the same means."""
+        """Whether so many calls take longer than it takes to compile C.
+
+        A count of operations says so, and no clock: who samples twice does so by the same means.
+        """
         size = len(self.graph.nodes)
         return calls * size * _SCRIPT_SECONDS > 2 * (_C_LEAST + size * _C_SECONDS)
 
-    def to_c(self, checks: Sequence[Sequence[Tensor]]) -> bool:
+    def to_c(self, checks: Sequence[Sequence[Tensor]]) -> CFunction | None:
         """Have it written in C and compiled, wait for that, and replay it so from now on.
 
         Args:
@@ -140,10 +141,10 @@ class Program:
                 example of all inputs to come.
 
         Returns:
-            Whether it is in C; where it is not, ``note`` says why, and it is replayed as before.
+            It in C; None where it is replayed as before, and then ``note`` says why.
         """
-        if self.function is not None or not self._compiles:
-            return self.function is not None
+        if self._function is not None or not self._compiles:
+            return self._function
         points = [[*inputs, *self.graph.draw_noise()] for inputs in checks]
         try:
             function = CFunction(self.graph, points[0])
@@ -155,10 +156,10 @@ class Program:
         except (RefusedError, RuntimeError) as error:
             reasons = [self.note, f"not in C: {first_line(error)}"]
             self.note = "; ".join(reason for reason in reasons if reason)
-            return False
-        self._run, self.how, self.function = function, "c", function
+            return None
+        self._run, self.how, self._function = function, "c", function
         self._library, self.note = None, ""
-        return True
+        return function
 
     def compile(self, inputs: Sequence[Tensor], seconds: float = 600.0) -> bool:
         """Have it compiled now and wait for that; whether it is.

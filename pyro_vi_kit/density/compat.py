@@ -160,9 +160,7 @@ class VectorisedCauchy(TorchFunctionMode):
     Half-Cauchy priors are common, and a point-by-point draw of hundreds takes longer than NUTS.
     """
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = _cauchy if func is Tensor.cauchy_ else func
         return found(*args, **(kwargs or {}))
 

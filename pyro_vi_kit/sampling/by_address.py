@@ -1,7 +1,7 @@
 """nutpie on a density in C: chains run without Python's lock, and call an address.
 
-nutpie has this for PyMC's compiled models alone, in classes that it does not document. Where they are not
-as they were when this was written, nutpie gets the density through Python, as any version takes it.
+nutpie has this for PyMC's compiled models alone, in classes that it does not document. Where they are
+not as they were when this was written, nutpie gets the density through Python, as any version takes it.
 """
 
 from __future__ import annotations

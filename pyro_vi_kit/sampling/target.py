@@ -137,8 +137,9 @@ class Target:
             ) from self.error
 
     def threads(self, draws: int, processors: int) -> int:
-        """How many chains had better run at once; captures gradients, at a point most densities like,
-        and has them compiled where that pays.
+        """How many chains had better run at once.
+
+        Captures gradients, at a point most densities like, and has them compiled where that pays.
 
         Args:
             draws: How many are to be made, each of which takes several gradients.

@@ -1,6 +1,6 @@
 """NUTS by nutpie: the chains are written in Rust and call back for the log density.
 
-They call C where the density is compiled and nutpie takes an address (`by_address`), and Python otherwise.
+They call C where the density is compiled and nutpie takes an address (`by_address`), else Python.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def sample(target: Target, plan: Plan, progress: Progress) -> Draws:
         target.stop()
         sampler.cancel()
         raise
-    return Draws(groups["posterior"][by_address.VARIABLE].to_numpy(), _stats(groups["sample_stats"]))
+    return Draws(
+        groups["posterior"][by_address.VARIABLE].to_numpy(), _stats(groups["sample_stats"])
+    )
 
 
 def _starts(target: Target) -> Callable[[int], np.ndarray]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -104,39 +105,37 @@ OPTIONS = {
 }  # fmt: skip
 
 
+def argument(given: Any, tensors: Iterator[str], name: str) -> Any:
+    """A value for what an operation's schema asks for."""
+    kind, truths = str(given.type), name.startswith("bitwise")
+    if given.name in ("condition", "mask"):
+        return Ref("mask")
+    if kind == "Tensor":
+        return Ref("one" if given.name == "value" else next(tensors))
+    if kind == "List[int]":
+        return [5, 12]
+    if given.name == "reduction":
+        return 0
+    if given.name in OPTIONS and "cross_entropy" not in name:
+        return OPTIONS[given.name]
+    if kind in ("number", "Scalar"):
+        return True if truths else 0.5
+    return given.default_value
+
+
 def pointwise_case(cases: Cases, name: str) -> None:
     """An operation of the table on tensors that its schema asks for."""
     op = overload(name)
-    logical = name.startswith("bitwise")
-    supply = iter(["flags", "mask"] if logical else [X, "row", Y] if "add" in name else [X, Y, "row"])
+    supply = [X, "row", Y] if "add" in name else [X, Y, "row"]
+    tensors = iter(["flags", "mask"] if name.startswith("bitwise") else supply)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
-    for argument in op._schema.arguments:
-        kind = str(argument.type)
-        value: Any = None
-        if argument.name in ("condition", "mask"):
-            value = Ref("mask")
-        elif kind == "Tensor" and argument.name == "value":
-            value = Ref("one")
-        elif kind == "Tensor":
-            value = Ref(next(supply))
-        elif kind == "List[int]":
-            value = [5, 12]
-        elif logical:
-            value = True
-        elif argument.name in OPTIONS and "cross_entropy" not in name:
-            value = OPTIONS[argument.name]
-        elif kind in ("number", "Scalar"):
-            value = 0.5
-        elif argument.has_default_value():
-            value = argument.default_value
-            if argument.name == "reduction":
-                value = 0
-        if argument.kwarg_only:
-            if value is not None or not argument.has_default_value():
-                kwargs[argument.name] = value
-        else:
+    for given in op._schema.arguments:
+        value = argument(given, tensors, name)
+        if not given.kwarg_only:
             args.append(value)
+        elif value is not None or not given.has_default_value():
+            kwargs[given.name] = value
     if name == "_to_copy.default":
         kwargs = {"dtype": torch.float64}
     if name == "log_sigmoid_backward.default":
@@ -180,24 +179,40 @@ def all_pointwise() -> Cases:
 def all_others() -> Cases:
     cases = Cases()
     strided = Ref(cases.node(ATEN.permute.default, [Ref("small"), [2, 0, 1]])[0])  # [6, 3, 4]
-    small, limits, long = Ref("small"), Ref("x"), Ref("long")
+    whole_cases(cases, strided)
+    some_cases(cases, strided)
+    along_cases(cases, strided)
+    move_cases(cases, strided)
+    algebra_cases(cases)
+    return cases
+
+
+def whole_cases(cases: Cases, strided: Ref) -> None:
+    """Reductions of all elements."""
     for name in ("sum", "mean", "prod", "any", "all"):
-        for tensor in (strided, limits, long, Ref("one"), Ref("flags")):
-            if name == "mean" and tensor.name == "flags":
-                continue
-            cases.add(f"{name} {tensor.name}", getattr(ATEN, name).default, tensor)
-    for dims in ([0], [1], [-1], [0, 2], [0, 1, 2], []):
-        for keep in (False, True):
-            for name in ("sum.dim_IntList", "mean.dim", "amax.default", "amin.default"):
-                cases.add(f"{name} {dims} {keep}", overload(name), strided, dims, keep)
-            if dims:
-                cases.add(f"logsumexp {dims} {keep}", ATEN.logsumexp.default, strided, dims, keep)
-                cases.add(f"any {dims} {keep}", ATEN.any.dims, Ref("flags"), dims[:1], keep)
-                cases.add(f"all {dims} {keep}", ATEN.all.dims, Ref("flags"), dims[:1], keep)
+        for tensor in (strided, Ref("x"), Ref("long"), Ref("one"), Ref("flags")):
+            if (name, tensor.name) != ("mean", "flags"):
+                cases.add(f"{name} {tensor.name}", getattr(ATEN, name).default, tensor)
+
+
+def some_cases(cases: Cases, strided: Ref) -> None:
+    """Reductions of some dimensions."""
+    for dims, keep in itertools.product(([0], [1], [-1], [0, 2], [0, 1, 2], []), (False, True)):
+        for name in ("sum.dim_IntList", "mean.dim", "amax.default", "amin.default"):
+            cases.add(f"{name} {dims} {keep}", overload(name), strided, dims, keep)
+        if dims:
+            cases.add(f"logsumexp {dims} {keep}", ATEN.logsumexp.default, strided, dims, keep)
+            cases.add(f"any {dims} {keep}", ATEN.any.dims, Ref("flags"), dims[:1], keep)
+            cases.add(f"all {dims} {keep}", ATEN.all.dims, Ref("flags"), dims[:1], keep)
     cases.add("norm", ATEN.linalg_vector_norm.default, strided, 2, [1], True)
-    for name in ("amax", "amin"):
-        cases.add(f"{name} limits", getattr(ATEN, name).default, limits, [0])
-    cases.add("logsumexp limits", ATEN.logsumexp.default, limits, [1])
+    for name in ("amax", "amin", "logsumexp"):
+        cases.add(f"{name} limits", getattr(ATEN, name).default, Ref("x"), [0])
+    cases.add("sum whole", ATEN.sum.dim_IntList, Ref("int"), [1])
+
+
+def along_cases(cases: Cases, strided: Ref) -> None:
+    """What is done along one dimension."""
+    small = Ref("small")
     for dim in (0, 1, -1):
         for name in ("max.dim", "min.dim", "prod.dim_int", "any.dim", "all.dim"):
             cases.add(f"{name} {dim}", overload(name), strided, dim)
@@ -208,12 +223,8 @@ def all_others() -> Cases:
             (value,) = cases.node(getattr(ATEN, name).default, [small, dim, False])
             back = getattr(ATEN, f"{name}_backward_data").default
             cases.add(f"{name} backward {dim}", back, small, Ref(value), dim, torch.float64)
-    cases.add("max with NaN", ATEN.max.dim, limits, 0)
+    cases.add("max with NaN", ATEN.max.dim, Ref("x"), 0)
     cases.add("cumsum whole", ATEN.cumsum.default, Ref("int"), 1)
-    cases.add("sum whole", ATEN.sum.dim_IntList, Ref("int"), [1])
-    move_cases(cases, strided)
-    algebra_cases(cases)
-    return cases
 
 
 def move_cases(cases: Cases, strided: Ref) -> None:
@@ -251,16 +262,19 @@ def move_cases(cases: Cases, strided: Ref) -> None:
     for accumulate in (False, True):
         put = functools.partial(cases.add, f"index_put {accumulate}", ATEN.index_put.default)
         put(small, [Ref("picks")], Ref("one"), accumulate)
-        cases.add(f"put a mask {accumulate}", ATEN.index_put.default, row, [Ref("mask")], Ref("one"), accumulate)
+        put = functools.partial(cases.add, f"put a mask {accumulate}", ATEN.index_put.default)
+        put(row, [Ref("mask")], Ref("one"), accumulate)
     (values,) = cases.node(ATEN.index.Tensor, [small, [None, picks, None]])
     cases.add("index_put +=", ATEN.index_put.default, small, [None, picks], Ref(values), True)
     rows = Ref("where")  # [3, 2, 6]
     (source,) = cases.node(ATEN.slice.Tensor, [small, 1, 0, 2])
     cases.add("gather", ATEN.gather.default, small, 1, rows)
     cases.add("scatter.value", ATEN.scatter.value, small, 1, rows, 0.5)
-    cases.add("scatter.src", ATEN.scatter.src, small, 0, Ref(cases.node(ATEN.zeros_like.default, [rows], {"dtype": torch.int64})[0]), Ref(source))
+    (first,) = cases.node(ATEN.zeros_like.default, [rows], {"dtype": torch.int64})
+    cases.add("scatter.src", ATEN.scatter.src, small, 0, Ref(first), Ref(source))
     cases.add("scatter_add", ATEN.scatter_add.default, small, 1, rows, small)
-    cases.add("index_select", ATEN.index_select.default, small, 1, Ref(cases.node(ATEN.abs.default, [picks])[0]))
+    (forward,) = cases.node(ATEN.abs.default, [picks])
+    cases.add("index_select", ATEN.index_select.default, small, 1, Ref(forward))
     cases.add("expand", ATEN.expand.default, row, [2, 12])
     (columns,) = cases.node(ATEN.unsqueeze.default, [row, 1])
     cases.add("broadcast", ATEN.add.Tensor, x, Ref(columns))
@@ -321,7 +335,9 @@ LABELS = [
 ]
 
 
-@pytest.mark.parametrize(("which", "label", "name"), LABELS, ids=[f"{l}-{n}" for _, l, n in LABELS])
+@pytest.mark.parametrize(
+    ("which", "label", "name"), LABELS, ids=[f"{label}-{name}" for _, label, name in LABELS]
+)
 def test_operation_is_torchs(ran, which, label, name):
     expected, found = (results[name] for results in ran[which])
     assert (found.shape, found.stride(), found.dtype) == (

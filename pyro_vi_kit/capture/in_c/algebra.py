@@ -110,9 +110,7 @@ def product(call: Call) -> None:
 def vector_product(call: Call) -> None:
     """`mv` and `dot`."""
     if call.name.startswith("mv"):
-        return _product(
-            call, _matrix(call.out), call.value("self"), _matrix(call.value("vec"))
-        )
+        return _product(call, _matrix(call.out), call.value("self"), _matrix(call.value("vec")))
     out = _matrix(_matrix(call.out))
     left, right = _matrix(call.value("self"), column=False), _matrix(call.value("tensor"))
     return _product(call, out, left, right)
@@ -140,11 +138,9 @@ def added_product(call: Call) -> None:
 
 
 def cholesky(call: Call) -> None:
-    """The Cholesky factor, and where the matrix has none which of its leading parts is the first to
-    fail."""
+    """The Cholesky factor, and where there is none, which leading part of the matrix fails first."""
     out, info, size = call.out, call.result(1), call.out.shape[-1]
     _require_small(size)
-    assert info is not None
     names, loops = _loops(out.shape[:-2])
     source = _Matrix(call.value("self"), names)
     factor = _Matrix(out, names)

@@ -103,8 +103,7 @@ class CDensity:
         self.state.stopped = 1
 
     def at(self, point: np.ndarray) -> tuple[float, np.ndarray]:
-        """Log density in nats and its gradient `[D]` at a float64 point `[D]`; Python's lock is free
-        meanwhile."""
+        """Log density in nats and its gradient `[D]` at a float64 point `[D]`, without Python's lock."""
         point = np.ascontiguousarray(point)
         gradient, value = np.empty_like(point), ctypes.c_double()
         status = self._call(

@@ -30,7 +30,7 @@ FLAGS = ("-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-
 _SECONDS = 60.0
 # Loops of vectors take up to half the time; to find them takes long in a graph of many loops.
 _VECTORS, _PLAIN = "-O3", "-O2"
-_MAX_VECTORS = 200
+_MAX_VECTORS = 100
 
 
 def compiler() -> str | None:

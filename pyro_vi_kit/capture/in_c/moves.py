@@ -114,8 +114,7 @@ def pad(call: Call) -> None:
 def flip(call: Call) -> None:
     """Some dimensions from back to front."""
     value = call.value("self")
-    for dim in call["dims"]:
-        dim = dim % len(value.shape)
+    for dim in call.dims("dims"):
         if value.shape[dim]:
             value = _part(value, dim, value.shape[dim] - 1, value.shape[dim], -1)
     call.writer.store(call.out, Expr(value.ctype, value=value))
@@ -126,7 +125,9 @@ def repeat(call: Call) -> None:
     out, value = call.out, call.value("self")
     inner = (1,) * (len(out.shape) - len(value.shape)) + value.shape
     # Each dimension as two, the outer of which counts the copies.
-    shape = tuple(n for times, size in zip(call["repeats"], inner, strict=True) for n in (times, size))
+    shape = tuple(
+        n for times, size in zip(call["repeats"], inner, strict=True) for n in (times, size)
+    )
     stride = tuple(
         n for step, size in zip(out.stride, inner, strict=True) for n in (step * size, step)
     )
@@ -269,7 +270,9 @@ def scatter(call: Call) -> None:
     leaves = [replace(value, shape=rows.shape) for value in source.leaves()]
     nest = Nest(rows.shape, [rows, *leaves], whole=True)
     sign = "+=" if call.name.startswith("scatter_add") else "="
-    load = source.cast(out.ctype).code(lambda v: element(replace(v, shape=rows.shape), nest.indices))
+    load = source.cast(out.ctype).code(
+        lambda v: element(replace(v, shape=rows.shape), nest.indices)
+    )
     call.writer.add(nest.lines([f"{_at(nest, out, rows, call['dim'])} {sign} {load};"]))
 
 
@@ -302,7 +305,10 @@ KERNELS: dict[str, Callable[[Call], None]] = {
     "constant_pad_nd.default": pad,
     "flip.default": flip,
     "repeat.default": repeat,
-    **{f"{name}.default": reshaped for name in ("reshape", "view", "_unsafe_view", "_reshape_alias")},
+    **{
+        f"{name}.default": reshaped
+        for name in ("reshape", "view", "_unsafe_view", "_reshape_alias")
+    },
     "tril.default": triangle,
     "triu.default": triangle,
     "diagonal_backward.default": diagonal_backward,

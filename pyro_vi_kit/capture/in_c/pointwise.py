@@ -23,7 +23,9 @@ def _called(function: str, *names: str) -> str:
 
 _OF_ONE = {
     **{name: name for name in ("exp", "expm1", "log", "log1p", "log2", "log10", "exp2", "sqrt")},
-    **{name: name for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh")},
+    **{
+        name: name for name in ("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh")
+    },
     **{name: name for name in ("asinh", "acosh", "atanh", "erf", "erfc", "floor", "ceil", "trunc")},
     "round": "rint",
     "sigmoid": "sigmoid_",
@@ -171,4 +173,4 @@ def casts(op: str, name: str, ctype: str) -> bool:
         return False
     if ctype != "uint8_t":
         return True
-    return op.split(".")[0] in _TRUTHS
+    return op.split(".", maxsplit=1)[0] in _TRUTHS

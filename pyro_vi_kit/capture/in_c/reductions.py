@@ -119,7 +119,6 @@ def extreme(call: Call) -> None:
     sign = ">" if call.name.startswith("max") else "<"
     split = _Split(shape, (dim,) if shape else (), list(expression.leaves()), found)
     where = call.result(1)
-    assert where is not None
     other = _Split(shape, (dim,) if shape else (), list(expression.leaves()), where)
     load = split.load(expression, "double")
     index = split.inner.indices[dim] if shape else "0"
@@ -225,7 +224,9 @@ def softmax_backward(call: Call) -> None:
     term = g if logarithm else f"{g} * {y}"
     result = f"{g} - exp({y}) * acc" if logarithm else f"({g} - acc) * {y}"
     call.writer.add(
-        nest.lines(["double acc = 0;", f"{loop} acc += {term};", f"{loop} {place(out)} = {result};"])
+        nest.lines(
+            ["double acc = 0;", f"{loop} acc += {term};", f"{loop} {place(out)} = {result};"]
+        )
     )
 
 

@@ -1,7 +1,7 @@
 """A graph as a function in C.
 
-Shapes and strides are those of one run, so a look at a tensor (a slice, a transpose) is nothing but other
-strides of the same memory. What has no kernel here is refused by name, and so is large work, which
+Shapes and strides are those of one run, so a look at a tensor (a slice, a transpose) is nothing but
+other strides of the same memory. What has no kernel here is refused by name, and so is large work, which
 libraries do better.
 """
 

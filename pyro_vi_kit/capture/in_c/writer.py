@@ -62,8 +62,10 @@ class Writer:
         self._next = 0
 
     def bind(self, name: str, tensor: Tensor, buffer: str = "", scalar: bool = False) -> None:
-        """Say where a tensor lies: in a buffer given by name, where another of its storage lies, or in new
-        memory."""
+        """Say where a tensor lies.
+
+        That is in the buffer of that name, where its storage lies already, or in new memory.
+        """
         ctype = CTYPES.get(tensor.dtype)
         if ctype is None:
             raise RefusedError(f"it computes in {str(tensor.dtype).removeprefix('torch.')}")
@@ -79,7 +81,12 @@ class Writer:
         if own is not None and own.ctype != ctype:
             raise RefusedError("it looks at the bytes of one type as those of another")
         self._values[name] = Value(
-            buffer, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), ctype, scalar
+            buffer,
+            tuple(tensor.shape),
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            ctype,
+            scalar,
         )
 
     def holds(self, tensor: Tensor) -> bool:
@@ -123,7 +130,6 @@ class Call:
     Args:
         node: The operation.
         writer: What it is written with.
-        aliases: The target, where it writes into one of its arguments.
     """
 
     def __init__(self, node: Node, writer: Writer) -> None:
@@ -154,8 +160,8 @@ class Call:
         """The C type of its first result."""
         return self.out.ctype
 
-    def result(self, position: int) -> Value | None:
-        """Where another of its results lies, if it is read at all."""
+    def result(self, position: int) -> Value:
+        """Where another of its results lies."""
         return self.writer.value(self.node.outputs[position])
 
     def value(self, name: str) -> Value:
