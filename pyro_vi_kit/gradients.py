@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.capture import CaptureError, Program, SharedProgram, capture_holding
+from pyro_vi_kit.capture import (
+    CaptureError,
+    CDensity,
+    Program,
+    SharedProgram,
+    capture_holding,
+)
 from pyro_vi_kit.capture.program import Function
 from pyro_vi_kit.density import Density, Recordings
 from pyro_vi_kit.errors import first_line
@@ -47,7 +53,7 @@ class Gradients:
         patience: Calls with one K before a capture; 0 to capture at once, None for never.
 
     Attributes:
-        evaluations: Single points evaluated so far.
+        in_c: The density at one point in C, once it is that.
     """
 
     def __init__(
@@ -60,7 +66,8 @@ class Gradients:
         patience: int | None = PATIENCE,
     ) -> None:
         self.density = density
-        self.evaluations = 0
+        self.in_c: CDensity | None = None
+        self._evaluations = 0
         self._names = list(density.params)
         held = density.params if params is None else params
         # Inputs of the recording, and no constants in it: other data take the same library.
@@ -70,6 +77,11 @@ class Gradients:
         self._shapes: dict[int, _Shape] = {}
         self._lock = threading.Lock()
 
+    @property
+    def evaluations(self) -> int:
+        """Single points evaluated so far."""
+        return self._evaluations + (self.in_c.evaluations if self.in_c is not None else 0)
+
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log density `[K]` in nats and its gradient `[K, D]` at unconstrained points `[K, D]`.
 
@@ -77,7 +89,7 @@ class Gradients:
         matrix without a Cholesky factor raises as it does in torch.
         """
         points = z.shape[0]
-        self.evaluations += points
+        self._evaluations += points
         shape = self._shapes.get(points)
         if shape is None:
             shape = self._shapes.setdefault(points, _Shape())
@@ -95,11 +107,13 @@ class Gradients:
 
     def at(self, point: np.ndarray) -> tuple[float, np.ndarray]:
         """The same at one point `[D]`, with little around it: a sampler's calls are short."""
+        if self.in_c is not None:
+            return self.in_c.at(point)
         shape = self._shapes.get(1)
         if shape is None or shape.program is None:
             log_prob, gradient = self(torch.from_numpy(point.copy()).view(1, -1))
             return log_prob.item(), gradient.numpy()[0]
-        self.evaluations += 1
+        self._evaluations += 1
         # Without what autograd would want to know each operation takes a tenth less.
         with torch.inference_mode():
             z = torch.from_numpy(point.copy()).view(1, -1)
@@ -117,16 +131,39 @@ class Gradients:
             return False
         return shape.program.expect(evaluations, (z, *shape.rest))
 
+    def to_c(self, evaluations: int, point: np.ndarray) -> bool:
+        """Have single points evaluated in C from now on, if that pays and can be done.
+
+        Args:
+            evaluations: How many are to come.
+            point: An example `[D]`, at which and around which the results are compared.
+
+        Returns:
+            Whether it is so; `how` has the reason where it is not.
+        """
+        shape = self._shapes.get(1)
+        if shape is None or shape.program is None or not shape.program.worth_c(evaluations):
+            return False
+        z = torch.from_numpy(point.copy()).view(1, -1)
+        # C reads memory without gaps.
+        held = [tensor.contiguous() for tensor in shape.rest]
+        points = [z, *_around(z)]
+        function = shape.program.to_c([(z, *held) for z in points])
+        if function is None:
+            return False
+        self.in_c, shape.rest = CDensity(function, held), held
+        return True
+
     @property
     def engine(self) -> str:
         """``captured``, ``compiled`` or ``eager``, by what evaluates any number of points now."""
         programs = [shape.program for shape in self._shapes.values() if shape.program is not None]
         if not programs:
             return "eager"
-        return "compiled" if any(p.how == "native" for p in programs) else "captured"
+        return "compiled" if any(p.how in ("native", "c") for p in programs) else "captured"
 
     def how(self, points: int) -> str:
-        """How K points are evaluated: ``native``, ``script``, ``python``, or ``eager``, with reasons."""
+        """How K points are evaluated, as `Program.how` has it, or ``eager``; with reasons."""
         shape = self._shapes.get(points, _Shape())
         if shape.program is None:
             return f"eager: {shape.note}" if shape.note else "eager"
@@ -146,11 +183,10 @@ class Gradients:
         with self._lock:
             if shape.program is not None or shape.note:
                 return
-            with RandomStream(20):
-                others = [z + 0.1 * torch.randn_like(z), z - 0.05 * torch.randn_like(z)]
+            others = [(other,) for other in _around(z)]
             try:
                 shape.program, shape.rest = capture_holding(
-                    self._eager, (z.clone(),), self._rest, [(other,) for other in others]
+                    self._eager, (z.clone(),), self._rest, others
                 )
             except CaptureError as error:
                 shape.note = str(error)
@@ -223,6 +259,12 @@ def _recorded_for_all(
         return SharedProgram(function, (z,), held, checks)
     except (CaptureError, RuntimeError):
         return None
+
+
+def _around(z: Tensor) -> list[Tensor]:
+    """Two other points nearby."""
+    with RandomStream(20):
+        return [z + 0.1 * torch.randn_like(z), z - 0.05 * torch.randn_like(z)]
 
 
 def _separate(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -28,19 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.capture import cache
 from pyro_vi_kit.capture.graph import Graph
 
 _WORKER, _LOWERINGS = (Path(__file__).with_name(name) for name in ("worker.py", "lowerings.py"))
 # Beyond this many operations the compiler takes minutes.
 MAX_NODES = 3000
-_MAX_KEPT = 256
 # How many threads can be inside a library at once; another waits.
 _MODELS = min(8, os.cpu_count() or 1)
 
 
 def impossible(graph: Graph) -> str:
     """Why a graph cannot be compiled here; empty if it can."""
-    if os.environ.get("PYRO_VI_KIT_COMPILE", "").lower() in ("off", "0", "no", "false"):
+    if cache.turned_off():
         return "compilation is off (PYRO_VI_KIT_COMPILE)"
     if len(graph.nodes) > MAX_NODES:
         return f"{len(graph.nodes):,} operations are too many to compile (at most {MAX_NODES:,})"
@@ -67,7 +66,7 @@ class Library:
         # Constants are inputs here: data do not land in the library, and other data give the same one.
         self._constants = list(graph.constants.values())
         self._job = json.dumps(_job(graph, [*inputs, *self._constants]), sort_keys=True)
-        self.path = _folder() / f"{_key(self._job)}.so"
+        self.path = cache.folder() / f"{_key(self._job)}.so"
         self.problem = ""
         self._worker: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -131,8 +130,7 @@ class Library:
 
     def discard(self) -> None:
         """Take a library that is of no use off the disk."""
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)
+        cache.discard(self.path)
 
     def stop(self) -> None:
         """End the compiler if it is still at work."""
@@ -144,7 +142,7 @@ class Library:
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
-        _forget_oldest(self.path.parent)
+        cache.forget_oldest(self.path.parent)
 
 
 def _job(graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Any]:
@@ -173,24 +171,8 @@ def _key(job: str) -> str:
     """Other graphs, shapes, torch versions, processors and ways to compile have other libraries."""
     how = [path.read_text() for path in (_WORKER, _LOWERINGS)]
     capability = torch.backends.cpu.get_cpu_capability()
-    parts = (job, *how, torch.__version__, capability, _processor())
+    parts = (job, *how, torch.__version__, capability, cache.processor())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-
-
-@functools.cache
-def _processor() -> str:
-    """What the processor can do, where the system says it."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return ""
-
-
-def _folder() -> Path:
-    chosen = os.environ.get("PYRO_VI_KIT_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyro_vi_kit"
 
 
 def _said(scratch: tempfile.TemporaryDirectory[str] | None) -> str:
@@ -200,12 +182,3 @@ def _said(scratch: tempfile.TemporaryDirectory[str] | None) -> str:
         with contextlib.suppress(OSError):
             said = (Path(scratch.name) / "error.txt").read_text().strip()
     return f"the compiler failed: {said.splitlines()[-1] if said else 'no reason given'}"
-
-
-def _forget_oldest(folder: Path) -> None:
-    """Keep the libraries that were used last."""
-    with contextlib.suppress(OSError):
-        kept = sorted(folder.glob("*.so"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for path in kept[_MAX_KEPT:]:
-            path.unlink(missing_ok=True)
-            path.with_suffix(".json").unlink(missing_ok=True)

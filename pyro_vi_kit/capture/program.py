@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vi_kit.capture import replay
 from pyro_vi_kit.capture.graph import Graph
 from pyro_vi_kit.capture.hoist import hoisted
+from pyro_vi_kit.capture.in_c import CFunction, RefusedError
 from pyro_vi_kit.capture.native import Library, impossible
 from pyro_vi_kit.capture.recorder import CaptureError, record
 from pyro_vi_kit.errors import first_line
@@ -29,6 +30,9 @@ _BETWEEN_LOOKS = 0.2
 # Seconds of replay to come for which a compiler is started at once, where it is known how many.
 _WORTHWHILE = 8.0
 _SAMPLE = 5
+# Seconds that an operation takes in TorchScript; that the C compiler takes for it, and at the least.
+_SCRIPT_SECONDS = 1e-6
+_C_SECONDS, _C_LEAST = 2e-3, 0.15
 
 Function = Callable[..., Sequence[Tensor]]
 
@@ -38,7 +42,8 @@ class Program:
 
     It begins in TorchScript. Once it has run for five seconds it has itself compiled, beside what goes
     on, and is faster when that is done; a graph that was compiled before is compiled from the start.
-    On a GPU it is a CUDA graph instead, and is not compiled.
+    On a GPU it is a CUDA graph instead, and is not compiled. Who has many calls to come may have it
+    written in C, which takes some tenths of a second and is for small work.
 
     Args:
         graph: The recording.
@@ -47,7 +52,7 @@ class Program:
 
     Attributes:
         graph: The recording.
-        how: ``native``, ``cuda``, ``script`` or ``python``: what replays it now.
+        how: ``c``, ``native``, ``cuda``, ``script`` or ``python``: what replays it now.
         note: Why it is not compiled, where it cannot be.
     """
 
@@ -58,6 +63,8 @@ class Program:
         self._run: replay.Run = replay.python(graph)
         self.how = "python"
         self._library: Library | None = None
+        self._compiles = compiles
+        self._function: CFunction | None = None
         where = _elsewhere(inputs)
         if where is not None:
             compiles, self.note = False, self._launch_at_once(where, inputs)
@@ -117,6 +124,42 @@ class Program:
         self._library.start()
         self._next_look = 0.0
         return not self._library.problem
+
+    def worth_c(self, calls: int) -> bool:
+        """Whether so many calls take longer than it takes to compile C.
+
+        A count of operations says so, and no clock: who samples twice does so by the same means.
+        """
+        size = len(self.graph.nodes)
+        return calls * size * _SCRIPT_SECONDS > 2 * (_C_LEAST + size * _C_SECONDS)
+
+    def to_c(self, checks: Sequence[Sequence[Tensor]]) -> CFunction | None:
+        """Have it written in C and compiled, wait for that, and replay it so from now on.
+
+        Args:
+            checks: Inputs at which the results in C are compared with those of now; the first are an
+                example of all inputs to come.
+
+        Returns:
+            It in C; None where it is replayed as before, and then ``note`` says why.
+        """
+        if self._function is not None or not self._compiles:
+            return self._function
+        points = [[*inputs, *self.graph.draw_noise()] for inputs in checks]
+        try:
+            function = CFunction(self.graph, points[0])
+            for inputs in points:
+                pairs = zip(self._run(*inputs), function(*inputs), strict=True)
+                if not all(same(a, b) for a, b in pairs):
+                    function.discard()
+                    raise RefusedError("it computes something else")
+        except (RefusedError, RuntimeError) as error:
+            reasons = [self.note, f"not in C: {first_line(error)}"]
+            self.note = "; ".join(reason for reason in reasons if reason)
+            return None
+        self._run, self.how, self._function = function, "c", function
+        self._library, self.note = None, ""
+        return function
 
     def compile(self, inputs: Sequence[Tensor], seconds: float = 600.0) -> bool:
         """Have it compiled now and wait for that; whether it is.

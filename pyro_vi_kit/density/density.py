@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.density.batching import Batching, batched, first_that_agrees
+from pyro_vi_kit.density.compat import VectorisedCauchy
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
 from pyro_vi_kit.density.layout import Block, global_block
@@ -516,7 +517,7 @@ class Density:
     def _sampled(self, single: Callable[[Values], Values], z: Mapping[str, Tensor]) -> Values:
         """As `_batched`, for functions that may draw: vmap has no rule for some samplers."""
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), VectorisedCauchy():
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 return self._batched(single, z)
         except ViError:

@@ -56,15 +56,16 @@ def nuts(
         draws: Draws kept per chain.
         tune: Warm-up draws per chain, thrown away; 400 with nutpie and 800 with Pyro by default.
         seed: The same seed, sampler and machine give the same draws, as long as gradients are computed
-            by the same means: a compiled one, which takes over in long runs and is kept for the next,
-            rounds otherwise, and chains magnify that. ``PYRO_VI_KIT_COMPILE=off`` in the environment
-            rules it out. None for a fresh seed.
+            by the same means (``engine`` below): C, which small models of enough draws get if there is
+            a compiler, or for others one compiled by Inductor, which takes over in long runs and is
+            kept for the next. Each rounds otherwise, and chains magnify that.
+            ``PYRO_VI_KIT_COMPILE=off`` in the environment rules both out. None for a fresh seed.
         sampler: ``nutpie``; ``pyro``, Pyro's own; ``auto``, nutpie where it is installed.
         target_accept: Mean acceptance probability to tune the step size to, between 0 and 1.
             Nearer to 1 it takes smaller steps, with fewer divergences.
         cores: nutpie's chains that run at once. By default as many as there are processors where
-            gradients are captured, less one while a compiler is at work on them. Uncaptured or
-            compiled ones take turns in Python's interpreter, and run one chain after another.
+            gradients are in C or captured, less one while Inductor is at work on them. Others take
+            turns in Python's interpreter, and run one chain after another.
         params: Unconstrained learned parameters by name, as ``Density.params`` has them, in the
             place of the model's own.
         progress: Show progress on stderr; None for only on a terminal.

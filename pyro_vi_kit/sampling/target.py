@@ -68,7 +68,7 @@ class Target:
         params: Unconstrained learned parameters, held fixed; `density.params` where None.
 
     Attributes:
-        draws: Draws made so far, warm-up included; samplers count them here.
+        counted: Draws that samplers written in Python have counted here.
         error: What the model raised, if it did.
 
     Raises:
@@ -87,7 +87,7 @@ class Target:
         self.params = {name: density.cast(value) for name, value in frozen.items()}
         # A sampler needs thousands of gradients: captured with the first.
         self.gradients = Gradients(density, self.params, patience=0)
-        self.draws = 0
+        self.counted = 0
         self.error: Exception | None = None
         self._stopped = False
 
@@ -95,6 +95,12 @@ class Target:
     def evaluations(self) -> int:
         """Gradients computed so far."""
         return self.gradients.evaluations
+
+    @property
+    def draws(self) -> int:
+        """Draws made so far, warm-up included."""
+        in_c = self.gradients.in_c
+        return self.counted + (in_c.draws if in_c is not None else 0)
 
     def __call__(self, point: np.ndarray) -> tuple[float, np.ndarray]:
         """Log density in nats and its gradient `[D]` at an unconstrained point `[D]`."""
@@ -117,6 +123,8 @@ class Target:
     def stop(self) -> None:
         """Answer at once from now on, with a standard normal, so that running chains end soon."""
         self._stopped = True
+        if self.gradients.in_c is not None:
+            self.gradients.in_c.stop()
 
     def check(self) -> None:
         """Raise what the model raised, if it did."""
@@ -129,7 +137,9 @@ class Target:
             ) from self.error
 
     def threads(self, draws: int, processors: int) -> int:
-        """How many chains had better run at once; captures gradients, at a point most densities like.
+        """How many chains had better run at once.
+
+        Captures gradients, at a point most densities like, and has them compiled where that pays.
 
         Args:
             draws: How many are to be made, each of which takes several gradients.
@@ -137,6 +147,8 @@ class Target:
         """
         point = np.full(self.density.dim, 0.1)
         self(point)
+        if self.gradients.to_c(_GRADIENTS * draws, point):
+            return processors
         compiling = self.gradients.expect(_GRADIENTS * draws, torch.from_numpy(point).view(1, -1))
         if self.gradients.engine != "captured":
             # Uncaptured, chains share Python's lock; compiled, hardly anything is left beside it.

@@ -1,7 +1,11 @@
-"""NUTS by nutpie: the chains are written in Rust and call back for the log density."""
+"""NUTS by nutpie: the chains are written in Rust and call back for the log density.
+
+They call C where the density is compiled and nutpie takes an address (`by_address`), else Python.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +14,7 @@ import numpy as np
 from pyro_vi_kit.errors import MissingDependencyError, ModelError, first_line
 from pyro_vi_kit.export import datasets, import_arviz
 from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.sampling import by_address
 from pyro_vi_kit.sampling.target import Draws, Plan, Target
 
 _POLL_SECONDS = 0.1
@@ -55,7 +60,7 @@ def sample(target: Target, plan: Plan, progress: Progress) -> Draws:
     """
     nutpie = import_nutpie()
     sampler = nutpie.sample(
-        _compiled(nutpie, target),
+        by_address.model(nutpie, target, _starts(target)) or _called_back(nutpie, target),
         chains=plan.chains,
         draws=plan.draws,
         tune=plan.tune,
@@ -74,24 +79,32 @@ def sample(target: Target, plan: Plan, progress: Progress) -> Draws:
         target.stop()
         sampler.cancel()
         raise
-    return Draws(groups["posterior"]["z"].to_numpy(), _stats(groups["sample_stats"]))
+    return Draws(
+        groups["posterior"][by_address.VARIABLE].to_numpy(), _stats(groups["sample_stats"])
+    )
 
 
-def _compiled(nutpie: ModuleType, target: Target) -> Any:
-    """The target in the form that nutpie takes, with the flat point `[D]` as its one variable."""
-
-    def expand(point: np.ndarray) -> dict[str, np.ndarray]:
-        target.draws += 1
-        return {"z": point}
+def _starts(target: Target) -> Callable[[int], np.ndarray]:
+    """Starting points by seed, for threads of nutpie's, which must not be shown an exception."""
 
     def start(seed: int) -> np.ndarray:
         try:
             return target.start(seed)
         except ModelError as error:
-            # The chains run in threads of nutpie's; this one is told by `Target.check`.
+            # `Target.check` tells the thread that waits.
             target.error = target.error or error
             target.stop()
             return np.zeros(target.density.dim)
+
+    return start
+
+
+def _called_back(nutpie: ModuleType, target: Target) -> Any:
+    """The target in the form that nutpie takes, with the flat point `[D]` as its one variable."""
+
+    def expand(point: np.ndarray) -> dict[str, np.ndarray]:
+        target.counted += 1
+        return {by_address.VARIABLE: point}
 
     dim = target.density.dim
     # As nutpie's documentation has it: the submodule comes with the package.
@@ -101,8 +114,8 @@ def _compiled(nutpie: ModuleType, target: Target) -> Any:
         make_expand_fn=lambda seed1, seed2, chain: expand,
         expanded_dtypes=[np.dtype("float64")],
         expanded_shapes=[(dim,)],
-        expanded_names=["z"],
-        make_initial_point_fn=start,
+        expanded_names=[by_address.VARIABLE],
+        make_initial_point_fn=_starts(target),
     )
 
 

@@ -39,7 +39,7 @@ def _chain(target: Target, plan: Plan, seed: int, progress: Progress) -> Draws:
 
     def after_draw(kernel: Any, params: Any, stage: str, i: int) -> None:
         nonlocal done
-        target.draws += 1
+        target.counted += 1
         progress.step()
         target.check()
         if stage.startswith("Sample"):
