@@ -142,13 +142,15 @@ class Gradients:
             Whether it is so; `how` has the reason where it is not.
         """
         shape = self._shapes.get(1)
-        if shape is None or shape.program is None or not shape.program.worth_c(evaluations):
+        program = None if shape is None else shape.program
+        # One that serves many data sets is not compiled for one of them.
+        if shape is None or not isinstance(program, Program) or not program.worth_c(evaluations):
             return False
         z = torch.from_numpy(point.copy()).view(1, -1)
         # C reads memory without gaps.
         held = [tensor.contiguous() for tensor in shape.rest]
         points = [z, *_around(z)]
-        function = shape.program.to_c([(z, *held) for z in points])
+        function = program.to_c([(z, *held) for z in points])
         if function is None:
             return False
         self.in_c, shape.rest = CDensity(function, held), held
