@@ -24,9 +24,9 @@ from pyro_vi_kit.engines import (
 )
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.methods import fixed_draws
+from pyro_vi_kit.methods import fixed_draws, moments
 from pyro_vi_kit.methods.result import Outcome
-from pyro_vi_kit.objectives import Elbo, Objective, Renyi, estimators
+from pyro_vi_kit.objectives import Elbo, ForwardKl, Objective, Renyi, estimators
 from pyro_vi_kit.pacing import PyroGuide
 from pyro_vi_kit.posterior import is_small
 from pyro_vi_kit.progress import Progress
@@ -34,6 +34,8 @@ from pyro_vi_kit.request import Request
 from pyro_vi_kit.runtime import default_dtype
 
 _SCORE_PARTICLES = 16
+# Nats that two estimates of the moments may lie apart: a hundredth of an sd in each direction.
+_MOMENTS_TOLERANCE = 1e-4
 
 
 class Trained(NamedTuple):
@@ -91,6 +93,10 @@ def train(
         return Trained(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
+    if _use_moments(request, trainee, checkpoint):
+        matched = _match_moments(request, name, trainee, density)
+        if matched is not None:
+            return matched
     batches = _batches(request, trainee, density)
     try:
         whitened = starting.begin(request, trainee, density, batches, checkpoint)
@@ -107,6 +113,26 @@ def train(
     if isinstance(engine, EagerEngine):
         bound = engine.reported(bound)
     return Trained(approximation, outcome, engine.name, bound, note)
+
+
+def _match_moments(
+    request: Request, name: str, guide: Guide, density: Density
+) -> Trained | None:
+    """Train by weighted moments; None where they do not settle and the method was ours to choose."""
+    seed, deadline = request.seed, request.deadline
+    if request.resumed:
+        start = starting.gaussian_of(guide)
+    else:
+        point = starting.starting_point(request, density)
+        start = fixed_draws.prefit(density, seed, deadline, point)
+    tolerance = request.tolerance if request.own_tolerance else _MOMENTS_TOLERANCE
+    with Progress(f"{name} (moments)", enabled=request.progress) as progress:
+        outcome, bound = moments.fit(
+            guide, start, seed=seed, tolerance=tolerance, deadline=deadline, progress=progress
+        )
+    if request.method == "auto" and outcome.status.reason == "not converged":
+        return None
+    return Trained(GuideApproximation(name, guide, density.params), outcome, outcome.engine, bound)
 
 
 def _engine(
@@ -183,9 +209,9 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
 def _train_pyro_guide(
     request: Request, guide: PyroGuide, density: Density | None, state: dict[str, Any] | None
 ) -> Trained:
-    if request.method == "lbfgs":
+    if request.method in ("lbfgs", "moments"):
         raise OptionError(
-            "method='lbfgs' runs the Gaussian guides of this package; use 'stochastic'"
+            f"method={request.method!r} runs the Gaussian guides of this package; use 'stochastic'"
         )
     if request.batch_size is not None:
         raise OptionError(
@@ -298,6 +324,33 @@ def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
         and request.batch_size is None
         and request.epochs is None
     )
+
+
+def _use_moments(request: Request, guide: Guide, checkpoint: Checkpoint | None) -> bool:
+    """Whether to match the posterior's moments.
+
+    Raises:
+        OptionError: If that was asked for and cannot be done.
+    """
+    possible = (
+        isinstance(request.objective, ForwardKl)
+        and moments.applies_to(guide)
+        and request.engine != "pyro"
+        and request.optimizer is None
+        and request.estimator == "auto"
+        and request.steps is None
+        and request.batch_size is None
+        and request.epochs is None
+        and checkpoint is None
+    )
+    if request.method == "moments" and not possible:
+        raise OptionError(
+            "method='moments' needs objective 'forward_kl', guide 'mean_field' or 'full_rank', data in "
+            f"memory, a model without learned parameters and of at most {moments.MAX_DIM} dimensions, "
+            "and none of engine='pyro', optimizer=, estimator=, steps=, epochs=, checkpoint= and "
+            "batch_size=; use method='stochastic'"
+        )
+    return possible and request.method in ("auto", "moments")
 
 
 def _use_fixed_draws(request: Request, guide: Guide) -> bool:

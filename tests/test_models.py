@@ -173,8 +173,8 @@ def is_discrete_latent(site):
     return site["fn"].support.is_discrete
 
 
-# The one predicts from codes, the other has a site for each day.
-WITHOUT_Y = ("vae", "hmm")
+# The first predicts from codes, the second has a site for each day, the third has no data.
+WITHOUT_Y = ("vae", "hmm", "kl_direction")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_Y])

@@ -1,4 +1,4 @@
-"""Every estimator of every objective against brute force: mean gradients by quadrature over two draws."""
+"""Every estimator of every objective against brute force: mean gradients by quadrature, K = 2."""
 
 import math
 
