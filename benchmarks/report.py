@@ -32,6 +32,8 @@ SCRIPTS = (
     "minibatches",
     "streaming",
     "amortization",
+    "estimators",
+    "kl_direction",
 )
 NEED_REFERENCES = ("accuracy", "speed_svi")
 

@@ -115,9 +115,7 @@ def train(
     return Trained(approximation, outcome, engine.name, bound, note)
 
 
-def _match_moments(
-    request: Request, name: str, guide: Guide, density: Density
-) -> Trained | None:
+def _match_moments(request: Request, name: str, guide: Guide, density: Density) -> Trained | None:
     """Train by weighted moments; None where they do not settle and the method was ours to choose."""
     seed, deadline = request.seed, request.deadline
     if request.resumed:

@@ -100,7 +100,9 @@ def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gauss
         try:
             found = _matched(search, gaussian, draws, search.seed + count)
         except KeyboardInterrupt:
-            return gaussian, Status(False, "interrupted", "Interrupted; the last estimate was kept.")
+            return gaussian, Status(
+                False, "interrupted", "Interrupted; the last estimate was kept."
+            )
         rounds_here += 1
         enough = found is not None and search.ess >= 4.0 * parameters
         if found is not None:
@@ -110,8 +112,12 @@ def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gauss
                 return gaussian, Status(True, "converged", _words(search, draws, apart))
         late = search.deadline is not None and time.monotonic() > search.deadline
         if late:
-            return gaussian, Status(False, "budget", "The budget ran out; the last estimate was kept.")
-        still = found is not None and apart <= max(tolerance, 2.0 * parameters / max(search.ess, 1.0))
+            return gaussian, Status(
+                False, "budget", "The budget ran out; the last estimate was kept."
+            )
+        still = found is not None and apart <= max(
+            tolerance, 2.0 * parameters / max(search.ess, 1.0)
+        )
         if still or rounds_here >= _ROUNDS_AT_ONE_SIZE or not enough:
             if draws >= _LAST and (still or not enough or rounds_here >= _ROUNDS_AT_ONE_SIZE):
                 break
@@ -174,9 +180,7 @@ def _log_prob(density: Density, z: Tensor) -> Tensor:
 
 def _log_prob_of(gaussian: Gaussian, z: Tensor) -> Tensor:
     """Log density of a Gaussian at `[K, D]`: `[K]`, nats."""
-    white = torch.linalg.solve_triangular(
-        gaussian.scale_tril, (z - gaussian.loc).T, upper=False
-    )
+    white = torch.linalg.solve_triangular(gaussian.scale_tril, (z - gaussian.loc).T, upper=False)
     constant = gaussian.scale_tril.diagonal().log().sum() + 0.5 * len(white) * math.log(2 * math.pi)
     return -0.5 * white.square().sum(0) - constant
 

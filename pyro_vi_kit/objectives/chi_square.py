@@ -18,8 +18,8 @@ class ChiSquare(UpperBound):
     """Chi-square divergence from p to q: wide guides, whose importance weights have finite variance.
 
     The bound is CUBO, 1 / n log E_q[(p(x, z) / q(z))^n]: the log evidence plus log(1 + chi_n) / n,
-    which is the Rényi bound of order 1 - n. It is brought down along ``sum_k v_k grad log q(z_k)`` with weights
-    v = softmax(n log w), its gradient as K grows.
+    which is the Rényi bound of order 1 - n. It is brought down along ``sum_k v_k grad log q(z_k)``
+    with weights v = softmax(n log w), its gradient as K grows.
 
     Args:
         n: The power of the weights, above 1: 2 for the chi-square divergence.

@@ -13,11 +13,11 @@ Order 1 is stick-the-landing for the ELBO (Roeder, Wu & Duvenaud 2017), order 0 
 importance-weighted bound. Both have no variance where q equals the posterior. The model's own
 parameters keep the ordinary weights w~_k.
 
-``score`` needs no way through the draws: they are held fixed, and log q is moved up where they turned
-out well, compared with the other draws of the same step (Williams 1992; for the ELBO with the
-leave-one-out baseline of Kool, van Hoof & Welling 2019, for multi-sample bounds VIMCO, Mnih & Rezende
-2016). It is for guides whose draws have no derivative; elsewhere it is by far the noisiest. What an objective multiplies
-log q by is its own business: `Bound.score`.
+``score`` needs no way through the draws: they are held fixed, and log q is moved up where they
+turned out well, compared with the other draws of the same step (Williams 1992; for the ELBO with
+the leave-one-out baseline of Kool, van Hoof & Welling 2019, for multi-sample bounds VIMCO, Mnih &
+Rezende 2016). It is for guides whose draws have no derivative; elsewhere it is by far the noisiest.
+What an objective multiplies log q by is its own business: `Bound.score`.
 """
 
 from __future__ import annotations

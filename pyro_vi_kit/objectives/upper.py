@@ -25,8 +25,8 @@ class UpperBound(Bound):
     draws, which falls for ever as the guide collapses to a point. So there is no ``pathwise``.
 
     - ``score`` fits log q to the draws as weighted (the wake phase of reweighted wake-sleep): the
-      mean of ``sum_k (v_k - 1 / K) grad log q(z_k)``, times (n - 1) / n for n > 1. The 1 / K has mean zero and
-      takes all noise away where q is the posterior.
+      mean of ``sum_k (v_k - 1 / K) grad log q(z_k)``, times (n - 1) / n for n > 1. The 1 / K has
+      mean zero and takes all noise away where q is the posterior.
     - ``dreg`` has the same mean (Tucker et al. 2019, section 6), with ``n (v_k - v_k^2)`` at each draw.
 
     The model's own parameters go up the importance-weighted bound ("wake-wake").
