@@ -24,16 +24,17 @@ from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.progress import Progress
-from pyro_vi_kit.types import Status
+from pyro_vi_kit.types import Reason, Status
 
 NAME = "moments"
 MAX_DIM = 100
 
-_FIRST, _LAST, _GROWTH = 2**12, 2**19, 4
+_FIRST, _LAST, _GROWTH = 2**12, 2**18, 4
 _PIECE = 2**22
 _WIDE, _WIDE_SHARE = 3.0, 0.25
-_MAX_ROUNDS = 60
-_ROUNDS_AT_ONE_SIZE = 8
+_ROUNDS = 8
+# Effective draws for each number to be estimated.
+_DRAWS_EACH = 4.0
 
 
 @dataclass
@@ -42,6 +43,7 @@ class _Search:
     seed: int
     deadline: float | None
     progress: Progress
+    diagonal: bool
     losses: list[float] = field(default_factory=list)
     evaluations: int = 0
     bound: float = math.nan
@@ -81,54 +83,49 @@ def fit(
     Returns:
         How the fit went, and E_p[log p - log q] at its end in nats.
     """
-    search = _Search(guide.density, seed, deadline, progress)
-    gaussian, status = _climb(search, start, tolerance)
     family = guide.families[guide.blocks[0].name]
-    tril = gaussian.scale_tril
-    if isinstance(family, DiagonalNormal):
-        tril = tril.square().sum(-1).sqrt().diag()
-    family.start_from(gaussian.loc, tril)  # type: ignore[operator]
+    diagonal = isinstance(family, DiagonalNormal)
+    search = _Search(guide.density, seed, deadline, progress, diagonal)
+    gaussian, status = _climb(search, start, tolerance)
+    best = _member(gaussian, diagonal)
+    family.start_from(best.loc, best.scale_tril)  # type: ignore[operator]
     outcome = Outcome(NAME, status, search.losses, search.evaluations)
     return outcome, search.bound
 
 
 def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gaussian, Status]:
-    draws, rounds_here = _FIRST, 0
-    dim = len(gaussian.loc)
-    parameters = dim + dim * (dim + 1) / 2
-    for count in range(_MAX_ROUNDS):
-        try:
-            found = _matched(search, gaussian, draws, search.seed + count)
-        except KeyboardInterrupt:
-            return gaussian, Status(
-                False, "interrupted", "Interrupted; the last estimate was kept."
-            )
-        rounds_here += 1
-        enough = found is not None and search.ess >= 4.0 * parameters
-        if found is not None:
-            apart = _divergence(found, gaussian)
-            gaussian = found
+    """Rounds at one number of draws, then at four times as many, until two in a row agree."""
+    parameters = len(gaussian.loc) * (len(gaussian.loc) + 3) / 2
+    draws, made = _FIRST, 0
+    while draws <= _LAST:
+        for _ in range(_ROUNDS):
+            try:
+                found = _matched(search, gaussian, draws, search.seed + made)
+            except KeyboardInterrupt:
+                return gaussian, _ended("interrupted", "Interrupted")
+            made += 1
+            apart = math.inf if found is None else _divergence(found, gaussian)
+            gaussian = gaussian if found is None else found
+            enough = search.ess >= _DRAWS_EACH * parameters
             if enough and apart <= tolerance:
                 return gaussian, Status(True, "converged", _words(search, draws, apart))
-        late = search.deadline is not None and time.monotonic() > search.deadline
-        if late:
-            return gaussian, Status(
-                False, "budget", "The budget ran out; the last estimate was kept."
-            )
-        still = found is not None and apart <= max(
-            tolerance, 2.0 * parameters / max(search.ess, 1.0)
-        )
-        if still or rounds_here >= _ROUNDS_AT_ONE_SIZE or not enough:
-            if draws >= _LAST and (still or not enough or rounds_here >= _ROUNDS_AT_ONE_SIZE):
+            if search.deadline is not None and time.monotonic() > search.deadline:
+                return gaussian, _ended("budget", "The budget ran out")
+            # More rounds of as many draws would show their noise alone.
+            if not enough or apart <= 2.0 * parameters / search.ess:
                 break
-            draws, rounds_here = min(_GROWTH * draws, _LAST), 0
+        draws *= _GROWTH
     return gaussian, Status(
         False,
         "not converged",
-        f"Of {draws:,} weighted draws only {search.ess:,.0f} count, and estimates still move: give a "
+        f"Of {_LAST:,} weighted draws only {search.ess:,.0f} count, and estimates still move: give a "
         "larger tol=, take method='stochastic', or a guide that comes nearer, such as "
         "'affine_coupling'.",
     )
+
+
+def _ended(reason: Reason, words: str) -> Status:
+    return Status(False, reason, f"{words}; the last estimate was kept. Go on with resume=.")
 
 
 @torch.no_grad()
@@ -150,11 +147,19 @@ def _matched(search: _Search, gaussian: Gaussian, draws: int, seed: int) -> Gaus
     if bool(failed) or not bool(factor.isfinite().all()):
         return None
     found = Gaussian(loc, factor)
-    gaps = torch.where(weights > 0.0, log_p - _log_prob_of(found, z), 0.0)
+    log_q = _log_prob_of(_member(found, search.diagonal), z)
+    gaps = torch.where(weights > 0.0, log_p - log_q, 0.0)
     search.bound = float(weights @ gaps)
     search.losses.append(-search.bound)
     search.progress.step(search.bound)
     return found
+
+
+def _member(gaussian: Gaussian, diagonal: bool) -> Gaussian:
+    """What a guide makes of these moments: all of them, or means and standard deviations."""
+    if not diagonal:
+        return gaussian
+    return Gaussian(gaussian.loc, gaussian.scale_tril.square().sum(-1).sqrt().diag())
 
 
 def _proposed(gaussian: Gaussian, draws: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -66,9 +66,12 @@ class UpperBound(Bound):
     def path(self, log_w: Tensor) -> Tensor:
         """What the carrier's gradient at each draw lacks, `[K, ...]`."""
         n = self.power
+        rest = 1.0 - torch.softmax(n * log_w, 0)
+        if n == 1.0:
+            return rest
         # v_k / w~_k in logs: both may be too small for a number.
         ratio = (n - 1.0) * log_w + torch.logsumexp(log_w, 0) - torch.logsumexp(n * log_w, 0)
-        return n * self._rate * ratio.exp() * (1.0 - torch.softmax(n * log_w, 0))
+        return n * self._rate * ratio.exp() * rest
 
     def score(self, log_w: Tensor) -> Tensor:
         """Self-normalised weights less their mean, `[K, ...]`."""
