@@ -59,8 +59,11 @@ def names() -> list[str]:
 
 
 def describe() -> dict[str, str]:
-    """One line for each objective."""
-    return {name: first_line(cls) for name, cls in REGISTRY.items()}
+    """One line for each objective: what it is, where it comes from, its gradient estimators."""
+    return {
+        name: f"{first_line(cls)} {getattr(cls, 'paper', '')} [{', '.join(cls().estimators)}]"
+        for name, cls in REGISTRY.items()
+    }
 
 
 def make(objective: str | Objective, **options: Any) -> Objective:

@@ -43,6 +43,7 @@ class Annealed(Elbo):
     """
 
     name: ClassVar[str] = "annealed"
+    paper: ClassVar[str] = "Rezende & Mohamed 2015"
 
     particles: int = 10
     schedule: str = "linear"

@@ -32,6 +32,7 @@ class Beta(Bound):
     """
 
     name: ClassVar[str] = "beta"
+    paper: ClassVar[str] = "Higgins et al. 2017"
 
     beta: float = 4.0
     particles: int = 10

@@ -30,6 +30,7 @@ class ChiSquare(UpperBound):
     """
 
     name: ClassVar[str] = "chi_square"
+    paper: ClassVar[str] = "Dieng et al. 2017"
 
     n: float = 2.0
     particles: int = 100

@@ -24,6 +24,7 @@ class Elbo(Bound):
     """
 
     name: ClassVar[str] = "elbo"
+    paper: ClassVar[str] = "Jordan et al. 1999"
 
     particles: int = 10
 

@@ -33,6 +33,7 @@ class ElboAnalytic(Elbo):
     """
 
     name: ClassVar[str] = "elbo_analytic"
+    paper: ClassVar[str] = "Kingma & Welling 2014"
 
     particles: int = 10
 

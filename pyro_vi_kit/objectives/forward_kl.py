@@ -27,6 +27,7 @@ class ForwardKl(UpperBound):
     """
 
     name: ClassVar[str] = "forward_kl"
+    paper: ClassVar[str] = "Bornschein & Bengio 2015"
 
     particles: int = 100
 

@@ -27,6 +27,7 @@ class Iwae(Bound):
     """
 
     name: ClassVar[str] = "iwae"
+    paper: ClassVar[str] = "Burda, Grosse & Salakhutdinov 2016"
 
     particles: int = 10
 

@@ -32,6 +32,7 @@ class Renyi(Bound):
     """
 
     name: ClassVar[str] = "renyi"
+    paper: ClassVar[str] = "Li & Turner 2016"
 
     alpha: float = 0.5
     particles: int = 10

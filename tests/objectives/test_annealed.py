@@ -1,4 +1,4 @@
-"""The annealed ELBO: schedules from their first power to 1, captured as they are, never stopped early."""
+"""The annealed ELBO: schedules from their first power to 1, captured as they are, not cut short."""
 
 import functools
 import math
