@@ -245,10 +245,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = call("benchmarks.estimators:one", pair | {"cells": missing}, cap=asked.cap or 300.0)
         for row in done.value or missing:
             rows.append(records.add(pair | row | {"error": done.error}))
-            options.say(
-                f"{objective}, {estimator}, K = {row['particles']}, offset {row['offset']:g}: "
-                f"{done.error or format(row['snr'], '.3g')}"
-            )
+            key = "snr" if row["offset"] else "noise"
+            found = done.error or f"{key} {row[key]:.3g}"
+            options.say(f"{objective}, {estimator}, K = {row['particles']}: {found}")
     picture = asked.out / f"{NAME}.png"
     if plot(rows, picture):
         options.say(f"written: {picture}")
