@@ -35,6 +35,8 @@ SCRIPTS = (
     "streaming",
     "amortization",
     "calibration",
+    "estimators",
+    "kl_direction",
 )
 NEED_REFERENCES = ("accuracy", "verdicts", "auto", "speed_svi")
 

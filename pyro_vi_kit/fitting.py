@@ -70,16 +70,18 @@ def fit(
             own is trained in place, as in stock Pyro. By default ``"full_rank"``, and ``"mean_field"``
             for more than 1,000 dimensions. ``"auto"`` begins with these and goes on to flows and
             mixtures only while the verdict asks for it; ``posterior.ladder`` says what was tried.
-        objective: ``"elbo"`` (the default), ``"iwae"``, ``"renyi"``, or an instance such as
-            ``vi.objectives.Renyi(alpha=0.5, particles=16)``.
-        method: ``"lbfgs"`` (Gaussian guides, ELBO), ``"stochastic"``, or ``"auto"``.
+        objective: ``"elbo"`` (the default), another name of `vi.objectives.names()`, such as ``"iwae"``
+            or ``"forward_kl"``, or an instance such as ``vi.objectives.Renyi(alpha=0.5, particles=16)``.
+        method: ``"lbfgs"`` (Gaussian guides and mixtures, ELBO), ``"moments"`` (Gaussian guides,
+            forward KL), ``"stochastic"``, or ``"auto"``.
         engine: ``"captured"`` records a step on the vectorised density and replays it, compiled once
             a fit turns out to be long; ``"compiled"`` waits for the compiler (10 to 30 seconds) first;
             ``"eager"`` runs the model at each step; ``"pyro"`` is a literal `pyro.infer.SVI`.
             ``"auto"`` captures wherever the model and guide allow it.
-        estimator: Of the gradient in stochastic steps: ``"pathwise"``, or ``"dreg"``, doubly
+        estimator: Of the gradient in stochastic steps: ``"pathwise"``; ``"dreg"``, doubly
             reparameterised (for the ELBO: stick-the-landing), which has no variance where the guide is
-            exact; ``"auto"`` takes the latter wherever it is defined.
+            exact; or ``"score"``, the score function with the other draws as its baseline, for guides
+            whose draws have no derivative. ``"auto"`` takes ``"dreg"`` wherever it is defined.
         tol: Nats that the bound may fall short by. By default 0.01, and for stochastic steps 0.001 a
             dimension if that is more; where parameters are learned or latents lie in a data plate,
             0.1 % of the bound if that is more.
@@ -125,8 +127,8 @@ def fit(
         objective = resuming.objective_of(record) if objective is None else objective
         method = "stochastic" if (method, record.method) == ("auto", "stochastic") else method
         engine = "pyro" if (engine, record.engine) == ("auto", "pyro") else engine
-        if estimator == "auto" and record.estimator == "pathwise":
-            estimator = "pathwise"
+        if estimator == "auto" and record.estimator in ("pathwise", "score"):
+            estimator = record.estimator
         batch_size = record.batch_size if batch_size is None else batch_size
         seed = resuming.seed_after(earlier) if seed is None else seed
     if saved is not None and seed is None:

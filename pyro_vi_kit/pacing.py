@@ -65,6 +65,7 @@ def by_themselves(
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
         noisy=batches is not None,
+        warmup=request.objective.warmup,
         tight=isinstance(guide, Guide)
         and not guide.density.params
         and not guide.point

@@ -24,7 +24,7 @@ from pyro_vi_kit.guides.heads import Head
 from pyro_vi_kit.guides.local import LocalFamily, Table
 from pyro_vi_kit.methods import stochastic
 from pyro_vi_kit.objectives import Elbo
-from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
+from pyro_vi_kit.objectives.estimators import chosen as chosen_estimator
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.record import Record
 from pyro_vi_kit.runtime import RandomStream
@@ -71,11 +71,13 @@ def refine(
         ModelError: If `batch_size` is given and the model cannot be subsampled.
     """
     started = time.monotonic()
-    if not objective.multi_sample:
+    if objective.is_elbo:
         objective = Elbo(_PARTICLES)
+    elif not objective.multi_sample:
+        objective = dataclasses.replace(objective, particles=_PARTICLES)  # type: ignore[type-var]
     guide = _trainee(approximation)
     sizes = _sizes(guide, objective.particles, batch_size)
-    estimator = "dreg" if dreg_is_valid(guide, objective) else "pathwise"
+    estimator = chosen_estimator(guide, objective)
     engine = CapturedEngine(
         guide,
         objective,
@@ -97,7 +99,7 @@ def refine(
         evaluations=outcome.evaluations,
         seconds=time.monotonic() - started,
         seed=seed,
-        bound=bound if objective.multi_sample else None,
+        bound=None if objective.is_elbo else engine.reported(bound),
         skipped=outcome.skipped,
         estimator=estimator,
         batch_size={plate.name: size for plate, size in sizes.items()} or None,

@@ -106,8 +106,13 @@ def state_of(earlier: Posterior) -> dict[str, Any]:
 
 
 def objective_of(record: Record) -> str | Objective:
-    """What was maximised; by name where its options were those of the name."""
+    """What was maximised; by name where its options were those of the name.
+
+    A schedule that has ended is not begun again: it ended at the ELBO.
+    """
     objective = record.objective
+    if objective.warmup:
+        return "elbo"
     known = objective.name in objectives.REGISTRY
     return objective.name if known and objective == objectives.make(objective.name) else objective
 

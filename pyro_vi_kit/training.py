@@ -24,15 +24,19 @@ from pyro_vi_kit.engines import (
 )
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.methods import fixed_draws, mixtures
-from pyro_vi_kit.methods.peaks import with_peaks
+from pyro_vi_kit.methods import fixed_draws, mixtures, moments
+from pyro_vi_kit.methods.peaks import Peak, with_peaks
 from pyro_vi_kit.methods.result import Outcome
-from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
+from pyro_vi_kit.objectives import Elbo, ForwardKl, Objective, Renyi, estimators
 from pyro_vi_kit.pacing import PyroGuide
 from pyro_vi_kit.posterior import is_small
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import Request
 from pyro_vi_kit.runtime import default_dtype
+
+_SCORE_PARTICLES = 16
+# Nats that two estimates of the moments may lie apart: a hundredth of an sd in each direction.
+_MOMENTS_TOLERANCE = 1e-4
 
 
 class Trained(NamedTuple):
@@ -73,6 +77,7 @@ def train(
         _refuse_for_pyro_guide(request, checkpoint)
         return _train_pyro_guide(request, trainee, density, state)
     _require_compatible(request, trainee)
+    estimator_of(request, trainee)
     if _use_fixed_draws(request, trainee):
         _refuse_fixed_draws(checkpoint)
         with Progress(f"{name} (L-BFGS)", enabled=request.progress) as progress:
@@ -80,20 +85,26 @@ def train(
         return Trained(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
+    if _use_moments(request, trainee, checkpoint):
+        matched = _match_moments(request, name, trainee, density)
+        if matched is not None:
+            return matched
     batches = _batches(request, trainee, density)
     try:
         start = starting.begin(request, trainee, density, batches, checkpoint)
         request = _with_particles(request, trainee, density)
         engine = _engine(request, trainee, density, batches, steady=checkpoint is not None)
         run = pacing.by_themselves if request.epochs is None else pacing.by_course
-        outcome, bound = run(request, name, engine, start.whitened, checkpoint)
+        outcome, found = run(request, name, engine, start.whitened, checkpoint)
+        bound: float | None = None if request.objective.is_elbo else found
     finally:
         if isinstance(batches, StreamedBatches):
             batches.close()
     outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, start.peaks, trainee))
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
-    bound = bound if request.objective.multi_sample else None
+    if isinstance(engine, EagerEngine):
+        bound = engine.reported(bound)
     return Trained(approximation, outcome, engine.name, bound, note)
 
 
@@ -114,6 +125,27 @@ def _fit_on_fixed_draws(
         return mixtures.fit(guide, start=start, found=request.found, below=below, **given)
     start = starting.gaussian_of(guide) if request.resumed else point
     return fixed_draws.fit(guide, start=start, **given)
+
+
+def _match_moments(request: Request, name: str, guide: Guide, density: Density) -> Trained | None:
+    """Train by weighted moments; None where they do not settle and the method was ours to choose."""
+    seed, deadline = request.seed, request.deadline
+    peaks: tuple[Peak, ...] = ()
+    if request.resumed:
+        start = starting.gaussian_of(guide)
+    else:
+        point = starting.starting_point(request, density)
+        found = fixed_draws.prefit(density, seed, deadline, point)
+        start, peaks = found.best, found.peaks
+    tolerance = request.tolerance if request.own_tolerance else _MOMENTS_TOLERANCE
+    with Progress(f"{name} (moments)", enabled=request.progress) as progress:
+        outcome, bound = moments.fit(
+            guide, start, seed=seed, tolerance=tolerance, deadline=deadline, progress=progress
+        )
+    if request.method == "auto" and outcome.status.reason == "not converged":
+        return None
+    outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, peaks, guide))
+    return Trained(GuideApproximation(name, guide, density.params), outcome, outcome.engine, bound)
 
 
 def _engine(
@@ -151,14 +183,18 @@ def _engine(
 def estimator_of(request: Request, guide: Guide | PyroGuide) -> str:
     """The gradient estimator that ``estimator=`` stands for."""
     literal = request.engine == "pyro" or not isinstance(guide, Guide)
-    possible = not literal and dreg_is_valid(guide, request.objective)  # type: ignore[arg-type]
-    if request.estimator == "dreg" and not possible:
-        raise OptionError(
-            "estimator='dreg' needs a guide of this package with spread, an objective of the Rényi "
-            "family (elbo, iwae, renyi) and another engine than 'pyro': use estimator='pathwise'"
-        )
+    if literal:
+        if request.estimator not in ("auto", "pathwise"):
+            raise OptionError(
+                f"estimator={request.estimator!r} is of the guides and engines of this package; "
+                "pyro.infer.SVI has its own: leave estimator= out, or leave out engine='pyro'"
+            )
+        return "pathwise"
     if request.estimator == "auto":
-        return "dreg" if possible else "pathwise"
+        return estimators.chosen(guide, request.objective)  # type: ignore[arg-type]
+    reason = estimators.obstacle(guide, request.objective, request.estimator)  # type: ignore[arg-type]
+    if reason is not None:
+        raise OptionError(f"estimator={request.estimator!r} cannot work here: {reason}")
     return request.estimator
 
 
@@ -176,6 +212,9 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
         particles = 16 if any(block.plate for block in guide.blocks) else 4
     else:
         particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
+    if estimator_of(request, guide) == "score":
+        # Each draw is compared with the others, and the noise is many times that of other estimators.
+        particles = max(particles, _SCORE_PARTICLES)
     objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]
     return dataclasses.replace(request, objective=objective)
 
@@ -183,9 +222,9 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
 def _train_pyro_guide(
     request: Request, guide: PyroGuide, density: Density | None, state: dict[str, Any] | None
 ) -> Trained:
-    if request.method == "lbfgs":
+    if request.method in ("lbfgs", "moments"):
         raise OptionError(
-            "method='lbfgs' runs the Gaussian guides of this package; use 'stochastic'"
+            f"method={request.method!r} runs the Gaussian guides of this package; use 'stochastic'"
         )
     if request.batch_size is not None:
         raise OptionError(
@@ -205,10 +244,10 @@ def _train_pyro_guide(
         device=where,
     )
     estimator_of(request, guide)
-    outcome, bound = pacing.by_themselves(request, name_of(guide), engine, whitened=False)
+    outcome, found = pacing.by_themselves(request, name_of(guide), engine, whitened=False)
     dtype = default_dtype() if density is None else density.dtype
     approximation = TraceApproximation(model, guide, engine.state, dtype, density, engine.device)
-    bound = bound if request.objective.multi_sample else None
+    bound = None if request.objective.is_elbo else found
     return Trained(approximation, outcome, engine.name, bound)
 
 
@@ -239,11 +278,14 @@ def _require_castable(request: Request, density: Density) -> None:
 
 
 def _require_compatible(request: Request, guide: Guide) -> None:
-    if guide.point and request.objective.multi_sample:
+    if guide.point and not _is_plain_elbo(request.objective):
         raise OptionError(
             f"guide 'delta' is a point and has no multi-sample bound: objective "
             f"{request.objective.name!r} needs a guide with spread; use objective='elbo'"
         )
+    request.objective.require(guide)
+    if request.objective.warmup:
+        _require_room(request)
     if request.method == "lbfgs" and not _fixed_draws_possible(request, guide):
         raise OptionError(
             "method='lbfgs' needs guide 'delta', 'mean_field', 'low_rank', 'full_rank' or 'mixture', a "
@@ -253,10 +295,41 @@ def _require_compatible(request: Request, guide: Guide) -> None:
         )
 
 
+def _is_plain_elbo(objective: Objective) -> bool:
+    """Whether it is the ELBO from the first step on, by no estimator of its own."""
+    return (
+        isinstance(objective, Elbo | Renyi)
+        and type(objective).name in ("elbo", "renyi")
+        and objective.is_elbo
+    )
+
+
+def _require_room(request: Request) -> None:
+    """Refuse what would end, or count, a warm-up otherwise than in steps of this package's Adam."""
+    name, warmup = request.objective.name, request.objective.warmup
+    if request.engine == "pyro":
+        request.objective.stock_loss()
+    if request.optimizer is not None:
+        raise OptionError(
+            f"objective {name!r} counts the steps of this package's Adam: leave optimizer= out, or use "
+            "objective='elbo'"
+        )
+    if request.epochs is not None:
+        raise OptionError(
+            f"objective {name!r} has a schedule in steps, and epochs= another: leave epochs= out, or "
+            "use objective='elbo'"
+        )
+    if request.steps is not None and request.steps <= warmup:
+        raise OptionError(
+            f"objective {name!r} is the ELBO after {warmup:,} steps, and steps={request.steps:,} ends "
+            f"before: give more steps=, or vi.objectives.Annealed(steps={max(request.steps // 2, 1)})"
+        )
+
+
 def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
     return (
         (fixed_draws.applies_to(guide) or mixtures.applies_to(guide))
-        and not request.objective.multi_sample
+        and _is_plain_elbo(request.objective)
         and request.engine != "pyro"
         and request.optimizer is None
         and request.estimator == "auto"
@@ -264,6 +337,33 @@ def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
         and request.batch_size is None
         and request.epochs is None
     )
+
+
+def _use_moments(request: Request, guide: Guide, checkpoint: Checkpoint | None) -> bool:
+    """Whether to match the posterior's moments.
+
+    Raises:
+        OptionError: If that was asked for and cannot be done.
+    """
+    possible = (
+        isinstance(request.objective, ForwardKl)
+        and moments.applies_to(guide)
+        and request.engine != "pyro"
+        and request.optimizer is None
+        and request.estimator == "auto"
+        and request.steps is None
+        and request.batch_size is None
+        and request.epochs is None
+        and checkpoint is None
+    )
+    if request.method == "moments" and not possible:
+        raise OptionError(
+            "method='moments' needs objective 'forward_kl', guide 'mean_field' or 'full_rank', data in "
+            f"memory, a model without learned parameters and of at most {moments.MAX_DIM} dimensions, "
+            "and none of engine='pyro', optimizer=, estimator=, steps=, epochs=, checkpoint= and "
+            "batch_size=; use method='stochastic'"
+        )
+    return possible and request.method in ("auto", "moments")
 
 
 def _use_fixed_draws(request: Request, guide: Guide) -> bool:

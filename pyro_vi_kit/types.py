@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -31,13 +32,20 @@ class LogWeights(NamedTuple):
 
 @runtime_checkable
 class Objective(Protocol):
-    """A lower bound on the log evidence, as a pure function of log weights.
+    """A bound on the log evidence, as a pure function of log weights, and how it is trained.
+
+    `objectives.Bound` has defaults for all but ``name``, ``particles``, ``multi_sample``, ``bound`` and
+    ``stock_loss``.
 
     Attributes:
         name: What the registry calls it.
         particles: K, draws of the guide per step.
         multi_sample: Whether the bound depends on K, so that particles may not be averaged over.
         order: Its order alpha among the Rényi bounds; None for a bound that is none of them.
+        upper: Whether it is an upper bound, and is brought down.
+        is_elbo: Whether what is trained in the end is the ELBO.
+        warmup: Steps before what is trained is the bound itself.
+        estimators: Gradient estimators that are defined for it.
     """
 
     name: ClassVar[str]
@@ -62,7 +70,64 @@ class Objective(Protocol):
         ...
 
     def stock_loss(self, *, vectorize: bool = False) -> Any:
-        """The `pyro.infer` loss that is minus this bound."""
+        """The `pyro.infer` loss that is minus this bound.
+
+        Raises:
+            OptionError: If stock Pyro has none.
+        """
+        ...
+
+    @property
+    def upper(self) -> bool:
+        """Whether it is an upper bound."""
+        ...
+
+    @property
+    def is_elbo(self) -> bool:
+        """Whether what is trained in the end is the ELBO."""
+        ...
+
+    @property
+    def warmup(self) -> int:
+        """Steps before what is trained is the bound itself."""
+        ...
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """Gradient estimators that are defined for it."""
+        ...
+
+    def carrier(self, log_w: Tensor) -> Tensor:
+        """What the loss is minus of, and differentiates: `[K, ...] -> [...]`, nats."""
+        ...
+
+    def look(self, log_w: Tensor) -> Tensor:
+        """What a comparison of two fits maximises: `[K, ...] -> [...]`, nats."""
+        ...
+
+    def path(self, log_w: Tensor) -> Tensor | None:
+        """What ``dreg`` scales the gradient at each draw by, `[K, ...]`; None for 1."""
+        ...
+
+    def score(self, log_w: Tensor) -> Tensor:
+        """What ``score`` multiplies the gradient of each log q by, `[K, ...]`."""
+        ...
+
+    def weights(
+        self,
+        guide: Any,
+        draw: Any,
+        params: Mapping[str, Tensor] | None = None,
+        index: Mapping[str, Tensor] | None = None,
+        *,
+        data: Sequence[Tensor] | None = None,
+        updates: Tensor | None = None,
+    ) -> LogWeights:
+        """The log weights that the bound is taken of, nats."""
+        ...
+
+    def require(self, guide: Any) -> None:
+        """Refuse a guide that it is not defined for."""
         ...
 
 

@@ -187,7 +187,7 @@ def is_discrete_latent(site):
 
 
 # The first predicts from codes, the second has a site for each day, and the others have no data.
-WITHOUT_Y = ("vae", "hmm", "funnel", "banana", "gaussian_mixture_target")
+WITHOUT_Y = ("vae", "hmm", "funnel", "banana", "gaussian_mixture_target", "kl_direction")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in WITHOUT_Y])

@@ -108,8 +108,12 @@ def obstacle(density: Density, guide: str, objective: str) -> str | None:
         built = guides.make(guide, density)
     except OptionError as error:
         return str(error)
-    if built.point and objectives.make(objective).multi_sample:
+    if built.point and objective != "elbo":
         return f"guide {guide!r} is a point and has no multi-sample bound: use objective 'elbo'"
+    try:
+        objectives.make(objective).require(built)
+    except OptionError as error:
+        return str(error)
     return None
 
 

@@ -55,7 +55,9 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @click.option(
     "--engine", default="auto", show_default=True, help="auto, captured, compiled, eager or pyro."
 )
-@click.option("--estimator", default="auto", show_default=True, help="auto, pathwise or dreg.")
+@click.option(
+    "--estimator", default="auto", show_default=True, help="auto, pathwise, dreg or score."
+)
 @click.option(
     "--tol", type=float, show_default="0.01", help="Nats that the bound may fall short by."
 )

@@ -128,6 +128,7 @@ class Density:
         index: Mapping[str, Tensor] | None = None,
         *,
         jacobian: bool = True,
+        power: float = 1.0,
     ) -> Terms:
         """The log joint at K points, by part.
 
@@ -140,13 +141,16 @@ class Density:
             index: Minibatch indices `[B]` by plate.
             jacobian: Whether the density is that of z (with the log determinant of the constraining
                 transforms) or that of the constrained values.
+            power: What the likelihood is raised to, observed sites and factors; for models whose
+                discrete sites, if any, it does not depend on.
         """
         scale: dict[str, float] = {}
 
         def single(point: Values) -> tuple[Tensor, dict[str, Tensor]]:
             replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
             self._run(replay, params, data, index)
-            terms = add_up(replay.visits, jacobian, self.dtype, self._enumerated(replay))
+            enumerated = self._enumerated(replay)
+            terms = add_up(replay.visits, jacobian, self.dtype, enumerated, power)
             scale.update(terms.scale)
             return terms.shared, terms.local
 
@@ -430,6 +434,18 @@ class Density:
                     (name for name in self.structure.sites if name not in replay.visits), ""
                 )
         return replay.visits, ""
+
+    def differentiable_visits(self, z: Mapping[str, Tensor]) -> dict[str, Visit]:
+        """The sites that a run at the first of K points meets, with their ties to it and to parameters.
+
+        Args:
+            z: Unconstrained values `[K, *batch, *event]` by site.
+        """
+        replay = Replay(unconstrained={name: value[0] for name, value in z.items()})
+        replay.constrained = self._example
+        with self._runner.isolated(), torch.enable_grad():
+            self._run(replay)
+        return replay.visits
 
     def holding(self, params: Mapping[str, Tensor]) -> Density:
         """The same density with these values of its learned parameters, which nothing trains.

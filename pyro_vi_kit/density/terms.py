@@ -44,6 +44,7 @@ def add_up(
     jacobian: bool,
     dtype: torch.dtype,
     enumerated: Enumerated | None = None,
+    power: float = 1.0,
 ) -> Terms:
     """Log densities and log determinants of one run, at one point.
 
@@ -52,6 +53,7 @@ def add_up(
         jacobian: Whether to add the log determinants.
         dtype: Precision of an empty sum.
         enumerated: The sites that depend on discrete latents, to be summed out.
+        power: What the likelihood, observed sites and factors, is raised to.
     """
     total = _Sum(dtype)
     depends = {} if enumerated is None else enumerated.factors
@@ -61,6 +63,8 @@ def add_up(
         if visit.kind == "deterministic":
             continue
         log_prob = None if visit.name in depends else visit.log_prob()
+        if power != 1.0 and log_prob is not None and visit.kind in ("observed", "factor"):
+            log_prob = power * log_prob
         log_det = _log_det(visit, jacobian, visits)
         if log_det is not None:
             # A guide is subsampled with the model, so its Jacobian is scaled with the plates;

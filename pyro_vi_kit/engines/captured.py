@@ -185,7 +185,8 @@ class CapturedEngine(EagerEngine):
         """One step as a pure function: new state, rows of the tables, average, and the bound."""
         picked = list(_rows_of(rest[: len(RowState._fields) * len(self.tables)]))
         rest = rest[len(RowState._fields) * len(self.tables) :]
-        bound, gradient, *slopes = self._gradient(x, *rest, rows=[row.x for row in picked])
+        rows = [row.x for row in picked]
+        bound, gradient, *slopes = self._gradient(x, *rest, rows=rows, updates=updates)
         with torch.no_grad():
             finite = adam.finite(bound, gradient, *slopes)
             state = adam.update(AdamState(x, mean, square, updates), gradient, finite, rate)
@@ -197,7 +198,13 @@ class CapturedEngine(EagerEngine):
             average = torch.lerp(average, state.x, weight)
             return *state, *moved, average, torch.where(finite, bound, torch.nan)
 
-    def _gradient(self, x: Tensor, *rest: Tensor, rows: Sequence[Tensor] = ()) -> Sequence[Tensor]:
+    def _gradient(
+        self,
+        x: Tensor,
+        *rest: Tensor,
+        rows: Sequence[Tensor] = (),
+        updates: Tensor | None = None,
+    ) -> Sequence[Tensor]:
         """The bound and the loss's gradients at parameters ``x`` and rows of the tables."""
         batch, density = None, self.guide.density
         if density.streamed is not None:
@@ -207,7 +214,7 @@ class CapturedEngine(EagerEngine):
             batch = Batch(dict(zip(self.batches.plates, rest, strict=False)))
         settle(self.trained, x)
         with isolated(density.dtype, density.device), torch.enable_grad():
-            return self.gradient(batch, rows)
+            return self.gradient(batch, rows, updates)
 
 
 def _rows_of(parts: Sequence[Tensor]) -> Iterator[RowState]:

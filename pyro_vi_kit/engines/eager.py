@@ -22,13 +22,16 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.groups import width_of
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.streamed import weigh_all
-from pyro_vi_kit.objectives import evaluate, surrogate
+from pyro_vi_kit.objectives import surrogate
+from pyro_vi_kit.objectives.bounds import reduced
 from pyro_vi_kit.runtime import RandomStream, isolated
-from pyro_vi_kit.types import Objective
+from pyro_vi_kit.types import LogWeights, Objective
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
+Reduce = Callable[[Tensor], Tensor]
 
 _EVALUATION_ROWS = 2048
+_REPORTED = 64
 _EVALUATION_NUMBERS = 20_000_000
 
 
@@ -44,7 +47,7 @@ class EagerEngine:
         seed: Of the noise.
         batches: Minibatches of the data plate; the full data when None.
         optimizer: Makes a torch optimiser from parameters; Adam when None.
-        estimator: Of the gradient: ``pathwise`` or ``dreg``.
+        estimator: Of the gradient: ``pathwise``, ``dreg`` or ``score``.
         clip: Length of the gradient at the most.
         precision: ``bfloat16`` for mixed precision (`torch.autocast`) in the model and the guide; None
             for none. Parameters and updates keep their own.
@@ -145,12 +148,18 @@ class EagerEngine:
             if n not in known and id(p) not in apart
         }
 
-    def gradient(self, batch: Batch | None, rows: Sequence[Tensor] = ()) -> tuple[Tensor, ...]:
+    def gradient(
+        self,
+        batch: Batch | None,
+        rows: Sequence[Tensor] = (),
+        updates: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """The bound, nats, and the loss's gradients, on the noise that comes next.
 
         Args:
             batch: What the step sees of the data; all of them when None.
             rows: What the tables hold for its rows, `[B, p]` each.
+            updates: Steps taken so far, a scalar; this engine's own when None.
 
         Returns:
             The bound, the gradient `[P]`, and one `[B, p]` for each table.
@@ -168,6 +177,7 @@ class EagerEngine:
                 estimator=self.estimator,
                 mirrored=self.mirrored,
                 data=data,
+                updates=self.adam.updates if updates is None else updates,
             )
             wanted = [*self.trained.values(), *held]
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
@@ -261,24 +271,34 @@ class EagerEngine:
         return {n: v.detach() for n, v in everything.items() if n not in self.trained}
 
     @torch.no_grad()
-    def evaluate(self, replicates: int) -> Tensor:
+    def evaluate(self, replicates: int, *, report: bool = False) -> Tensor:
         """Independent estimates of the bound, `[replicates]`, nats, on the same noise at every call.
 
+        Of an upper bound they are what a comparison maximises, unless it is to ``report`` the bound.
         They see all data, but for one case: where nothing but an encoder and the model's parameters
         depends on a plate of more than 2,048 rows, they are of the bound on that many rows of it. Of
         streamed data without local latents they see 2,000 batches at the most.
         """
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
         density = self.guide.density
+        reduce = self.objective.bound if report else self.objective.look
         with RandomStream(self._evaluation_seed), isolated(density.dtype, density.device):
             if isinstance(self.batches, StreamedBatches):
-                return self._evaluate_streamed(self.batches, replicates, bool(local)).cpu()
+                return self._evaluate_streamed(self.batches, replicates, bool(local), reduce).cpu()
             index = self._looked_at(local)
             if not self.objective.multi_sample or not local:
-                return self._joint_bounds(replicates, index).cpu()
-            return torch.stack([self._bound(index) for _ in range(replicates)]).cpu()
+                return self._joint_bounds(replicates, index, reduce).cpu()
+            return torch.stack([self._bound(reduce, index) for _ in range(replicates)]).cpu()
 
-    def _joint_bounds(self, replicates: int, index: Mapping[str, Tensor] | None) -> Tensor:
+    def reported(self, found: float | None) -> float | None:
+        """The trained bound, nats, where a look at it found this; None where it is the ELBO."""
+        if self.objective.is_elbo or not self.objective.upper:
+            return None if self.objective.is_elbo else found
+        return float(self.evaluate(_REPORTED, report=True).mean())
+
+    def _joint_bounds(
+        self, replicates: int, index: Mapping[str, Tensor] | None, reduce: Reduce
+    ) -> Tensor:
         """Bounds of all latents at once, `[replicates]`, from as many draws as memory has room for."""
         # Draws count for less than rows do where steps see some of these.
         each = 1 if self.batches is not None else self.particles
@@ -287,8 +307,8 @@ class EagerEngine:
         bounds = []
         for start in range(0, replicates, chunk):
             count = min(chunk, replicates - start)
-            joint = self.guide.log_weights(count * each, self.params, index).joint()
-            bounds.append(self.objective.bound(joint.reshape(each, count)))
+            joint = self._weights(count * each, index).joint()
+            bounds.append(reduce(joint.reshape(each, count)))
         return torch.cat(bounds)
 
     def _looked_at(self, plates: Sequence[Plate]) -> dict[str, Tensor] | None:
@@ -303,21 +323,36 @@ class EagerEngine:
         }
         return rows or None
 
-    def _evaluate_streamed(self, batches: StreamedBatches, replicates: int, local: bool) -> Tensor:
+    def _evaluate_streamed(
+        self, batches: StreamedBatches, replicates: int, local: bool, reduce: Reduce
+    ) -> Tensor:
         if local:
             data = batches.evaluated(_EVALUATION_ROWS)
-            return torch.stack([self._bound(None, data) for _ in range(replicates)])
+            return torch.stack([self._bound(reduce, None, data) for _ in range(replicates)])
         draw = self.guide.draw(replicates * self.particles)
         log_p, log_q = weigh_all(self.guide, draw, self.params, batches.looked_at())
-        return self.objective.bound((log_p - log_q).reshape(self.particles, replicates))
+        return reduce((log_p - log_q).reshape(self.particles, replicates))
 
     def _bound(
-        self, index: Mapping[str, Tensor] | None, data: list[Tensor] | None = None
+        self,
+        reduce: Reduce,
+        index: Mapping[str, Tensor] | None,
+        data: list[Tensor] | None = None,
     ) -> Tensor:
-        weights = self.guide.log_weights(
-            self.particles, self.params, index, data=data, share=self.share
-        )
-        return evaluate(self.objective, weights)
+        weights = self._weights(self.particles, index, data, share=self.share)
+        return reduced(reduce, weights)
+
+    def _weights(
+        self,
+        draws: int,
+        index: Mapping[str, Tensor] | None,
+        data: list[Tensor] | None = None,
+        *,
+        share: bool = False,
+    ) -> LogWeights:
+        """The objective's log weights of fresh draws."""
+        draw = self.guide.draw(draws, index, data=data, share=share)
+        return self.objective.weights(self.guide, draw, self.params, index, data=data)
 
 
 def _flattened(parameters: Mapping[str, Tensor], density: Density) -> Tensor:

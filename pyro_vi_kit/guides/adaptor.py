@@ -166,9 +166,12 @@ class Guide(nn.Module):
         index: Mapping[str, Tensor] | None = None,
         *,
         data: Sequence[Tensor] | None = None,
+        power: float = 1.0,
     ) -> LogWeights:
-        """The log weights of these draws."""
-        terms = self.density.terms(draw.z, params, data, index, jacobian=not self.point)
+        """The log weights of these draws, the likelihood raised to ``power``."""
+        terms = self.density.terms(
+            draw.z, params, data, index, jacobian=not self.point, power=power
+        )
         shared, local, scale = terms.shared - draw.shared, {}, {}
         for plate, rows in terms.local.items():
             if plate in draw.local:
@@ -176,6 +179,40 @@ class Guide(nn.Module):
             else:
                 shared = shared + terms.scale[plate] * rows.sum(-1)
         return LogWeights(shared, local, scale)
+
+    def log_q(
+        self,
+        draw: Draw,
+        index: Mapping[str, Tensor] | None = None,
+        *,
+        data: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log q at draws that are held fixed, differentiable in the guide's parameters alone.
+
+        An encoder is run once more, with a dropout of its own.
+
+        Args:
+            draw: K draws.
+            index: Rows `[B]` of each local plate; all by default.
+            data: Tensors in the place of the density's own, for an encoder to read.
+
+        Returns:
+            Log q of the globals, `[K]` (`[1]` where all share them), and of each local block, `[K, B]`
+            by plate, nats.
+        """
+        shared, local = torch.zeros_like(draw.shared), {}
+        for block in self.blocks:
+            family: Any = self.families[block.name]
+            flat = draw.flat[block.name].detach()
+            if block.plate is None:
+                shared = shared + family().log_prob(flat)
+                continue
+            rows = self.rows(block, index, data)
+            if family.conditioned:
+                common = self._global(draw.flat).detach()
+                _, rows = self._beside(common, rows, len(flat))
+            local[block.plate.name] = family(rows).log_prob(flat)
+        return shared, local
 
     def rows(
         self,

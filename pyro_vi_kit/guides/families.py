@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 
 class Family(nn.Module, ABC):
-    """A variational family over `[D]`, or `[B, d]` with a context."""
+    """A variational family over `[D]`, or `[B, d]` with a context.
+
+    Attributes:
+        reparameterised: Whether draws are differentiable in the parameters; one that is not is trained
+            by the score function alone.
+    """
+
+    reparameterised: bool = True
 
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
@@ -44,7 +51,8 @@ class Family(nn.Module, ABC):
             half = distribution.rsample((shape[0] // 2, *shape[1:]))
             value = torch.cat([half, 2.0 * distribution.mean - half])
         else:
-            value = distribution.rsample(shape)
+            draw = distribution.rsample if self.reparameterised else distribution.sample
+            value = draw(shape)
         # The copy shares no cache with the original, whose way back to the noise knows parameters.
         density = detach(distribution) if detached else distribution
         return value, density.log_prob(value)

@@ -1,3 +1,3 @@
 """How parameters move."""
 
-NAMES = ("auto", "lbfgs", "stochastic")
+NAMES = ("auto", "lbfgs", "moments", "stochastic")

@@ -56,6 +56,8 @@ class Schedule:
         tight: Whether even log weights prove the optimum, as they do where the evidence is fixed.
         falls: How often the rate has to fall before a fit can have converged.
         noisy: Whether steps see some of the data, so that each rate leaves an error of its own.
+        warmup: Steps before what is trained is the bound itself. They are made at the first rate, and no
+            look is taken before their end.
     """
 
     rate: float = 0.005
@@ -68,6 +70,7 @@ class Schedule:
     relative: float = 0.0
     tight: bool = False
     noisy: bool = False
+    warmup: int = 0
     falls: int = 1
 
 
@@ -210,6 +213,7 @@ def _run(search: _Search, checkpoint: Checkpoint | None) -> Status:
     """Levels of ever smaller rates, each of stretches of steps."""
     schedule, runs = search.schedule, search.runs
     if search.decays < 0:
+        _warm_up(search, checkpoint)
         _look(search)
         if schedule.tight and _spread(search) <= search.tolerance:
             return Status(
@@ -231,6 +235,21 @@ def _run(search: _Search, checkpoint: Checkpoint | None) -> Status:
             if status is not None:
                 return status
             _begin_level(search)
+
+
+def _warm_up(search: _Search, checkpoint: Checkpoint | None) -> None:
+    """Steps towards a bound that is not yet the one to be compared; their last iterate is the start."""
+    runs = search.runs
+    if not search.schedule.warmup:
+        return
+    if runs.length == 0:
+        runs.begin(search.schedule.warmup)
+    going = True
+    while going:
+        if checkpoint is not None:
+            checkpoint.mark(search.state, runs.losses)
+        going = runs.advance(search.schedule.rate)
+    runs.end()
 
 
 def _begin_level(search: _Search) -> None:

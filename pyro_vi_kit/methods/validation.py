@@ -94,10 +94,10 @@ class Validation:
         for plate in self._local:
             for start in range(0, plate.size, _ROWS):
                 rows = torch.arange(start, min(start + _ROWS, plate.size))
-                weights = self._guide.log_weights(
-                    particles, params, {plate.name: rows}, share=multi
-                )
-                parts.append(self._objective.bound(weights.local[plate.name]))
+                index = {plate.name: rows}
+                draw = self._guide.draw(particles, index, share=multi)
+                weights = self._objective.weights(self._guide, draw, params, index)
+                parts.append(self._objective.look(weights.local[plate.name]))
         return torch.cat(parts)
 
     def _shared_rows(self, params: Mapping[str, Tensor]) -> Tensor:

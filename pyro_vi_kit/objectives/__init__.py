@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyro_vi_kit.objectives.annealed import SCHEDULES, Annealed
+from pyro_vi_kit.objectives.base import Bound
+from pyro_vi_kit.objectives.beta import Beta
 from pyro_vi_kit.objectives.bounds import evaluate
+from pyro_vi_kit.objectives.chi_square import ChiSquare
 from pyro_vi_kit.objectives.elbo import Elbo
+from pyro_vi_kit.objectives.elbo_analytic import ElboAnalytic
 from pyro_vi_kit.objectives.estimators import NAMES as ESTIMATORS
 from pyro_vi_kit.objectives.estimators import surrogate
+from pyro_vi_kit.objectives.forward_kl import ForwardKl
 from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
 from pyro_vi_kit.registry import first_line, resolve
@@ -15,14 +21,26 @@ from pyro_vi_kit.types import LogWeights, Objective
 
 REGISTRY: dict[str, type[Objective]] = {
     "elbo": Elbo,
+    "elbo_analytic": ElboAnalytic,
     "iwae": Iwae,
     "renyi": Renyi,
+    "forward_kl": ForwardKl,
+    "chi_square": ChiSquare,
+    "beta": Beta,
+    "annealed": Annealed,
 }
 
 __all__ = [
     "ESTIMATORS",
     "REGISTRY",
+    "SCHEDULES",
+    "Annealed",
+    "Beta",
+    "Bound",
+    "ChiSquare",
     "Elbo",
+    "ElboAnalytic",
+    "ForwardKl",
     "Iwae",
     "LogWeights",
     "Objective",
@@ -41,8 +59,11 @@ def names() -> list[str]:
 
 
 def describe() -> dict[str, str]:
-    """One line for each objective."""
-    return {name: first_line(cls) for name, cls in REGISTRY.items()}
+    """One line for each objective: what it is, where it comes from, its gradient estimators."""
+    return {
+        name: f"{first_line(cls)} {getattr(cls, 'paper', '')} [{', '.join(cls().estimators)}]"
+        for name, cls in REGISTRY.items()
+    }
 
 
 def make(objective: str | Objective, **options: Any) -> Objective:

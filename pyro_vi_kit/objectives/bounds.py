@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,11 +18,16 @@ def evaluate(objective: Objective, weights: LogWeights) -> Tensor:
     share. The factor N / B of a minibatch multiplies after the logsumexp: inside, it would put the
     bound above the evidence.
     """
+    return reduced(objective.bound, weights)
+
+
+def reduced(reduce: Callable[[Tensor], Tensor], weights: LogWeights) -> Tensor:
+    """As `evaluate`, for any function `[K, ...] -> [...]` of an objective."""
     if not weights.local:
-        return objective.bound(weights.shared)
+        return reduce(weights.shared)
     total = weights.shared.mean()
     for plate, rows in weights.local.items():
-        total = total + weights.scale[plate] * objective.bound(rows).sum()
+        total = total + weights.scale[plate] * reduce(rows).sum()
     return total
 
 

@@ -9,10 +9,11 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
 from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
 
 
 @dataclass(frozen=True)
-class Elbo:
+class Elbo(Bound):
     """Evidence lower bound: E_q[log p(x, z) - log q(z)].
 
     Args:
@@ -23,11 +24,17 @@ class Elbo:
     """
 
     name: ClassVar[str] = "elbo"
+    paper: ClassVar[str] = "Jordan et al. 1999"
 
     particles: int = 10
 
     def __post_init__(self) -> None:
         require_particles(self.name, self.particles)
+
+    @property
+    def is_elbo(self) -> bool:
+        """It is."""
+        return True
 
     @property
     def multi_sample(self) -> bool:
@@ -43,6 +50,13 @@ class Elbo:
         """Mean log weight, `[K, ...] -> [...]`, nats."""
         return log_w.mean(0)
 
+    def score(self, log_w: Tensor) -> Tensor:
+        """Each log weight less the mean of the others, over K: `[K, ...]`, the first of two terms.
+
+        The second has mean zero, and is noise.
+        """
+        return leave_one_out_mean(log_w)
+
     def stock_loss(self, *, vectorize: bool = False) -> ELBO:
         """`Trace_ELBO` with as many particles."""
         return Trace_ELBO(num_particles=self.particles, vectorize_particles=vectorize)
@@ -52,3 +66,11 @@ def require_particles(name: str, particles: object) -> None:
     """Refuse a number of particles that is no positive integer."""
     if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
         raise OptionError(f"{name}: particles must be a positive integer, got {particles!r}")
+
+
+def no_stock_loss(name: str, other: str) -> OptionError:
+    """What engine='pyro' is told of an objective that stock Pyro has no loss for."""
+    return OptionError(
+        f"objective {name!r} has no loss in stock Pyro, which engine='pyro' and Pyro guides of your own "
+        f"are trained with: leave engine= out with a guide of this package, or use {other}"
+    )

@@ -12,6 +12,12 @@ gradient of the Rényi bound of order alpha is the mean of
 Order 1 is stick-the-landing for the ELBO (Roeder, Wu & Duvenaud 2017), order 0 is DReG for the
 importance-weighted bound. Both have no variance where q equals the posterior. The model's own
 parameters keep the ordinary weights w~_k.
+
+``score`` needs no way through the draws: they are held fixed, and log q is moved up where they
+turned out well, compared with the other draws of the same step (Williams 1992; for the ELBO with
+the leave-one-out baseline of Kool, van Hoof & Welling 2019, for multi-sample bounds VIMCO, Mnih &
+Rezende 2016). It is for guides whose draws have no derivative; elsewhere it is by far the noisiest.
+What an objective multiplies log q by is its own business: `Bound.score`.
 """
 
 from __future__ import annotations
@@ -22,16 +28,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.objectives.bounds import evaluate
+from pyro_vi_kit.objectives.bounds import evaluate, reduced
 from pyro_vi_kit.types import LogWeights, Objective
 
-NAMES = ("auto", "pathwise", "dreg")
+NAMES = ("auto", "pathwise", "dreg", "score")
 
 
 class Drawable(Protocol):
     """What an estimator needs of a guide; see `guides.Guide`."""
 
     blocks: list[Any]
+    families: Any
+    density: Any
     point: bool
 
     def draw(
@@ -54,8 +62,19 @@ class Drawable(Protocol):
         index: Mapping[str, Tensor] | None = None,
         *,
         data: Sequence[Tensor] | None = None,
+        power: float = 1.0,
     ) -> LogWeights:
         """The log weights of these draws."""
+        ...
+
+    def log_q(
+        self,
+        draw: Any,
+        index: Mapping[str, Tensor] | None = None,
+        *,
+        data: Sequence[Tensor] | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log q at draws that are held fixed."""
         ...
 
 
@@ -70,6 +89,7 @@ def surrogate(
     estimator: str,
     mirrored: bool = False,
     data: Sequence[Tensor] | None = None,
+    updates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One estimate of the bound, and a loss whose gradient estimates minus the bound's gradient.
 
@@ -78,25 +98,29 @@ def surrogate(
 
     Args:
         guide: What is trained.
-        objective: The bound.
+        objective: The bound; an upper one is brought down.
         particles: K.
         params: Unconstrained learned parameters of the model.
         index: Rows of each local plate; all when None.
         share: Give all particles the same draw of the globals, as a bound per datum needs.
-        estimator: ``pathwise`` or ``dreg``; the latter only where `valid` says so.
+        estimator: ``pathwise``, ``dreg`` or ``score``, one for which there is no `obstacle`.
         mirrored: Draw in pairs of mirror images; for bounds that are means over particles.
         data: Tensors in the place of the density's own, where data are streamed.
+        updates: Steps taken so far, a scalar, for an objective that changes with them.
 
     Returns:
         The bound, detached, and the loss: scalars in nats, the loss for its gradient only.
     """
+    if estimator == "score":
+        return _score(guide, objective, particles, params, index, share, data, updates)
     detached = estimator == "dreg"
     draw = guide.draw(
         particles, index, data=data, share=share, detached=detached, mirrored=mirrored
     )
-    weights = guide.weigh(draw, params, index, data=data)
+    weights = objective.weights(guide, draw, params, index, data=data, updates=updates)
     bound = evaluate(objective, weights)
-    if detached and objective.order != 1.0:
+    carrier = reduced(objective.carrier, weights) if objective.upper else bound
+    if detached:
         for block in guide.blocks:
             # Given the globals, the bound is per datum: of its particles' common globals it is the
             # ELBO, order 1, and their gradient needs no factor.
@@ -104,27 +128,86 @@ def surrogate(
                 _scale_gradient(draw.flat[block.name], objective, weights.shared)
             elif block.plate is not None:
                 _scale_gradient(draw.flat[block.name], objective, weights.local[block.plate.name])
-    return bound.detach(), -bound
+    return bound.detach(), -carrier
 
 
-def valid(guide: Drawable, objective: Objective) -> bool:
-    """Whether ``dreg`` is defined: draws with a density, and a bound of the Rényi family."""
-    return not guide.point and objective.order is not None
+def obstacle(guide: Drawable, objective: Objective, estimator: str) -> str | None:
+    """Why an estimator is not defined for this guide and objective, with the remedy, or None."""
+    defined = objective.estimators
+    if estimator not in defined:
+        return f"objective {objective.name!r} is trained by {_either(defined)}"
+    fixed = any(not getattr(f, "reparameterised", True) for f in guide.families.values())
+    if fixed and estimator != "score":
+        return "draws of this guide have no derivative in its parameters: use estimator='score'"
+    if estimator == "pathwise":
+        return None
+    if guide.point:
+        return "a point has no log density: use estimator='pathwise'"
+    if estimator == "dreg":
+        return None
+    if objective.particles < 2:
+        return "draws are compared with others of the same step: give the objective particles=2"
+    plates = [block.plate for block in guide.blocks]
+    if objective.multi_sample and None in plates and any(plates):
+        return (
+            "all particles share one draw of the globals, which has no other to be compared with: use "
+            f"objective='elbo', or {_either(tuple(n for n in defined if n != 'score'))}"
+        )
+    return None
+
+
+def chosen(guide: Drawable, objective: Objective) -> str:
+    """The estimator of the least variance that is defined: ``dreg``, ``pathwise`` or ``score``."""
+    for name in ("dreg", "pathwise"):
+        if obstacle(guide, objective, name) is None:
+            return name
+    return "score"
+
+
+def _score(
+    guide: Drawable,
+    objective: Objective,
+    particles: int,
+    params: Mapping[str, Tensor] | None,
+    index: Mapping[str, Tensor] | None,
+    share: bool,
+    data: Sequence[Tensor] | None,
+    updates: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The bound and the loss of the score function: see `surrogate`."""
+    with torch.no_grad():
+        draw = guide.draw(particles, index, data=data, share=share)
+    shared, local = guide.log_q(draw, index, data=data)
+    weights = objective.weights(guide, draw, params, index, data=data, updates=updates)
+    gain = reduced(objective.carrier, weights)
+    joint = objective.score(weights.joint().detach())
+    if any(block.plate is None for block in guide.blocks):
+        gain = gain + (joint * shared).sum()
+    for plate, log_q in local.items():
+        if len(local) == 1 or objective.multi_sample:
+            # Given the globals no other row depends on what was drawn for this one.
+            own = objective.score(weights.local[plate].detach())
+            gain = gain + weights.scale[plate] * (own * log_q).sum()
+        else:
+            gain = gain + (joint.unsqueeze(-1) * log_q).sum()
+    return evaluate(objective, weights).detach(), -gain
+
+
+def _either(names: Sequence[str]) -> str:
+    return " or ".join(f"estimator={name!r}" for name in names)
 
 
 def _scale_gradient(flat: Tensor, objective: Objective, log_w: Tensor) -> None:
-    """Scale the gradient that arrives at each draw by alpha + (1 - alpha) w~.
+    """Scale the gradient that arrives at each draw as the objective asks.
 
     Args:
         flat: Draws `[K, D]` or `[K, B, d]`.
-        objective: A bound of the Rényi family.
+        objective: The bound.
         log_w: Their log weights, `[K]` or `[K, B]`.
     """
-    alpha: Any = objective.order
-    shares = torch.softmax((1.0 - alpha) * log_w.detach(), 0)
-    factor = (alpha + (1.0 - alpha) * shares).unsqueeze(-1)
-    if flat.requires_grad:
-        flat.register_hook(_times(factor))
+    factor = objective.path(log_w.detach())
+    if factor is not None and flat.requires_grad:
+        flat.register_hook(_times(factor.unsqueeze(-1)))
 
 
 def _times(factor: Tensor) -> Callable[[Tensor], Tensor]:

@@ -8,12 +8,13 @@ from typing import ClassVar
 from pyro.infer import ELBO, RenyiELBO
 from torch import Tensor
 
+from pyro_vi_kit.objectives.base import Bound
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.elbo import require_particles
 
 
 @dataclass(frozen=True)
-class Iwae:
+class Iwae(Bound):
     """Importance-weighted bound: rises with K from the ELBO towards the log evidence.
 
     E[log 1/K sum_k p(x, z_k) / q(z_k)], z_k drawn from q.
@@ -26,6 +27,7 @@ class Iwae:
     """
 
     name: ClassVar[str] = "iwae"
+    paper: ClassVar[str] = "Burda, Grosse & Salakhutdinov 2016"
 
     particles: int = 10
 

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import ClassVar
 
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor
 
 from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
 from pyro_vi_kit.objectives.bounds import log_mean_exp
-from pyro_vi_kit.objectives.elbo import require_particles
+from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
 
 
 @dataclass(frozen=True)
-class Renyi:
+class Renyi(Bound):
     """Rényi bound of order alpha: between the ELBO (1) and the importance-weighted bound (0).
 
     1 / (1 - alpha) E[log 1/K sum_k (p(x, z_k) / q(z_k))^(1 - alpha)], z_k drawn from q. The smaller
-    alpha, the more mass the guide covers. A negative order gives an upper bound as K grows.
+    alpha, the more mass the guide covers. A negative order gives an upper bound as K grows; at -inf only
+    the largest weight counts (VR-max).
 
     Args:
-        alpha: The order.
+        alpha: The order; ``-math.inf`` for VR-max.
         particles: K.
 
     Raises:
-        OptionError: If alpha is not finite or `particles` not positive.
+        OptionError: If alpha is no number below infinity, or `particles` not positive.
     """
 
     name: ClassVar[str] = "renyi"
+    paper: ClassVar[str] = "Li & Turner 2016"
 
     alpha: float = 0.5
     particles: int = 10
@@ -37,8 +40,15 @@ class Renyi:
     def __post_init__(self) -> None:
         require_particles(self.name, self.particles)
         number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not number or not isfinite(self.alpha):
-            raise OptionError(f"renyi: alpha must be a finite number, got {self.alpha!r}")
+        if not number or not (isfinite(self.alpha) or self.alpha == -inf):
+            raise OptionError(
+                f"renyi: alpha must be a finite number, or -inf for VR-max, got {self.alpha!r}"
+            )
+
+    @property
+    def is_elbo(self) -> bool:
+        """Whether it is the ELBO: for order 1."""
+        return not self.multi_sample
 
     @property
     def multi_sample(self) -> bool:
@@ -46,19 +56,36 @@ class Renyi:
         return self.alpha != 1.0
 
     @property
-    def order(self) -> float:
-        """Alpha."""
-        return float(self.alpha)
+    def order(self) -> float | None:
+        """Alpha; None for VR-max, which the formula of ``dreg`` has no limit for."""
+        return None if self.alpha == -inf else float(self.alpha)
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """All; but ``dreg`` not for VR-max, whose draws change places where their weights are equal."""
+        return ("pathwise", "score") if self.order is None else ("pathwise", "dreg", "score")
 
     def bound(self, log_w: Tensor) -> Tensor:
         """The Rényi bound over the first dimension, `[K, ...] -> [...]`, nats."""
         if not self.multi_sample:
             return log_w.mean(0)
+        if self.order is None:
+            return log_w.amax(0)
         order = 1.0 - self.alpha
         return log_mean_exp(order * log_w) / order
 
+    def score(self, log_w: Tensor) -> Tensor:
+        """VIMCO's signal; for order 1 that of the ELBO, `[K, ...]`."""
+        return super().score(log_w) if self.multi_sample else leave_one_out_mean(log_w)
+
     def stock_loss(self, *, vectorize: bool = False) -> ELBO:
-        """`RenyiELBO` of this order; `Trace_ELBO` for order 1, which `RenyiELBO` does not take."""
+        """`RenyiELBO` of this order; `Trace_ELBO` for order 1, which `RenyiELBO` does not take.
+
+        Raises:
+            OptionError: For VR-max, which stock Pyro does not have.
+        """
+        if self.order is None:
+            raise no_stock_loss("renyi with alpha=-inf", "a finite alpha")
         if not self.multi_sample:
             return Trace_ELBO(num_particles=self.particles, vectorize_particles=vectorize)
         return RenyiELBO(

@@ -21,7 +21,7 @@ from pyro_vi_kit import guides
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import REGISTRY
 from pyro_vi_kit.objectives import Elbo, Iwae, Renyi, evaluate
-from pyro_vi_kit.objectives.estimators import surrogate, valid
+from pyro_vi_kit.objectives.estimators import obstacle, surrogate
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 
@@ -262,11 +262,10 @@ def test_with_more_particles_the_signal_of_dreg_does_not_drown():
 @pytest.mark.parametrize("name", REGISTRY)
 def test_a_point_has_no_density_to_reparameterise(name):
     made = guide_for(name, Density(two_scales_model()), Density(local_model()))
-    assert valid(made, Elbo(2)) == (name != "delta")
+    assert (obstacle(made, Elbo(2), "dreg") is None) == (name != "delta")
 
 
-def test_a_bound_of_another_family_has_no_order():
-    class Other(Elbo):
-        order = None
-
-    assert not valid(small_guide("mean_field"), Other(2))
+def test_vr_max_has_no_doubly_reparameterised_gradient():
+    reason = obstacle(small_guide("mean_field"), Renyi(-math.inf, 2), "dreg")
+    assert reason is not None
+    assert "estimator='pathwise' or estimator='score'" in reason

@@ -1,0 +1,105 @@
+"""The ELBO of a density that is flat at first (Rezende & Mohamed 2015, eq. 20; Mandt et al. 2016)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.objectives.elbo import Elbo, no_stock_loss, require_particles
+from pyro_vi_kit.types import LogWeights
+
+# From the share of the warm-up that is over, a tensor in [0, 1], and the first power to the power now.
+SCHEDULES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "linear": lambda u, first: first + (1.0 - first) * u,
+    "geometric": lambda u, first: torch.exp((1.0 - u) * math.log(first)),
+    "cosine": lambda u, first: first + (1.0 - first) * 0.5 * (1.0 - torch.cos(math.pi * u)),
+    "sigmoid": lambda u, first: first + (1.0 - first) * _sigmoid(u),
+}
+
+
+@dataclass(frozen=True)
+class Annealed(Elbo):
+    """ELBO at a falling temperature: the guide sees all modes while they are still one.
+
+    E_q[t log p(x, z) - log q(z)] in unconstrained space, where t rises from ``first`` to 1 in ``steps``
+    steps and stays there: it ends as the ELBO. No look at the bound is taken before.
+
+    Args:
+        schedule: How t rises: ``linear``, ``geometric``, ``cosine`` or ``sigmoid``.
+        first: t at the first step, in (0, 1].
+        steps: Steps until t is 1.
+        particles: K, draws per step; their mean is taken, so K changes the noise and not the bound.
+
+    Raises:
+        UnknownNameError: If there is no such schedule.
+        OptionError: If ``first`` is not in (0, 1], or a count not positive.
+    """
+
+    name: ClassVar[str] = "annealed"
+    paper: ClassVar[str] = "Rezende & Mohamed 2015"
+
+    particles: int = 10
+    schedule: str = "linear"
+    first: float = 0.05
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        require_particles(self.name, self.particles)
+        if self.schedule not in SCHEDULES:
+            raise UnknownNameError("schedule", self.schedule, list(SCHEDULES))
+        number = isinstance(self.first, int | float) and not isinstance(self.first, bool)
+        if not number or not 0.0 < self.first <= 1.0:
+            raise OptionError(f"annealed: first must be in (0, 1], got {self.first!r}")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise OptionError(f"annealed: steps must be a positive integer, got {self.steps!r}")
+
+    @property
+    def warmup(self) -> int:
+        """Steps until t is 1."""
+        return self.steps
+
+    def power(self, updates: Tensor) -> Tensor:
+        """T behind so many steps: scalars."""
+        share = (updates / self.steps).clamp(0.0, 1.0)
+        return SCHEDULES[self.schedule](share, float(self.first))
+
+    def weights(
+        self,
+        guide: Any,
+        draw: Any,
+        params: Mapping[str, Tensor] | None = None,
+        index: Mapping[str, Tensor] | None = None,
+        *,
+        data: Sequence[Tensor] | None = None,
+        updates: Tensor | None = None,
+    ) -> LogWeights:
+        """T log p(x, z) - log q(z), nats; ordinary log weights where ``updates`` is None."""
+        found = guide.weigh(draw, params, index, data=data)
+        if updates is None:
+            return found
+        t = self.power(updates)
+        local = {
+            plate: t * rows - (1.0 - t) * draw.local[plate] for plate, rows in found.local.items()
+        }
+        return LogWeights(t * found.shared - (1.0 - t) * draw.shared, local, found.scale)
+
+    def stock_loss(self, *, vectorize: bool = False) -> ELBO:
+        """There is none.
+
+        Raises:
+            OptionError: Always.
+        """
+        raise no_stock_loss(self.name, "objective='elbo'")
+
+
+def _sigmoid(u: Tensor) -> Tensor:
+    """A logistic curve from exactly 0 at 0 to exactly 1 at 1."""
+    edge = 1.0 / (1.0 + math.exp(6.0))
+    return (torch.sigmoid(12.0 * u - 6.0) - edge) / (1.0 - 2.0 * edge)

@@ -1,0 +1,111 @@
+"""The ELBO with the divergence from normal priors in closed form (Kingma & Welling 2014, appendix B)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pyro.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.objectives.elbo import Elbo, no_stock_loss
+from pyro_vi_kit.objectives.priors import normal_priors
+from pyro_vi_kit.types import LogWeights
+
+
+@dataclass(frozen=True)
+class ElboAnalytic(Elbo):
+    """ELBO whose KL(q || prior) is in closed form where guide and priors are normal.
+
+    In unconstrained space: q's entropy, and the expected log prior of every latent whose prior is normal
+    there and depends on nothing (Normal, LogNormal, MultivariateNormal). The likelihood, and priors that
+    depend on other latents, are averaged over draws. The bound is the ELBO; the noise is another.
+
+    Args:
+        particles: K, draws per step; their mean is taken, so K changes the noise and not the bound.
+
+    Raises:
+        OptionError: If `particles` is not positive.
+    """
+
+    name: ClassVar[str] = "elbo_analytic"
+    paper: ClassVar[str] = "Kingma & Welling 2014"
+
+    particles: int = 10
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """Not ``dreg``: there is no log q of draws to leave out."""
+        return ("pathwise", "score")
+
+    def weights(
+        self,
+        guide: Any,
+        draw: Any,
+        params: Mapping[str, Tensor] | None = None,
+        index: Mapping[str, Tensor] | None = None,
+        *,
+        data: Sequence[Tensor] | None = None,
+        updates: Tensor | None = None,
+    ) -> LogWeights:
+        """Log weights in which log q and normal priors stand as their expectations, nats."""
+        found = guide.weigh(draw, params, index, data=data)
+        block = next(block for block in guide.blocks if block.plate is None)
+        q = guide.families[block.name]()
+        mean, root = q.mean, _root(q)
+        # `found` has log p(z_k) - log q(z_k): take out what is known in the mean, and put the mean.
+        shared = found.shared + draw.shared + q.entropy()
+        for prior in normal_priors(guide.density)[0]:
+            flat = draw.flat[block.name]
+            shared = shared + prior.expected(mean, root) - prior.log_prob(flat)
+        return LogWeights(shared, found.local, found.scale)
+
+    def require(self, guide: Any) -> None:
+        """Refuse guides that are no normal, and models without a normal prior."""
+        blocks = [block for block in guide.blocks if block.plate is None]
+        family = guide.families[blocks[0].name] if len(blocks) == 1 else None
+        with torch.no_grad():
+            normal = family is not None and not guide.point and _is_normal(family())
+        if not normal or guide.density.streamed is not None:
+            raise OptionError(
+                "objective 'elbo_analytic' needs one normal for the latents that all data share, and "
+                f"data in memory; guide {guide.name!r} has none here: use guide='mean_field', "
+                "'low_rank' or 'full_rank', or objective='elbo'"
+            )
+        priors, reasons = normal_priors(guide.density)
+        names = {site.name for site in blocks[0].sites}
+        if not any(prior.site in names for prior in priors) or len(guide.blocks) > 1:
+            why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
+            why = why or "the guide holds latents of a data plate apart"
+            raise OptionError(
+                "objective 'elbo_analytic' has no latent with a closed form (" + why + "): use "
+                "objective='elbo', whose estimator has no variance either where q is the posterior"
+            )
+
+    def stock_loss(self, *, vectorize: bool = False) -> ELBO:
+        """There is none: `TraceMeanField_ELBO` forgets the Jacobian of constrained sites.
+
+        Raises:
+            OptionError: Always.
+        """
+        raise no_stock_loss(self.name, "objective='elbo', the same bound")
+
+
+def _is_normal(q: Any) -> bool:
+    if isinstance(q, Independent):
+        return isinstance(q.base_dist, Normal)
+    return isinstance(q, MultivariateNormal | LowRankMultivariateNormal)
+
+
+def _root(q: Any) -> Tensor:
+    """R of the covariance R R^T, `[D, r]`; or standard deviations, `[D]`."""
+    if isinstance(q, MultivariateNormal):
+        return q.scale_tril
+    if isinstance(q, LowRankMultivariateNormal):
+        diagonal = q._unbroadcasted_cov_diag.sqrt().diag()
+        return torch.cat([diagonal, q._unbroadcasted_cov_factor], -1)
+    return q.stddev

@@ -1,0 +1,109 @@
+"""Upper bounds, brought down by self-normalised importance weights.
+
+KL(p || q) and the chi-square divergence are expectations under the posterior, of which there are only
+weighted draws of q (Bornschein & Bengio 2015; Gu, Ghahramani & Turner 2015; Tucker et al. 2019).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.objectives.base import Bound
+from pyro_vi_kit.objectives.bounds import log_mean_exp
+from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
+
+
+class UpperBound(Bound):
+    """An upper bound that is brought down along self-normalised weights v = softmax(n log w).
+
+    The gradient is that of the divergence itself as K grows, and not that of the bound's estimate from K
+    draws, which falls for ever as the guide collapses to a point. So there is no ``pathwise``.
+
+    - ``score`` fits log q to the draws as weighted (the wake phase of reweighted wake-sleep): the
+      mean of ``sum_k (v_k - 1 / K) grad log q(z_k)``, times (n - 1) / n for n > 1. The 1 / K has
+      mean zero and takes all noise away where q is the posterior.
+    - ``dreg`` has the same mean (Tucker et al. 2019, section 6), with ``n (v_k - v_k^2)`` at each draw.
+
+    The model's own parameters go up the importance-weighted bound ("wake-wake").
+    """
+
+    @property
+    def power(self) -> float:
+        """N."""
+        return 1.0
+
+    @property
+    def upper(self) -> bool:
+        """An upper bound."""
+        return True
+
+    @property
+    def multi_sample(self) -> bool:
+        """Whether the bound depends on K: its estimate does."""
+        return True
+
+    @property
+    def estimators(self) -> tuple[str, ...]:
+        """Those that are a reparameterisation of each other."""
+        return ("dreg", "score")
+
+    def carrier(self, log_w: Tensor) -> Tensor:
+        """The importance-weighted bound, `[K, ...] -> [...]`, nats."""
+        return log_mean_exp(log_w)
+
+    def look(self, log_w: Tensor) -> Tensor:
+        """The importance-weighted bound less the gap to the upper one, `[K, ...] -> [...]`, nats.
+
+        The upper bound alone would find a guide good whose draws all miss the posterior.
+        """
+        return 2.0 * log_mean_exp(log_w) - self.bound(log_w)
+
+    def path(self, log_w: Tensor) -> Tensor:
+        """What the carrier's gradient at each draw lacks, `[K, ...]`."""
+        n = self.power
+        rest = 1.0 - torch.softmax(n * log_w, 0)
+        if n == 1.0:
+            return rest
+        # v_k / w~_k in logs: both may be too small for a number.
+        ratio = (n - 1.0) * log_w + torch.logsumexp(log_w, 0) - torch.logsumexp(n * log_w, 0)
+        return n * self._rate * ratio.exp() * rest
+
+    def score(self, log_w: Tensor) -> Tensor:
+        """Self-normalised weights less their mean, `[K, ...]`."""
+        return self._rate * (torch.softmax(self.power * log_w, 0) - 1.0 / len(log_w))
+
+    def require(self, guide: Any) -> None:
+        """Refuse a guide whose globals meet local latents."""
+        local = [block.plate.name for block in guide.blocks if block.plate is not None]
+        if local and len(local) < len(guide.blocks):
+            raise OptionError(
+                f"objective {self.name!r} weighs draws against each other, and all draws of plate "
+                f"{local[0]!r} share one draw of the globals: use objective='iwae', or a guide with one "
+                "block for all latents, such as 'full_rank'"
+            )
+
+    def stock_loss(self, *, vectorize: bool = False) -> ELBO:
+        """There is none.
+
+        Raises:
+            OptionError: Always.
+        """
+        raise no_stock_loss(self.name, "objective='iwae'")
+
+    @property
+    def _rate(self) -> float:
+        """1, or (n - 1) / n where w^n is not the posterior's own weight."""
+        n = self.power
+        return 1.0 if n == 1.0 else (n - 1.0) / n
+
+
+def require_several(name: str, particles: object) -> None:
+    """Refuse fewer than two particles, which have no weights against each other."""
+    require_particles(name, particles)
+    if particles == 1:
+        raise OptionError(f"{name}: particles must be at least 2: one draw has no relative weight")
