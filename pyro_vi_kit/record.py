@@ -29,6 +29,7 @@ class Record:
         batch_size: Rows of the data plate in each step; all when None.
         history: What is told of each epoch, columns of equal length; empty where there were none.
         refined: Whether it is of the numbers of each row alone, which an encoder had given before.
+        correction: What was done to the fitted guide afterwards, in words; empty where nothing was.
         note: Why steps were not captured, where they should have been; empty otherwise.
     """
 
@@ -47,6 +48,7 @@ class Record:
     note: str = ""
     history: Mapping[str, np.ndarray] = field(default_factory=dict)
     refined: bool = False
+    correction: str = ""
 
     def attrs(self) -> dict[str, str | int | float]:
         """What an exported file says of it."""
@@ -60,4 +62,4 @@ class Record:
             "advice": self.status.advice,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
-        }
+        } | ({"correction": self.correction} if self.correction else {})
