@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = (
     "accuracy",
     "amortization",
+    "corrections",
     "engines_table",
     "growth",
     "imports",

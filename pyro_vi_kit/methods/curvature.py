@@ -17,7 +17,7 @@ from pyro_vi_kit.methods.shapes import Dense, Shape
 from pyro_vi_kit.progress import Progress
 
 # Numbers that one batch of draws may hold for each tensor of the model; its graph is kept.
-_MAX_NUMBERS = 2**23
+_MAX_NUMBERS = 2**20
 # Central differences of gradients, in units of the Gaussian: their errors meet about here.
 _STEP = 1e-4
 
