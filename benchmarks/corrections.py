@@ -95,10 +95,10 @@ def linear_response(name: str, seed: int) -> dict[str, Any]:
     def error(found: Any) -> float:
         return float(np.abs(np.asarray(found) / sd - 1).max())
 
-    labels = [_label(parameter) for parameter in reference.facts["parameters"]]
+    places = [_place(list(table.index), name) for name in reference.facts["parameters"]]
     return {
-        "plain": error(table["sd_q"].loc[labels]),
-        "sd_error": error(table["sd"].loc[labels]),
+        "plain": error(table["sd_q"].iloc[places]),
+        "sd_error": error(table["sd"].iloc[places]),
         "gaussian": error(_reported(gaussian.sample(200_000, seed), reference).std(0)),
         "verdict": _level(fitted),
         "corrected": _level(gaussian),
@@ -174,10 +174,11 @@ def _level(fitted: Any) -> str:
     return str(getattr(fitted.verdict, "level", None))
 
 
-def _label(parameter: str) -> str:
-    """The row of ``beta[2]``, whose first is 1, in a table whose first is 0."""
+def _place(labels: list[str], parameter: str) -> int:
+    """Where the second number of site beta, ``beta[2]``, is among labels like ``beta[Choate]``."""
     name, _, rest = parameter.partition("[")
-    return f"{name}[{int(rest.rstrip(']')) - 1}]" if rest else name
+    own = [i for i, label in enumerate(labels) if label.partition("[")[0] == name]
+    return own[int(rest.rstrip("]")) - 1 if rest else 0]
 
 
 def _reported(draws: dict[str, Any], reference: references.Reference) -> Any:
