@@ -279,7 +279,7 @@ class Posterior:
     # -- corrections --------------------------------------------------------------------------
 
     def evidence(self, draws: int = 10_000, seed: int | None = None) -> tuple[float, float]:
-        """Log evidence by Pareto-smoothed importance weights and its standard error, nats.
+        """Log evidence by importance weights and a standard error that knows of the tail, nats.
 
         Of mean_field and full_rank a fifth of the draws has one coordinate wide, so that tails heavier
         than q's are found. The error counts the mass beyond the largest weight that was drawn, and is

@@ -19,7 +19,9 @@ from pyro_vi_kit.progress import Progress
 # Numbers that one batch of draws may hold for each tensor of the model; its graph is kept.
 _MAX_NUMBERS = 2**20
 # Central differences of gradients, in units of the Gaussian: their errors meet about here.
-_STEP = 1e-4
+_STEP = {torch.float64: 1e-4, torch.float32: 1e-2}
+# Draws at which autograd's second derivatives are held against differences of its first.
+_PROBED = 4
 
 
 def entries(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -52,10 +54,12 @@ def hessian(density: Density, shape: Shape, noise: Tensor, progress: Progress) -
     dim = shape.noise
     total = torch.zeros(dim + len(rows), dim + len(rows), dtype=torch.float64, device=noise.device)
     data = sum(tensor.numel() for tensor in density.data)
+    exact = _differentiable_twice(density, shape, noise[:_PROBED])
     for piece in noise.split(max(1, _MAX_NUMBERS // max(1, data + dim))):
         paired = piece[:, columns]
         z = shape.place(shape.start(), piece)
-        for i, (gradient, second) in enumerate(_directions(density, shape.frame.scale_tril, z)):
+        found = _directions(density, shape.frame.scale_tril, z, exact)
+        for i, (gradient, second) in enumerate(found):
             products = second[:, rows] * paired
             own = torch.nonzero(rows == i).squeeze(1)
             total[i, :dim] -= second.sum(0)
@@ -68,7 +72,9 @@ def hessian(density: Density, shape: Shape, noise: Tensor, progress: Progress) -
     return (total + total.T) / (2 * len(noise))
 
 
-def _directions(density: Density, scale: Tensor, z: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _directions(
+    density: Density, scale: Tensor, z: Tensor, exact: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Slope `[S]` along each column of a factor, and the slope's gradient `[S, D]`, in its units."""
     points = z.detach().requires_grad_()
     with torch.enable_grad():
@@ -76,12 +82,39 @@ def _directions(density: Density, scale: Tensor, z: Tensor) -> Iterator[tuple[Te
         (gradient,) = torch.autograd.grad(log_prob.sum(), points, create_graph=True)
     inner = gradient.detach() @ scale
     for i in range(z.shape[1]):
-        rows = _twice(points, gradient, scale[:, i])
+        rows = _twice(points, gradient, scale[:, i]) if exact else None
         if rows is None:
-            step = _STEP * scale[:, i]
-            ahead, behind = (density.log_prob_and_grad(z + s)[1] for s in (step, -step))
-            rows = (ahead - behind) / (2.0 * _STEP)
+            rows = _by_differences(density, z, scale[:, i])
         yield inner[:, i], rows @ scale
+
+
+def _differentiable_twice(density: Density, shape: Shape, noise: Tensor) -> bool:
+    """Whether autograd's second derivatives are true: a model may cut its gradient off.
+
+    In single precision differences are too coarse to tell, and it is taken to be so.
+    """
+    z = shape.place(shape.start(), noise)
+    if z.dtype != torch.float64:
+        return True
+    direction = shape.frame.scale_tril.sum(1)
+    points = z.detach().requires_grad_()
+    with torch.enable_grad():
+        total = density.log_prob(points).sum()
+        (gradient,) = torch.autograd.grad(total, points, create_graph=True)
+    found = _twice(points, gradient, direction)
+    if found is None:
+        return True  # it says so itself, draw by draw
+    expected = _by_differences(density, z, direction) @ shape.frame.scale_tril
+    found = found @ shape.frame.scale_tril
+    return bool((found - expected).abs().max() <= 1e-3 * (1.0 + expected.abs().max()))
+
+
+def _by_differences(density: Density, z: Tensor, direction: Tensor) -> Tensor:
+    """Each point's Hessian times a vector by central differences of gradients, `[S, D]`."""
+    size = _STEP[z.dtype]
+    step = size * direction
+    ahead, behind = (density.log_prob_and_grad(z + s)[1] for s in (step, -step))
+    return (ahead - behind) / (2.0 * size)
 
 
 def _twice(points: Tensor, gradient: Tensor, direction: Tensor) -> Tensor | None:
