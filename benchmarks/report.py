@@ -26,6 +26,7 @@ SCRIPTS = (
     "engines_table",
     "accuracy",
     "verdicts",
+    "corrections",
     "auto",
     "speed_svi",
     "speed_steps",
@@ -38,7 +39,7 @@ SCRIPTS = (
     "estimators",
     "kl_direction",
 )
-NEED_REFERENCES = ("accuracy", "verdicts", "auto", "speed_svi")
+NEED_REFERENCES = ("accuracy", "verdicts", "corrections", "auto", "speed_svi")
 
 
 def run(script: str, asked: list[str], out: Path) -> tuple[str, float]:

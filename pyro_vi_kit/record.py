@@ -64,6 +64,7 @@ class Record:
         history: What is told of each epoch, columns of equal length; empty where there were none.
         refined: Whether it is of the numbers of each row alone, which an encoder had given before.
         ladder: What ``guide="auto"`` tried, in order; empty where the guide was named.
+        correction: What was done to the fitted guide afterwards, in words; empty where nothing was.
         note: Why steps were not captured, where they should have been; empty otherwise.
     """
 
@@ -83,10 +84,13 @@ class Record:
     history: Mapping[str, np.ndarray] = field(default_factory=dict)
     refined: bool = False
     ladder: tuple[Rung, ...] = ()
+    correction: str = ""
 
     def attrs(self) -> dict[str, str | int | float]:
         """What an exported file says of it."""
-        climbed = {"ladder": " -> ".join(map(str, self.ladder))} if self.ladder else {}
+        told = {"ladder": " -> ".join(map(str, self.ladder))} if self.ladder else {}
+        if self.correction:
+            told["correction"] = self.correction
         return {
             "objective": self.objective.name,
             "method": self.method,
@@ -97,7 +101,7 @@ class Record:
             "advice": self.status.advice,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
-        } | climbed
+        } | told
 
 
 def ladder_frame(rungs: Sequence[Rung]) -> pd.DataFrame:

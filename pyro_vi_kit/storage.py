@@ -73,6 +73,7 @@ def guide_group(
                 "estimator",
                 "batch_size",
                 "refined",
+                "correction",
             )
         },
         "ladder": [dataclasses.asdict(rung) for rung in record.ladder],

@@ -17,6 +17,7 @@ import torch
 
 from benchmarks import (
     accuracy,
+    corrections,
     growth,
     imports,
     speed_nuts,
@@ -25,7 +26,7 @@ from benchmarks import (
     streaming,
     verdicts,
 )
-from benchmarks.lib import machine, race, references
+from benchmarks.lib import machine, race, references, wasserstein
 from benchmarks.lib.clock import pace
 from benchmarks.lib.options import chosen
 from benchmarks.lib.oracle import Oracle
@@ -43,6 +44,7 @@ SCRIPTS = (
     "amortization",
     "auto",
     "calibration",
+    "corrections",
     "engines_table",
     "estimators",
     "growth",
@@ -535,12 +537,104 @@ def test_accuracy_of_one_posterior(posteriordb):
     assert row["sd_error"] < 0.06 + 3 / math.sqrt(40_000)
 
 
+# -- corrections ------------------------------------------------------------------------------
+
+
+def measured(table, **facts):
+    return {"table": table, "posterior": "ark_ark", "seed": 0, "error": None} | facts
+
+
+def test_an_evidence_must_be_near_and_its_error_honest():
+    near = {"error_nats": 0.004, "se": 0.0025, "truth_se": 0.0}
+    rows = [measured("evidence", **near)] * 8
+    poor = measured("evidence", **near | {"se": 0.001})
+    (good,) = corrections.evidence_rows([*rows, poor, poor])
+    assert good["ok"]
+    assert good["covered"] == "8 of 10"
+    (bad,) = corrections.evidence_rows([*rows[:7], poor, poor, poor])
+    assert not bad["ok"]
+    (far,) = corrections.evidence_rows([*rows, measured("evidence", **near | {"error_nats": 0.02})])
+    assert not far["ok"]
+    # The truth has an error of its own.
+    assert corrections.is_covered(poor | {"truth_se": 0.003})
+
+
+@pytest.mark.parametrize(
+    ("facts", "near"),
+    [((0.04, 0.95, 1.05), True), ((0.06, 1.0, 1.0), False), ((0.0, 0.89, 1.0), False)],
+)
+def test_moments_of_psis_draws(facts, near):
+    row = measured("psis", **dict(zip(("mean_error", "sd_low", "sd_high"), facts, strict=True)))
+    assert corrections.is_near(row) == near
+    assert f"| {'yes' if near else '**no**'} " in corrections.report([row], 100)
+
+
+def test_medians_of_posteriors_are_of_medians_of_seeds():
+    facts = {
+        "plain": 0.5,
+        "gaussian": 0.1,
+        "verdict": "reject",
+        "corrected": "good",
+        "seconds": 1.0,
+    }
+    rows = [
+        measured("linear_response", posterior=name, sd_error=error, **facts)
+        for name, errors in {"a": (0.0, 0.05, 1.0), "b": (0.06,), "c": (0.2,)}.items()
+        for error in errors
+    ]
+    shown = corrections.requirements(
+        {t: [] for t in corrections.TABLES} | {"linear_response": rows}
+    )
+    assert [(row["shown"], row["passed"]) for row in shown] == [("0.060", True), ("0.100", False)]
+
+
+def test_one_posterior_may_be_further_than_exact_draws():
+    rows = [measured("wasserstein", distance=1.0, null=2.0)] * 9
+    rows.append(measured("wasserstein", distance=3.0, null=2.0))
+    found = corrections.requirements({t: [] for t in corrections.TABLES} | {"wasserstein": rows})
+    assert (found[0]["shown"], found[0]["passed"]) == ("9 of 10 posteriors", True)
+
+
+def test_reported_numbers_are_found_among_labels():
+    labels = ["mu", "theta[Choate]", "theta[Deerfield]", "tau"]
+    assert [corrections._place(labels, n) for n in ("theta[2]", "mu", "tau")] == [2, 0, 3]
+
+
+def test_the_counted_distance_is_that_of_the_draws():
+    rng = np.random.default_rng(0)
+    draws, scale = rng.standard_normal((50, 3)) * [1.0, 2.0, 3.0], np.array([1.0, 2.0, 3.0])
+    first, second = rng.multinomial(50, np.full(50, 0.02), size=2)
+    null = wasserstein.Null(draws, scale)
+    sets = (np.repeat(draws, counts, axis=0) for counts in (first, second))
+    assert null.between(first, second) == pytest.approx(
+        wasserstein.distance(next(sets), [next(sets)], scale), rel=1e-10
+    )
+
+
+def test_the_bootstrap_has_the_law_of_exact_draws():
+    """One batch of 200 normal draws, against fresh ones: means agree within five standard errors."""
+    rng = np.random.default_rng(1)
+    one = np.ones(2)
+    exact = [
+        wasserstein.distance(rng.standard_normal((200, 2)), [rng.standard_normal((200, 2))], one)
+        for _ in range(200)
+    ]
+    # Several references, because each has its own law.
+    found = [
+        wasserstein.Null(rng.standard_normal((200, 2)), one).sample(10, 1, seed=i)
+        for i in range(20)
+    ]
+    error = math.hypot(np.std(exact) / 200**0.5, np.std(np.mean(found, 1)) / 20**0.5)
+    assert abs(np.mean(found) - np.mean(exact)) < 5 * error
+
+
 def test_quick_is_a_part_of_the_whole():
     assert set(references.QUICK) <= set(references.names())
     named = [
         name for part in (verdicts.GOOD, verdicts.NEVER_GOOD) for name in sum(part.values(), ())
     ]
     assert set(named) <= set(references.names())
+    assert set(corrections.EVIDENCE) | set(corrections.PSIS_ON) <= set(references.names())
     assert set(accuracy.NEAR_GAUSSIAN) | set(accuracy.FLOW_ON) <= set(references.names())
     for axis, sizes in growth.QUICK.items():
         assert all(a < b for a, b in pairwise(sizes))

@@ -38,7 +38,7 @@ LAYERS = (
     ("checks", "objectives", "guides"),
     ("engines", "approximation", "summary", "verdict", "record", "observations"),
     ("methods", "evaluation", "storage", "pointwise", "chains", "loo", "predictive"),
-    ("refinement", "diagnosis"),
+    ("refinement", "diagnosis", "linear_response", "evidence"),
     ("amortization",),
     ("posterior", "request", "minibatches"),
     ("streaming",),
