@@ -26,6 +26,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.methods import fixed_draws
 from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.methods.searches import is_searched, search_for
 from pyro_vi_kit.objectives.estimators import valid as dreg_is_valid
 from pyro_vi_kit.pacing import PyroGuide
 from pyro_vi_kit.posterior import is_small
@@ -72,10 +73,11 @@ def train(
         _refuse_for_pyro_guide(request, checkpoint)
         return _train_pyro_guide(request, trainee, density, state)
     _require_compatible(request, trainee)
-    if _use_fixed_draws(request, trainee):
+    search = search_for(trainee)
+    if search is not None and _use_search(request, trainee):
         _refuse_fixed_draws(checkpoint)
         with Progress(f"{name} (L-BFGS)", enabled=request.progress) as progress:
-            outcome = fixed_draws.fit(
+            outcome = search(
                 trainee,
                 seed=request.seed,
                 tolerance=request.tolerance,
@@ -232,18 +234,27 @@ def _require_compatible(request: Request, guide: Guide) -> None:
             f"guide 'delta' is a point and has no multi-sample bound: objective "
             f"{request.objective.name!r} needs a guide with spread; use objective='elbo'"
         )
-    if request.method == "lbfgs" and not _fixed_draws_possible(request, guide):
+    if is_searched(guide) and not _use_search(request, guide):
         raise OptionError(
-            "method='lbfgs' needs guide 'delta', 'mean_field', 'low_rank' or 'full_rank', a model "
+            f"guide {guide.name!r} is found by a search of the log density and not by steps on a bound: "
+            "it takes a model without learned parameters and of at most "
+            f"{fixed_draws.MAX_DIM:,} dimensions, objective 'elbo', and none of method='stochastic', "
+            "engine='pyro', optimizer=, estimator=, steps=, epochs= and batch_size=; use "
+            "guide='full_rank' with these"
+        )
+    if request.method == "lbfgs" and not _search_possible(request, guide):
+        raise OptionError(
+            "method='lbfgs' needs guide 'delta', 'mean_field', 'low_rank', 'structured', 'full_rank', "
+            "'laplace' or 'pathfinder', a model "
             f"without learned parameters and of at most {fixed_draws.MAX_DIM:,} dimensions, objective "
             "'elbo', and none of engine='pyro', optimizer=, estimator=, steps= and batch_size=; use "
             "method='stochastic'"
         )
 
 
-def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
+def _search_possible(request: Request, guide: Guide) -> bool:
     return (
-        fixed_draws.applies_to(guide)
+        search_for(guide) is not None
         and not request.objective.multi_sample
         and request.engine != "pyro"
         and request.optimizer is None
@@ -254,8 +265,8 @@ def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
     )
 
 
-def _use_fixed_draws(request: Request, guide: Guide) -> bool:
-    return request.method in ("auto", "lbfgs") and _fixed_draws_possible(request, guide)
+def _use_search(request: Request, guide: Guide) -> bool:
+    return request.method in ("auto", "lbfgs") and _search_possible(request, guide)
 
 
 def _batches(request: Request, guide: Guide, density: Density) -> BatchSource | None:

@@ -14,12 +14,15 @@ from pyro_vi_kit.guides.amortized import Amortized
 from pyro_vi_kit.guides.delta import Delta
 from pyro_vi_kit.guides.full_rank import FullRank
 from pyro_vi_kit.guides.held import held_at_mean, mean_of_globals
+from pyro_vi_kit.guides.laplace import Laplace
 from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField
 from pyro_vi_kit.guides.per_datum import per_datum, tabulated
+from pyro_vi_kit.guides.structured import Structured
+from pyro_vi_kit.guides.student_t import StudentT
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.registry import first_line, resolve
+from pyro_vi_kit.registry import About, first_line, resolve
 from pyro_vi_kit.runtime import RandomStream, default_dtype
 
 
@@ -34,11 +37,21 @@ class GuideSpec(Protocol):
         ...
 
 
-REGISTRY: dict[str, type[GuideSpec]] = {
+@runtime_checkable
+class ListedGuide(GuideSpec, Protocol):
+    """A guide family of the registry, which says what it is for."""
+
+    about: ClassVar[About]
+
+
+REGISTRY: dict[str, type[ListedGuide]] = {
     "delta": Delta,
+    "laplace": Laplace,
     "mean_field": MeanField,
+    "structured": Structured,
     "low_rank": LowRank,
     "full_rank": FullRank,
+    "student_t": StudentT,
     "affine_coupling": AffineCoupling,
     "amortized": Amortized,
 }
@@ -52,10 +65,14 @@ __all__ = [
     "FullRank",
     "Guide",
     "GuideSpec",
+    "Laplace",
     "LocalFlow",
     "LocalMixture",
     "LowRank",
     "MeanField",
+    "Structured",
+    "StudentT",
+    "about",
     "describe",
     "held_at_mean",
     "make",
@@ -75,6 +92,11 @@ def names() -> list[str]:
 def describe() -> dict[str, str]:
     """One line for each guide."""
     return {name: first_line(cls) for name, cls in REGISTRY.items()}
+
+
+def about() -> dict[str, About]:
+    """What each guide can represent, what it costs, when to use it, and its paper."""
+    return {name: cls.about for name, cls in REGISTRY.items()}
 
 
 def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:

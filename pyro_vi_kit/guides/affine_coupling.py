@@ -16,6 +16,7 @@ from pyro_vi_kit.guides.coupling import CouplingFlow
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.full_rank import require_dense
 from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.registry import About
 
 Permutations = Literal["random", "reverse", "none"]
 
@@ -37,6 +38,12 @@ class AffineCoupling:
     """
 
     name: ClassVar[str] = "affine_coupling"
+    about: ClassVar[About] = About(
+        does="bent and skewed bumps: funnels, bananas",
+        cost="layers x D x hidden + D^2",
+        use="where full_rank is not good enough",
+        paper="Dinh, Sohl-Dickstein & Bengio 2017",
+    )
 
     layers: int = 8
     hidden: tuple[int, ...] = (32,)

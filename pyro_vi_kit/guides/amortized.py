@@ -18,7 +18,7 @@ from pyro_vi_kit.guides.full_rank import FullRank
 from pyro_vi_kit.guides.local import HeadSpec, LocalFamily, head_for
 from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField, require_positive
-from pyro_vi_kit.registry import resolve
+from pyro_vi_kit.registry import About, resolve
 
 
 @runtime_checkable
@@ -66,6 +66,12 @@ class Amortized:
     """
 
     name: ClassVar[str] = "amortized"
+    about: ClassVar[About] = About(
+        does="a distribution for each datum, read off it by a network",
+        cost="batch x network; does not grow with N",
+        use="latents in a data plate, new data to come",
+        paper="Kingma & Welling 2014",
+    )
 
     encoder: nn.Module | Mapping[str, nn.Module] | None = None
     hidden: tuple[int, ...] = (64,)

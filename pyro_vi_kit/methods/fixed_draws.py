@@ -20,6 +20,8 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal, GaussianFamily, PointMass
 from pyro_vi_kit.guides.low_rank import LowRankNormal
+from pyro_vi_kit.guides.structured import BlockNormal
+from pyro_vi_kit.methods.blocks import Blocked
 from pyro_vi_kit.methods.draws import matched_normals
 from pyro_vi_kit.methods.low_rank import LowRankShape
 from pyro_vi_kit.methods.minimise import Minimum
@@ -91,7 +93,7 @@ def applies_to(guide: object) -> bool:
     family = guide.families[guide.blocks[0].name]
     if isinstance(family, PointMass):
         return True
-    gaussian = isinstance(family, DiagonalNormal | DenseNormal | LowRankNormal)
+    gaussian = isinstance(family, DiagonalNormal | DenseNormal | LowRankNormal | BlockNormal)
     return gaussian and guide.density.dim <= MAX_DIM
 
 
@@ -158,7 +160,7 @@ def _fit_gaussian(
     """The Gaussian to measure in, and the family's best; None where there was no time for it."""
     frame = found.best
     # Units taken off the way to no mode may be far too small, and so would be the gap seen in them.
-    lost = isinstance(family, DiagonalNormal) and not found.trusted
+    lost = isinstance(family, DiagonalNormal | BlockNormal) and not found.trusted
     if (lost or isinstance(family, LowRankNormal)) and not search.stopped:
         frame = _rough(search, frame, tolerance)
     if search.stopped:
@@ -182,6 +184,8 @@ def _shape(family: nn.Module, frame: Gaussian) -> Shape:
         return Dense(frame)
     if isinstance(family, LowRankNormal):
         return LowRankShape(frame, family.factor.shape[1])
+    if isinstance(family, BlockNormal):
+        return Blocked(frame, family.layout)
     return Diagonal(frame)
 
 
@@ -203,7 +207,7 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
         family.loc.copy_(mode.x)
     search.losses.append(mode.value)
     if search.stopped:
-        status = _stopped_status(search.stopped)
+        status = stopped_status(search.stopped)
     elif mode.converged:
         status = Status(True, "converged", "The mode of the constrained density was found.")
     else:
@@ -312,7 +316,7 @@ def _quality(search: Search, shape: Shape, x: Tensor, noise: Tensor) -> Quality:
 
 def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found) -> Status:
     if search.stopped or stage is None:
-        return _stopped_status(search.stopped)
+        return stopped_status(search.stopped)
     quality, found = stage.quality, stage.found
     if not math.isfinite(quality.elbo):
         return Status(
@@ -326,7 +330,7 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
         f"within {max(quality.gap, 0.001):.3f} of the guide's best"
     )
     if len(frame.modes) > 1:
-        said += f". {_modes_words(frame.modes)}"
+        said += f". {modes_words(frame.modes)}"
     tolerance = _reachable(search, tolerance)
 
     def status(reason: Reason, advice: str) -> Status:
@@ -348,7 +352,8 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
     return status("converged", f"{said}.")
 
 
-def _modes_words(modes: tuple[float, ...]) -> str:
+def modes_words(modes: tuple[float, ...]) -> str:
+    """What is to be said of several modes, given Laplace's log evidence of each, best first."""
     lead = modes[0] - modes[1]
     if lead < _CLOSE_CALL:
         return (
@@ -361,7 +366,8 @@ def _modes_words(modes: tuple[float, ...]) -> str:
     )
 
 
-def _stopped_status(stopped: str) -> Status:
+def stopped_status(stopped: str) -> Status:
+    """How a fit ended that ran out of time, or was interrupted."""
     if stopped == "budget":
         return Status(False, "budget", "The budget ran out; the best point so far was kept.")
     return Status(False, "interrupted", "Interrupted; the best point so far was kept.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from pyro_vi_kit.objectives.bounds import evaluate
 from pyro_vi_kit.objectives.elbo import Elbo
@@ -10,10 +10,17 @@ from pyro_vi_kit.objectives.estimators import NAMES as ESTIMATORS
 from pyro_vi_kit.objectives.estimators import surrogate
 from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
-from pyro_vi_kit.registry import first_line, resolve
+from pyro_vi_kit.registry import About, first_line, resolve
 from pyro_vi_kit.types import LogWeights, Objective
 
-REGISTRY: dict[str, type[Objective]] = {
+
+class ListedObjective(Objective, Protocol):
+    """An objective of the registry, which says what it is for."""
+
+    about: ClassVar[About]
+
+
+REGISTRY: dict[str, type[ListedObjective]] = {
     "elbo": Elbo,
     "iwae": Iwae,
     "renyi": Renyi,
@@ -27,6 +34,7 @@ __all__ = [
     "LogWeights",
     "Objective",
     "Renyi",
+    "about",
     "describe",
     "evaluate",
     "make",
@@ -43,6 +51,11 @@ def names() -> list[str]:
 def describe() -> dict[str, str]:
     """One line for each objective."""
     return {name: first_line(cls) for name, cls in REGISTRY.items()}
+
+
+def about() -> dict[str, About]:
+    """What each objective bounds, what it costs, when to use it, and its paper."""
+    return {name: cls.about for name, cls in REGISTRY.items()}
 
 
 def make(objective: str | Objective, **options: Any) -> Objective:

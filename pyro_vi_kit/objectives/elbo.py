@@ -9,6 +9,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
 from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,12 @@ class Elbo:
     """
 
     name: ClassVar[str] = "elbo"
+    about: ClassVar[About] = About(
+        does="log evidence minus KL(q || p): q covers one mode, too narrow",
+        cost="K",
+        use="the default",
+        paper="Jordan et al. 1999",
+    )
 
     particles: int = 10
 

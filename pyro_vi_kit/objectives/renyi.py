@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.elbo import require_particles
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Renyi:
     """
 
     name: ClassVar[str] = "renyi"
+    about: ClassVar[About] = About(
+        does="between ELBO (alpha 1) and IWAE (alpha 0); below 0 q covers more mass",
+        cost="K; needs many",
+        use="a choice between narrow and wide q",
+        paper="Li & Turner 2016",
+    )
 
     alpha: float = 0.5
     particles: int = 10
