@@ -11,6 +11,7 @@ from pyro_vi_kit.device import Device
 from pyro_vi_kit.guides.adaptor import Draw, Guide
 from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
+from pyro_vi_kit.guides.autoregressive import Autoregressive
 from pyro_vi_kit.guides.delta import Delta
 from pyro_vi_kit.guides.full_rank import FullRank
 from pyro_vi_kit.guides.held import held_at_mean, mean_of_globals
@@ -18,7 +19,10 @@ from pyro_vi_kit.guides.laplace import Laplace
 from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField
+from pyro_vi_kit.guides.neural_spline import NeuralSpline
 from pyro_vi_kit.guides.per_datum import per_datum, tabulated
+from pyro_vi_kit.guides.planar import Planar
+from pyro_vi_kit.guides.radial import Radial
 from pyro_vi_kit.guides.structured import Structured
 from pyro_vi_kit.guides.student_t import StudentT
 from pyro_vi_kit.model import Model
@@ -52,7 +56,11 @@ REGISTRY: dict[str, type[ListedGuide]] = {
     "low_rank": LowRank,
     "full_rank": FullRank,
     "student_t": StudentT,
+    "planar": Planar,
+    "radial": Radial,
     "affine_coupling": AffineCoupling,
+    "autoregressive": Autoregressive,
+    "neural_spline": NeuralSpline,
     "amortized": Amortized,
 }
 
@@ -60,6 +68,7 @@ __all__ = [
     "REGISTRY",
     "AffineCoupling",
     "Amortized",
+    "Autoregressive",
     "Delta",
     "Draw",
     "FullRank",
@@ -70,6 +79,9 @@ __all__ = [
     "LocalMixture",
     "LowRank",
     "MeanField",
+    "NeuralSpline",
+    "Planar",
+    "Radial",
     "Structured",
     "StudentT",
     "about",

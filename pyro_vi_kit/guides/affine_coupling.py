@@ -52,10 +52,7 @@ class AffineCoupling:
 
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
-        if not is_count(self.layers):
-            raise OptionError(
-                f"{self.name}: layers must be a positive integer, got {self.layers!r}"
-            )
+        require_count(self.name, "layers", self.layers)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
         if self.permutations not in get_args(Permutations):
             known = ", ".join(get_args(Permutations))
@@ -102,6 +99,12 @@ def require_widths(name: str, hidden: object) -> tuple[int, ...]:
     if not widths or not all(is_count(width) for width in widths):
         raise OptionError(f"{name}: hidden must be positive layer widths, got {hidden!r}")
     return widths  # type: ignore[return-value]
+
+
+def require_count(name: str, option: str, value: object) -> None:
+    """Refuse an option that is no positive integer."""
+    if not is_count(value):
+        raise OptionError(f"{name}: {option} must be a positive integer, got {value!r}")
 
 
 def is_count(value: object) -> bool:
