@@ -151,7 +151,7 @@ class MaskedAffine(Layer):
 
 def _masks(dim: int, hidden: Sequence[int]) -> list[Tensor]:
     """Which inputs each unit may see, `[fan in, fan out]` for each layer; the last in its unit."""
-    # A hidden unit of degree m sees coordinates up to m; none need see the last one, the only one's none.
+    # A hidden unit of degree m sees coordinates up to m; the last one is seen by none.
     inner = [torch.arange(width) * max(dim - 1, 1) // width - int(dim == 1) for width in hidden]
     degrees = [torch.arange(dim), *inner]
     masks = [(before[:, None] <= after).double() for before, after in pairwise(degrees)]

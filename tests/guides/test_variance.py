@@ -75,7 +75,7 @@ def test_the_slope_of_log_q_is_that_of_the_density(name, dim):
     log_prob = family().log_prob(at)
     torch.testing.assert_close(log_q, log_prob, rtol=1e-8, atol=1e-8)
     (expected,) = torch.autograd.grad(log_prob.sum(), at)
-    parameters = [p for p in family.parameters()]
+    parameters = list(family.parameters())
     weight = torch.randn(6, generator=torch.Generator().manual_seed(2))
     found = torch.autograd.grad(
         (weight * log_q).sum(), parameters, allow_unused=True, retain_graph=True
@@ -85,8 +85,8 @@ def test_the_slope_of_log_q_is_that_of_the_density(name, dim):
     for f, w in zip(found, wanted, strict=True):
         if w is None:
             continue
-        f = torch.zeros_like(w) if f is None else f
-        torch.testing.assert_close(f, w, rtol=1e-7, atol=1e-8)
+        slope = torch.zeros_like(w) if f is None else f
+        torch.testing.assert_close(slope, w, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", FLOWS)
