@@ -20,6 +20,7 @@ from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField
 from pyro_vi_kit.guides.neural_spline import NeuralSpline
+from pyro_vi_kit.guides.pathfinder import Pathfinder
 from pyro_vi_kit.guides.per_datum import per_datum, tabulated
 from pyro_vi_kit.guides.planar import Planar
 from pyro_vi_kit.guides.radial import Radial
@@ -51,6 +52,7 @@ class ListedGuide(GuideSpec, Protocol):
 REGISTRY: dict[str, type[ListedGuide]] = {
     "delta": Delta,
     "laplace": Laplace,
+    "pathfinder": Pathfinder,
     "mean_field": MeanField,
     "structured": Structured,
     "low_rank": LowRank,
@@ -80,6 +82,7 @@ __all__ = [
     "LowRank",
     "MeanField",
     "NeuralSpline",
+    "Pathfinder",
     "Planar",
     "Radial",
     "Structured",

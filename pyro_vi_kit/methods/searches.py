@@ -8,7 +8,8 @@ from torch import Tensor
 
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.laplace import ModeNormal
-from pyro_vi_kit.methods import expansion, fixed_draws
+from pyro_vi_kit.guides.pathfinder import PathMixture
+from pyro_vi_kit.methods import expansion, fixed_draws, pathfinder
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.progress import Progress
@@ -43,4 +44,6 @@ def search_for(guide: object) -> Fit | None:
     if guide.density.params or guide.density.dim > fixed_draws.MAX_DIM:
         return None
     family = guide.families[guide.blocks[0].name]
-    return expansion.fit if isinstance(family, ModeNormal) else None
+    if isinstance(family, ModeNormal):
+        return expansion.fit
+    return pathfinder.fit if isinstance(family, PathMixture) else None

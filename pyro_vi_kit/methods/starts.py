@@ -47,12 +47,12 @@ class Found:
     modes: tuple[float, ...] = ()
 
 
-def starting_points(search: Search) -> Tensor:
+def starting_points(search: Search, count: int = _STARTS) -> Tensor:
     """The origin of unconstrained space and random points of radius 1 and 2 around it, `[M, D]`."""
     generator = torch.Generator().manual_seed(search.seed)
     dim = search.density.dim
-    points = standard_normals(_STARTS - 1, dim, generator)
-    points[_STARTS // 2 :] *= 2.0
+    points = standard_normals(count - 1, dim, generator)
+    points[count // 2 :] *= 2.0
     return search.density.cast(torch.cat([points.new_zeros(1, dim), points]))
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 EXEMPT = {"delta", "student_t"}
 CONTAINS = [name for name in REGISTRY if name not in EXEMPT and not is_local(name)]
 FLOWS = ["planar", "radial", "affine_coupling", "autoregressive", "neural_spline"]
-OPTIONS = {"structured": {"between": "linear"}, "low_rank": {"rank": 3}}
+OPTIONS = {"structured": {"between": "linear"}, "low_rank": {"rank": 3}, "pathfinder": {"paths": 2}}
 
 
 def target(name, dim=3):
@@ -38,6 +38,9 @@ def at_optimum(name, dim=3):
         # Diagonal 0.3 and what is left: the toy's covariance is of that form.
         factor = torch.linalg.cholesky(tril @ tril.T - 0.3 * torch.eye(dim))
         family.become(mean, torch.full((dim,), 0.3).sqrt(), factor)
+    elif name == "pathfinder":
+        weights = torch.tensor([0.2, 0.8]).log()
+        family.become(weights, mean.expand(2, -1), tril.expand(2, -1, -1))
     else:
         assert isinstance(family, GaussianFamily)
         family.start_from(mean, tril)
