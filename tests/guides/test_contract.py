@@ -329,6 +329,9 @@ def test_a_registered_guide_keeps_the_contract(name):
     assert guides.specify(spec) is spec
     assert isinstance(guide_and_model(name)[0], Guide)
     assert guides.describe()[name]
+    # What `vi-kit guides` prints to choose from.
+    assert len(guides.about()[name]) == 4
+    assert all(guides.about()[name])
     assert name in guides.names()
 
 
