@@ -85,7 +85,8 @@ class ScaleMixture(dist.MultivariateStudentT):
         """Reparameterised draws `[*sample_shape, *batch, D]`, in the degrees of freedom too."""
         noise = t_noise((*sample_shape, *self.batch_shape), self.loc)
         y = t_draws(self.df, noise)
-        return self.loc + (self.scale_tril @ y.unsqueeze(-1)).squeeze(-1)
+        scale_tril: Any = self.scale_tril
+        return self.loc + (scale_tril @ y.unsqueeze(-1)).squeeze(-1)
 
     @property
     def mean(self) -> Tensor:
@@ -95,8 +96,8 @@ class ScaleMixture(dist.MultivariateStudentT):
     @property
     def variance(self) -> Tensor:
         """Of each coordinate, `[*batch, D]`."""
-        widening = (self.df / (self.df - 2.0)).unsqueeze(-1)
-        return self.scale_tril.square().sum(-1) * widening
+        scale_tril: Any = self.scale_tril
+        return scale_tril.square().sum(-1) * (self.df / (self.df - 2.0)).unsqueeze(-1)
 
 
 def t_noise(shape: tuple[int, ...], like: Tensor) -> Tensor:
