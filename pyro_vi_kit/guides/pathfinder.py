@@ -86,8 +86,8 @@ class DenseMixture(TorchDistribution):
         batch_shape: Of the distribution.
     """
 
-    arg_constraints: Any = {}
-    support: Any = constraints.real_vector
+    arg_constraints: ClassVar[Any] = {}
+    support: ClassVar[Any] = constraints.real_vector
     has_rsample = True
 
     def __init__(

@@ -169,8 +169,8 @@ class InOrder(TorchDistribution):
         order: Where its numbers belong in the vector, `[D]`.
     """
 
-    arg_constraints: Any = {}
-    support: Any = constraints.real_vector
+    arg_constraints: ClassVar[Any] = {}
+    support: ClassVar[Any] = constraints.real_vector
     has_rsample = True
     symmetric = True
 

@@ -154,7 +154,7 @@ def _status(search: Search, paths: list[_Path], searches: list[Minimum]) -> Stat
     near = sum(elbo > elbos[0] - _BEHIND for elbo in elbos)
     ended = sum(end.converged for end in searches)
     said = (
-        f"{len(paths)} paths, {ended} of which ended in a mode; the best Gaussian on a path has ELBO "
+        f"Paths: {len(paths)}, of which {ended} ended in a mode; the best Gaussian on a path has ELBO "
         f"{elbos[0]:.3f} nats, and {near} are within {_BEHIND:g} nats of it. Its draws are meant to be "
         "resampled: posterior.resample()"
     )
