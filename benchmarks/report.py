@@ -25,6 +25,7 @@ SCRIPTS = (
     "imports",
     "engines_table",
     "accuracy",
+    "families",
     "speed_svi",
     "speed_steps",
     "speed_nuts",
@@ -33,7 +34,7 @@ SCRIPTS = (
     "streaming",
     "amortization",
 )
-NEED_REFERENCES = ("accuracy", "speed_svi")
+NEED_REFERENCES = ("accuracy", "families", "speed_svi")
 
 
 def run(script: str, asked: list[str], out: Path) -> tuple[str, float]:
