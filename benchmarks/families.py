@@ -50,13 +50,14 @@ def one(name: str, guide: str, seed: int, draws: int) -> dict[str, Any]:
 
     import pyro_vi_kit as vi
     from benchmarks.lib.quality import against
+    from pyro_vi_kit.density import Density
 
     torch.set_num_threads(1)
     reference = references.Reference(name)
     posterior = vi.fit(reference.module().MODEL, guide=guide, seed=seed, progress=False)
     return {
         **against(posterior, reference, draws),
-        "dim": posterior.density.dim,
+        "dim": Density(reference.module().MODEL).dim,
         "seconds": posterior.seconds,
         "status": posterior.status.reason,
         "khat": posterior.khat,
