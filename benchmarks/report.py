@@ -27,6 +27,7 @@ SCRIPTS = (
     "accuracy",
     "verdicts",
     "corrections",
+    "families",
     "auto",
     "speed_svi",
     "speed_steps",
@@ -39,7 +40,7 @@ SCRIPTS = (
     "estimators",
     "kl_direction",
 )
-NEED_REFERENCES = ("accuracy", "verdicts", "corrections", "auto", "speed_svi")
+NEED_REFERENCES = ("accuracy", "verdicts", "corrections", "families", "auto", "speed_svi")
 
 
 def run(script: str, asked: list[str], out: Path) -> tuple[str, float]:

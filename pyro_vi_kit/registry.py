@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pyro_vi_kit.errors import OptionError, UnknownNameError
 
 Part = TypeVar("Part")
+
+
+class About(NamedTuple):
+    """What a listing tells of a part, so that one can choose.
+
+    Attributes:
+        does: What it can represent, or what it bounds.
+        cost: Of a step, in the number D of unconstrained dimensions (or K of particles).
+        use: When to take it.
+        paper: Where it is from.
+    """
+
+    does: str
+    cost: str
+    use: str
+    paper: str
 
 
 def build(

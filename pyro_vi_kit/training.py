@@ -27,6 +27,7 @@ from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.methods import fixed_draws, mixtures, moments
 from pyro_vi_kit.methods.peaks import Peak, with_peaks
 from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.methods.searches import is_searched, search_for
 from pyro_vi_kit.objectives import Elbo, ForwardKl, Objective, Renyi, estimators
 from pyro_vi_kit.pacing import PyroGuide
 from pyro_vi_kit.posterior import is_small
@@ -78,10 +79,10 @@ def train(
         return _train_pyro_guide(request, trainee, density, state)
     _require_compatible(request, trainee)
     estimator_of(request, trainee)
-    if _use_fixed_draws(request, trainee):
+    if _use_search(request, trainee):
         _refuse_fixed_draws(checkpoint)
         with Progress(f"{name} (L-BFGS)", enabled=request.progress) as progress:
-            outcome = _fit_on_fixed_draws(request, trainee, density, progress)
+            outcome = _fit_by_search(request, trainee, density, progress)
         return Trained(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
@@ -108,10 +109,8 @@ def train(
     return Trained(approximation, outcome, engine.name, bound, note)
 
 
-def _fit_on_fixed_draws(
-    request: Request, guide: Guide, density: Density, progress: Progress
-) -> Outcome:
-    """L-BFGS for one Gaussian, or for a mixture of them."""
+def _fit_by_search(request: Request, guide: Guide, density: Density, progress: Progress) -> Outcome:
+    """The deterministic search that fits a guide: no steps on noisy gradients."""
     given: dict[str, Any] = {
         "seed": request.seed,
         "tolerance": request.tolerance,
@@ -123,8 +122,13 @@ def _fit_on_fixed_draws(
         start = starting.components_of(guide) if request.resumed else point
         below = None if request.below is None else starting.gaussian_of(request.below)
         return mixtures.fit(guide, start=start, found=request.found, below=below, **given)
+    search = search_for(guide)
+    if search is None:
+        raise OptionError(
+            f"guide {guide.name!r} has no search that fits it: use method='stochastic'"
+        )
     start = starting.gaussian_of(guide) if request.resumed else point
-    return fixed_draws.fit(guide, start=start, **given)
+    return search(guide, start=start, **given)
 
 
 def _match_moments(request: Request, name: str, guide: Guide, density: Density) -> Trained | None:
@@ -286,12 +290,20 @@ def _require_compatible(request: Request, guide: Guide) -> None:
     request.objective.require(guide)
     if request.objective.warmup:
         _require_room(request)
-    if request.method == "lbfgs" and not _fixed_draws_possible(request, guide):
+    if is_searched(guide) and not _use_search(request, guide):
         raise OptionError(
-            "method='lbfgs' needs guide 'delta', 'mean_field', 'low_rank', 'full_rank' or 'mixture', a "
-            f"model without learned parameters and of at most {fixed_draws.MAX_DIM:,} dimensions, "
-            "objective 'elbo', and none of engine='pyro', optimizer=, estimator=, steps= and "
-            "batch_size=; use method='stochastic'"
+            f"guide {guide.name!r} is found by a search of the log density and not by steps on a bound: "
+            "it takes a model without learned parameters and of at most "
+            f"{fixed_draws.MAX_DIM:,} dimensions, objective 'elbo', and none of method='stochastic', "
+            "engine='pyro', optimizer=, estimator=, steps=, epochs= and batch_size=; use "
+            "guide='full_rank' with these"
+        )
+    if request.method == "lbfgs" and not _search_possible(request, guide):
+        raise OptionError(
+            "method='lbfgs' needs guide 'delta', 'mean_field', 'low_rank', 'structured', 'full_rank', "
+            "'mixture', 'laplace' or 'pathfinder', a model without learned parameters and of at most "
+            f"{fixed_draws.MAX_DIM:,} dimensions, objective 'elbo', and none of engine='pyro', "
+            "optimizer=, estimator=, steps= and batch_size=; use method='stochastic'"
         )
 
 
@@ -326,9 +338,9 @@ def _require_room(request: Request) -> None:
         )
 
 
-def _fixed_draws_possible(request: Request, guide: Guide) -> bool:
+def _search_possible(request: Request, guide: Guide) -> bool:
     return (
-        (fixed_draws.applies_to(guide) or mixtures.applies_to(guide))
+        (mixtures.applies_to(guide) or search_for(guide) is not None)
         and _is_plain_elbo(request.objective)
         and request.engine != "pyro"
         and request.optimizer is None
@@ -366,8 +378,8 @@ def _use_moments(request: Request, guide: Guide, checkpoint: Checkpoint | None) 
     return possible and request.method in ("auto", "moments")
 
 
-def _use_fixed_draws(request: Request, guide: Guide) -> bool:
-    return request.method in ("auto", "lbfgs") and _fixed_draws_possible(request, guide)
+def _use_search(request: Request, guide: Guide) -> bool:
+    return request.method in ("auto", "lbfgs") and _search_possible(request, guide)
 
 
 def _batches(request: Request, guide: Guide, density: Density) -> BatchSource | None:

@@ -18,6 +18,7 @@ import torch
 from benchmarks import (
     accuracy,
     corrections,
+    families,
     growth,
     imports,
     speed_nuts,
@@ -47,6 +48,7 @@ SCRIPTS = (
     "corrections",
     "engines_table",
     "estimators",
+    "families",
     "growth",
     "imports",
     "kl_direction",
@@ -626,6 +628,53 @@ def test_the_bootstrap_has_the_law_of_exact_draws():
     ]
     error = math.hypot(np.std(exact) / 200**0.5, np.std(np.mean(found, 1)) / 20**0.5)
     assert abs(np.mean(found) - np.mean(exact)) < 5 * error
+
+
+def test_families_are_ordered_by_their_elbos():
+    def row(guide, elbo, **more):
+        return {
+            "posterior": families.CENTRED,
+            "seed": 0,
+            "guide": guide,
+            "elbo": elbo,
+            "elbo_se": 0.001,
+            "kl": -elbo,
+            "dim": 10,
+            "seconds": 20.0,
+            "error": None,
+            **more,
+        }
+
+    rows = [
+        row("mean_field", -2.0),
+        row("full_rank", -1.0),
+        row("planar", -0.9),
+        row("autoregressive", -0.04),
+        row("neural_spline", -0.03, seconds=300.0),
+        row("radial", 0.0, error="stopped"),
+    ]
+    (line,) = families.orderings(rows)
+    assert line["ordered"]
+    steps = "full_rank +1.000; neural_spline +0.970"
+    assert line["ELBO, nats above the family before"] == steps
+    order, best = families.requirements(rows)
+    assert order["passed"]
+    # The spline took too long to count.
+    assert best["shown"] == "autoregressive 0.0400"
+    assert best["passed"]
+    # Below by less than three standard errors and what a fit may leave, 0.01 nats.
+    assert families.orderings([row("mean_field", -1.0), row("full_rank", -1.013)])[0]["ordered"]
+    assert not families.orderings([row("mean_field", -1.0), row("full_rank", -1.02)])[0]["ordered"]
+    assert "| ordered" in families.report(rows, 1000)
+
+
+def test_one_fit_of_the_families(posteriordb):
+    posteriordb("arK-arK")
+    row = families.one("ark_ark", "laplace", seed=0, draws=2000)
+    assert row["status"] == "converged"
+    assert row["dim"] == 7
+    # 0.08 nats, and at 2,000 draws a standard error of 0.01.
+    assert row["kl"] == pytest.approx(0.08, abs=0.05)
 
 
 def test_quick_is_a_part_of_the_whole():

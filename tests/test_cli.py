@@ -103,10 +103,19 @@ def test_help_is_light():
 
 @pytest.mark.parametrize("command", ["guides", "objectives"])
 def test_listings(command):
-    lines = vi_kit(command).stdout.splitlines()
+    printed = vi_kit(command).stdout.splitlines()
+    rule = next(i for i, line in enumerate(printed) if set(line) == {"-", " "})
+    lines = printed[rule + 1 :]
     described = json.loads(vi_kit(command, "--json").stdout)
-    assert [line.split()[0] for line in lines] == list(described)
-    assert all(len(line.split()) > 3 for line in lines)
+    # Cells are wrapped: a row begins where there is something in the first column.
+    assert [line.split()[0] for line in lines if line[0] != " "] == list(described)
+    assert printed[0].split()[0] == command.removesuffix("s")
+    assert max(map(len, lines)) <= 96
+    words = " ".join(lines).split()
+    for about in described.values():
+        assert set(about) == {"description", "does", "cost", "use", "paper"}
+        assert all(about.values())
+        assert set(about["paper"].split()) <= set(words)
 
 
 def test_check():

@@ -14,7 +14,16 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conjugate import exact
-from toys import gaussian, guide_for, is_local, load, local_model, local_normals, two_scales_model
+from toys import (
+    SEARCHED,
+    gaussian,
+    guide_for,
+    is_local,
+    load,
+    local_model,
+    local_normals,
+    two_scales_model,
+)
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import fitting, guides
@@ -185,7 +194,7 @@ def same(first, second):
     return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(first, second, strict=True))
 
 
-@each_guide
+@pytest.mark.parametrize("name", [n for n in REGISTRY if n not in SEARCHED])
 @pytest.mark.parametrize("engine", ["eager", "pyro"])
 def test_the_same_seed_gives_the_same_numbers(name, engine, short_fits):
     def run(seed):
@@ -198,7 +207,7 @@ def test_the_same_seed_gives_the_same_numbers(name, engine, short_fits):
         assert not same(numbers(first), numbers(run(6)))
 
 
-@pytest.mark.parametrize("name", ["delta", "mean_field", "full_rank"])
+@pytest.mark.parametrize("name", ["delta", "mean_field", "structured", "full_rank", *SEARCHED])
 def test_the_same_seed_gives_the_same_numbers_with_lbfgs(name):
     fits = [vi.fit(two_scales_model(), name, method="lbfgs", seed=5) for _ in range(2)]
     assert same(*map(numbers, fits))
@@ -400,12 +409,31 @@ def test_lbfgs_says_what_it_needs(options):
         vi.fit(recording()[0], method="lbfgs", seed=0, **options)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "stochastic"},
+        {"objective": "iwae"},
+        {"engine": "pyro"},
+        {"estimator": "pathwise"},
+        {"steps": 10},
+        {"batch_size": 2},
+        {"optimizer": torch.optim.Adam},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", SEARCHED)
+def test_a_guide_that_is_searched_takes_no_steps(name, options):
+    with pytest.raises(OptionError, match=rf"'{name}' is found by a search.*guide='full_rank'"):
+        vi.fit(two_scales_model(), name, seed=0, **options)
+
+
 def test_a_point_has_no_multi_sample_bound():
     with pytest.raises(OptionError, match=r"'delta' is a point.*use objective='elbo'"):
         vi.fit(recording()[0], "delta", "iwae", seed=0)
 
 
-@pytest.mark.parametrize("name", [n for n in REGISTRY if n not in LOCAL])
+@pytest.mark.parametrize("name", [n for n in REGISTRY if n not in (*LOCAL, *SEARCHED)])
 def test_a_model_that_does_not_index_its_data_takes_no_minibatches(name):
     with pytest.raises(
         ModelError, match=r"site 'y' does not follow the plate's indices.*obs=y\[i\]"

@@ -1,39 +1,93 @@
-"""``guides`` and ``objectives``: what can be named."""
+"""``guides`` and ``objectives``: what can be named, as a table to choose from."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import TYPE_CHECKING
 
 import click
 
 from pyro_vi_kit.cli.options import common_options, json_option
 from pyro_vi_kit.cli.output import print_json
 
+if TYPE_CHECKING:
+    from pyro_vi_kit.registry import About
+
+# Narrower, words stand one below the other; wider, lines are hard to follow.
+_WIDTHS = (96, 150)
+_GAP = "  "
+
 
 @click.command("guides")
 @json_option
 @common_options
 def guides_command(as_json: bool) -> None:
-    """List the guides, one line each."""
+    """List the guides: what each can represent, what a step costs, when to use it, its paper."""
     from pyro_vi_kit import guides
 
-    _print(guides.choices(), as_json)
+    heads = ("guide", "what it can represent", "cost of a step", "when to use it", "paper")
+    _print(guides.choices(), guides.about(), heads, as_json)
 
 
 @click.command("objectives")
 @json_option
 @common_options
 def objectives_command(as_json: bool) -> None:
-    """List the objectives, one line each."""
+    """List the objectives: what each bounds, what a step costs, when to use it, its paper."""
     from pyro_vi_kit import objectives
 
-    _print(objectives.describe(), as_json)
+    heads = ("objective", "what it bounds", "cost of a step", "when to use it", "paper")
+    heads = (*heads, "gradients")
+    gradients = {name: ", ".join(each) for name, each in objectives.estimators_of().items()}
+    _print(objectives.describe(), objectives.about(), heads, as_json, {"estimators": gradients})
 
 
-def _print(described: Mapping[str, str], as_json: bool) -> None:
+def _print(
+    described: Mapping[str, str],
+    about: Mapping[str, About],
+    heads: Sequence[str],
+    as_json: bool,
+    more: Mapping[str, Mapping[str, str]] | None = None,
+) -> None:
+    """A table, or JSON; ``more`` has further columns, by their keys in JSON and then by name."""
+    further = more or {}
     if as_json:
-        print_json(described)
+        lines = {
+            name: {"description": line, **about[name]._asdict()}
+            | {key: column[name] for key, column in further.items()}
+            for name, line in described.items()
+        }
+        print_json(lines)
         return
-    width = max(map(len, described))
-    for name, line in described.items():
-        click.echo(f"{name:<{width}}  {line}")
+    rows = [(name, *about[name], *(c[name] for c in further.values())) for name in described]
+    click.echo("\n".join(_table(heads, rows, shutil.get_terminal_size().columns)))
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Lines of a table whose cells are wrapped; the first column never is."""
+    first = max(len(row[0]) for row in (heads, *rows))
+    width = min(max(width, _WIDTHS[0]), _WIDTHS[1])
+    left = width - first - (len(heads) - 1) * len(_GAP)
+    # Of what is left a column has its share by the root of its longest cell.
+    needs = [max(len(row[i]) for row in (heads, *rows)) ** 0.5 for i in range(1, len(heads))]
+    widths = [first, *(int(left * need / sum(needs)) for need in needs)]
+    lines = _wrapped(heads, widths)
+    lines.append(_GAP.join("-" * w for w in widths))
+    for row in rows:
+        lines += _wrapped(row, widths)
+    return lines
+
+
+def _wrapped(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """A row's cells, as many lines as the longest one takes."""
+    cells = [
+        textwrap.wrap(cell, width, break_on_hyphens=False)
+        for cell, width in zip(row, widths, strict=True)
+    ]
+    return [
+        _GAP.join(part.ljust(width) for part, width in zip(parts, widths, strict=True)).rstrip()
+        for parts in zip_longest(*cells, fillvalue="")
+    ]

@@ -11,16 +11,24 @@ from pyro_vi_kit.device import Device
 from pyro_vi_kit.guides.adaptor import Draw, Guide
 from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
+from pyro_vi_kit.guides.autoregressive import Autoregressive
 from pyro_vi_kit.guides.delta import Delta
 from pyro_vi_kit.guides.full_rank import FullRank
 from pyro_vi_kit.guides.gaussian_mixture import Mixture
 from pyro_vi_kit.guides.held import held_at_mean, mean_of_globals
+from pyro_vi_kit.guides.laplace import Laplace
 from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField
+from pyro_vi_kit.guides.neural_spline import NeuralSpline
+from pyro_vi_kit.guides.pathfinder import Pathfinder
 from pyro_vi_kit.guides.per_datum import per_datum, tabulated
+from pyro_vi_kit.guides.planar import Planar
+from pyro_vi_kit.guides.radial import Radial
+from pyro_vi_kit.guides.structured import Structured
+from pyro_vi_kit.guides.student_t import StudentT
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.registry import first_line, resolve
+from pyro_vi_kit.registry import About, first_line, resolve
 from pyro_vi_kit.runtime import RandomStream, default_dtype
 
 
@@ -35,18 +43,39 @@ class GuideSpec(Protocol):
         ...
 
 
-REGISTRY: dict[str, type[GuideSpec]] = {
+@runtime_checkable
+class ListedGuide(GuideSpec, Protocol):
+    """A guide family of the registry, which says what it is for."""
+
+    about: ClassVar[About]
+
+
+REGISTRY: dict[str, type[ListedGuide]] = {
     "delta": Delta,
+    "laplace": Laplace,
+    "pathfinder": Pathfinder,
     "mean_field": MeanField,
+    "structured": Structured,
     "low_rank": LowRank,
     "full_rank": FullRank,
+    "student_t": StudentT,
+    "planar": Planar,
+    "radial": Radial,
     "affine_coupling": AffineCoupling,
+    "autoregressive": Autoregressive,
+    "neural_spline": NeuralSpline,
     "mixture": Mixture,
     "amortized": Amortized,
 }
 
 # Not a guide, but a choice among them that `vi.fit` makes: see `ladder.py`.
 AUTO = "auto"
+_ABOUT_AUTO = About(
+    does="what the richest of the guides tried can",
+    cost="two minutes at most, unless budget= says otherwise",
+    use="when nobody knows which guide",
+    paper="",
+)
 _AUTO_LINE = (
     "Climbs from a Gaussian to flows and mixtures while the verdict asks for it (vi.fit only)."
 )
@@ -56,16 +85,25 @@ __all__ = [
     "REGISTRY",
     "AffineCoupling",
     "Amortized",
+    "Autoregressive",
     "Delta",
     "Draw",
     "FullRank",
     "Guide",
     "GuideSpec",
+    "Laplace",
     "LocalFlow",
     "LocalMixture",
     "LowRank",
     "MeanField",
     "Mixture",
+    "NeuralSpline",
+    "Pathfinder",
+    "Planar",
+    "Radial",
+    "Structured",
+    "StudentT",
+    "about",
     "choices",
     "describe",
     "held_at_mean",
@@ -91,6 +129,11 @@ def describe() -> dict[str, str]:
 def choices() -> dict[str, str]:
     """One line for everything that `vi.fit` takes as a name: the guides, and ``auto``."""
     return describe() | {AUTO: _AUTO_LINE}
+
+
+def about() -> dict[str, About]:
+    """What each of `choices` can represent, what it costs, when to use it, and its paper."""
+    return {name: cls.about for name, cls in REGISTRY.items()} | {AUTO: _ABOUT_AUTO}
 
 
 def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:

@@ -16,6 +16,7 @@ from pyro_vi_kit.guides.coupling import CouplingFlow
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.full_rank import require_dense
 from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.registry import About
 
 Permutations = Literal["random", "reverse", "none"]
 
@@ -37,6 +38,12 @@ class AffineCoupling:
     """
 
     name: ClassVar[str] = "affine_coupling"
+    about: ClassVar[About] = About(
+        does="bent and skewed bumps: funnels, bananas",
+        cost="layers x D x hidden + D^2",
+        use="where full_rank is not good enough",
+        paper="Dinh, Sohl-Dickstein & Bengio 2017",
+    )
 
     layers: int = 8
     hidden: tuple[int, ...] = (32,)
@@ -45,10 +52,7 @@ class AffineCoupling:
 
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
-        if not is_count(self.layers):
-            raise OptionError(
-                f"{self.name}: layers must be a positive integer, got {self.layers!r}"
-            )
+        require_count(self.name, "layers", self.layers)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
         if self.permutations not in get_args(Permutations):
             known = ", ".join(get_args(Permutations))
@@ -95,6 +99,12 @@ def require_widths(name: str, hidden: object) -> tuple[int, ...]:
     if not widths or not all(is_count(width) for width in widths):
         raise OptionError(f"{name}: hidden must be positive layer widths, got {hidden!r}")
     return widths  # type: ignore[return-value]
+
+
+def require_count(name: str, option: str, value: object) -> None:
+    """Refuse an option that is no positive integer."""
+    if not is_count(value):
+        raise OptionError(f"{name}: {option} must be a positive integer, got {value!r}")
 
 
 def is_count(value: object) -> bool:

@@ -12,13 +12,18 @@ from pyro_vi_kit.density import Block, Density, Plate, Site
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide, encoder_inputs
 from pyro_vi_kit.guides.affine_coupling import AffineCoupling, require_widths
+from pyro_vi_kit.guides.autoregressive import Autoregressive
 from pyro_vi_kit.guides.encoder import Standardised, custom_encoder
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.full_rank import FullRank
 from pyro_vi_kit.guides.local import HeadSpec, LocalFamily, head_for
 from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField, require_positive
-from pyro_vi_kit.registry import resolve
+from pyro_vi_kit.guides.neural_spline import NeuralSpline
+from pyro_vi_kit.guides.planar import Planar
+from pyro_vi_kit.guides.radial import Radial
+from pyro_vi_kit.guides.student_t import StudentT
+from pyro_vi_kit.registry import About, resolve
 
 
 @runtime_checkable
@@ -36,7 +41,12 @@ _GLOBALS: dict[str, type[GlobalSpec]] = {
     "mean_field": MeanField,
     "low_rank": LowRank,
     "full_rank": FullRank,
+    "student_t": StudentT,
+    "planar": Planar,
+    "radial": Radial,
     "affine_coupling": AffineCoupling,
+    "autoregressive": Autoregressive,
+    "neural_spline": NeuralSpline,
 }
 
 
@@ -56,7 +66,7 @@ class Amortized:
         local: Family of each datum: ``"mean_field"``, ``"full_rank"``, ``"mixture"``,
             ``"affine_coupling"``, or `LocalMixture` and `LocalFlow` with options.
         globals: Family of the global latents: ``"mean_field"``, ``"low_rank"``, ``"full_rank"``,
-            ``"affine_coupling"``, or a configured one.
+            ``"student_t"``, a flow (``"affine_coupling"`` and others), or a configured one.
         conditioned: Let encoders see the draws of the global latents, so that a datum's latents are
             correlated with them.
         init_scale: Initial standard deviation of the global latents.
@@ -66,6 +76,12 @@ class Amortized:
     """
 
     name: ClassVar[str] = "amortized"
+    about: ClassVar[About] = About(
+        does="a distribution for each datum, read off it by a network",
+        cost="batch x network; does not grow with N",
+        use="latents in a data plate, new data to come",
+        paper="Kingma & Welling 2014",
+    )
 
     encoder: nn.Module | Mapping[str, nn.Module] | None = None
     hidden: tuple[int, ...] = (64,)

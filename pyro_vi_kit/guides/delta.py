@@ -8,6 +8,7 @@ from typing import ClassVar
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import Family, PointMass
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,12 @@ class Delta:
     """
 
     name: ClassVar[str] = "delta"
+    about: ClassVar[About] = About(
+        does="one point, no spread",
+        cost="D",
+        use="a mode to start from, or to compare with",
+        paper="none: maximum a posteriori",
+    )
 
     def build(self, density: Density) -> Guide:
         """The guide for this model, at the origin of unconstrained space."""

@@ -7,6 +7,7 @@ distribution for all; with a context `[B, F]` it is one distribution per row (am
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -21,9 +22,11 @@ class Family(nn.Module, ABC):
     Attributes:
         reparameterised: Whether draws are differentiable in the parameters; one that is not is trained
             by the score function alone.
+        searched: Whether a fit finds it by a search of the log density, and not by steps on a bound.
     """
 
     reparameterised: bool = True
+    searched: ClassVar[bool] = False
 
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
@@ -59,7 +62,9 @@ class Family(nn.Module, ABC):
 
 
 def _is_symmetric(distribution: TorchDistribution) -> bool:
-    """Whether it is a normal distribution, which is its own mirror image about the mean."""
+    """Whether it is its own mirror image about the mean, as a normal distribution is."""
+    if getattr(distribution, "symmetric", False):
+        return True
     normals = (dist.MultivariateNormal, dist.LowRankMultivariateNormal)
     base = getattr(distribution, "base_dist", None)
     return isinstance(distribution, normals) or (

@@ -10,6 +10,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import DenseNormal, Family
 from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.registry import About
 
 # A dense factor, its gradient and Adam's two moments take 0.5 GB at 4,000 dimensions.
 MAX_DENSE = 4000
@@ -27,6 +28,12 @@ class FullRank:
     """
 
     name: ClassVar[str] = "full_rank"
+    about: ClassVar[About] = About(
+        does="one Gaussian, any linear correlation",
+        cost="D^2",
+        use="the default: most posteriors with enough data",
+        paper="Kucukelbir et al. 2017",
+    )
 
     init_scale: float = 0.1
 

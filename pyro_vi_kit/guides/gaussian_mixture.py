@@ -21,6 +21,7 @@ from pyro_vi_kit.guides.affine_coupling import is_count
 from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.mean_field import require_positive
 from pyro_vi_kit.guides.normal_mixture import NormalMixture
+from pyro_vi_kit.registry import About
 
 Covariance = Literal["full", "diagonal"]
 
@@ -46,6 +47,12 @@ class Mixture:
     """
 
     name: ClassVar[str] = "mixture"
+    about: ClassVar[About] = About(
+        does="K Gaussians: several modes, heavy or bent tails roughly",
+        cost="K x D^2, diagonal K x D",
+        use="several modes, labels that switch",
+        paper="Morningstar et al. 2021",
+    )
 
     components: int | None = None
     covariance: Covariance = "full"

@@ -16,6 +16,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class LowRank:
     """
 
     name: ClassVar[str] = "low_rank"
+    about: ClassVar[About] = About(
+        does="one Gaussian with the strongest few directions of correlation",
+        cost="D^1.5 (D x rank)",
+        use="too many latents for full_rank",
+        paper="Ong, Nott & Smith 2018",
+    )
 
     rank: int | None = None
     init_scale: float = 0.1

@@ -10,6 +10,7 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import DiagonalNormal, Family
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class MeanField:
     """
 
     name: ClassVar[str] = "mean_field"
+    about: ClassVar[About] = About(
+        does="independent normals: no correlation, sds too small where there is some",
+        cost="D",
+        use="a first look, or many thousand latents",
+        paper="Kucukelbir et al. 2017",
+    )
 
     init_scale: float = 0.1
 

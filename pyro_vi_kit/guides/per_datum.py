@@ -23,8 +23,13 @@ _LOCAL = {
     "mean_field": "mean_field",
     "low_rank": "full_rank",
     "full_rank": "full_rank",
+    "student_t": "full_rank",
+    "planar": "affine_coupling",
+    "radial": "affine_coupling",
     "affine_coupling": "affine_coupling",
     "mixture": "mixture",
+    "autoregressive": "affine_coupling",
+    "neural_spline": "affine_coupling",
 }
 _INIT_SCALE = 0.1
 

@@ -20,6 +20,8 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal, GaussianFamily, PointMass
 from pyro_vi_kit.guides.low_rank import LowRankNormal
+from pyro_vi_kit.guides.structured import BlockNormal
+from pyro_vi_kit.methods.blocks import Blocked
 from pyro_vi_kit.methods.draws import matched_normals
 from pyro_vi_kit.methods.low_rank import LowRankShape
 from pyro_vi_kit.methods.minimise import Minimum
@@ -92,7 +94,7 @@ def applies_to(guide: object) -> bool:
     family = guide.families[guide.blocks[0].name]
     if isinstance(family, PointMass):
         return True
-    gaussian = isinstance(family, DiagonalNormal | DenseNormal | LowRankNormal)
+    gaussian = isinstance(family, DiagonalNormal | DenseNormal | LowRankNormal | BlockNormal)
     return gaussian and guide.density.dim <= MAX_DIM
 
 
@@ -181,7 +183,7 @@ def _fit_gaussian(
     """The Gaussian to measure in, and the family's best; None where there was no time for it."""
     frame = found.best
     # Units taken off the way to no mode may be far too small, and so would be the gap seen in them.
-    lost = isinstance(family, DiagonalNormal) and not found.trusted
+    lost = isinstance(family, DiagonalNormal | BlockNormal) and not found.trusted
     if (lost or isinstance(family, LowRankNormal)) and not search.stopped:
         frame = _rough(search, frame, tolerance)
     if search.stopped:
@@ -205,6 +207,8 @@ def _shape(family: nn.Module, frame: Gaussian) -> Shape:
         return Dense(frame)
     if isinstance(family, LowRankNormal):
         return LowRankShape(frame, family.factor.shape[1])
+    if isinstance(family, BlockNormal):
+        return Blocked(frame, family.layout)
     return Diagonal(frame)
 
 
@@ -348,7 +352,7 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
         f"ELBO {quality.elbo:.3f} nats (s.e. {quality.se:.3f}) on {2 * stage.draws} fresh draws, "
         f"within {max(quality.gap, 0.001):.3f} of the guide's best"
     )
-    several = f" {_modes_words(frame.modes)}." if len(frame.modes) > 1 else ""
+    several = f" {modes_words(frame.modes)}." if len(frame.modes) > 1 else ""
     tolerance = _reachable(search, tolerance)
 
     def status(reason: Reason, advice: str) -> Status:
@@ -369,7 +373,8 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
     return status("converged", f"{said}.")
 
 
-def _modes_words(modes: tuple[float, ...]) -> str:
+def modes_words(modes: tuple[float, ...]) -> str:
+    """What is to be said of several modes, given Laplace's log evidence of each, best first."""
     lead = modes[0] - modes[1]
     if lead < _CLOSE_CALL:
         return (

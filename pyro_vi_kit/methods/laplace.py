@@ -13,6 +13,9 @@ from pyro_vi_kit.gradients import second_derivatives
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Gaussian, round_at
 
+# In units of conditional sds; below, rounding decides what the curvature is.
+_CURVED = 1e-10
+
 
 @dataclass(frozen=True)
 class Laplace:
@@ -23,11 +26,13 @@ class Laplace:
             which the log density is not curved downwards bent by the size of their curvature.
         log_prob: Log density at the point, nats.
         left: Nats that a Newton step promises; infinite where some direction is not curved downwards.
+        flat: Directions that are not curved downwards, and were bent; 0 where that is not known.
     """
 
     gaussian: Gaussian
     log_prob: float
     left: float
+    flat: int = 0
 
     @property
     def trusted(self) -> bool:
@@ -54,14 +59,15 @@ def laplace(search: Search, z: Tensor, log_prob: float, gradient: Tensor) -> Lap
     size = precision.diagonal().abs()
     unit = torch.where(size > 1e-300, size, torch.ones_like(size)).rsqrt()
     values, vectors = torch.linalg.eigh(unit[:, None] * precision * unit)
-    curved = bool(values[0] > 1e-10) and bool((precision.diagonal() > 0).all())
+    curved = bool(values[0] > _CURVED) and bool((precision.diagonal() > 0).all())
     slope = vectors.T @ (unit * gradient)
     covariance = unit[:, None] * (vectors / values.abs().clamp_min(1e-6)) @ vectors.T * unit
     scale_tril, failed = torch.linalg.cholesky_ex((covariance + covariance.T) / 2)
     if int(failed):
         scale_tril, curved = unit.diag(), False
     left = 0.5 * float((slope.square() / values).sum()) if curved else math.inf
-    return Laplace(Gaussian(z, scale_tril), log_prob, left)
+    flat = int((values <= _CURVED).sum())
+    return Laplace(Gaussian(z, scale_tril), log_prob, left, flat)
 
 
 def hessian(density: Density, z: Tensor) -> Tensor:

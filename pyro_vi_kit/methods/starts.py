@@ -136,6 +136,23 @@ def find_frame(search: Search, starts: Tensor) -> Found:
     found = sorted(find_modes(search, starts), key=lambda m: m.value)
     if search.stopped:
         return Found(round_at(found[0].x), False)
+    modes = expansions(search, found)
+    peaks = tuple(Peak(m.gaussian, m.log_evidence) for m in modes)
+    if search.stopped:
+        return Found(modes[0].gaussian if modes else round_at(found[0].x), bool(modes))
+    # Where the posterior is near its Laplace approximation, ELBO and evidence are near each other.
+    if modes and _elbo(search, modes[0].gaussian) > peaks[0].log_evidence - _SHORTFALL:
+        return Found(modes[0].gaussian, True, peaks)
+    return Found(_best_on_the_way(search, found, modes), False, peaks)
+
+
+def expansions(search: Search, found: list[Minimum]) -> list[Laplace]:
+    """Laplace's approximation at each distinct mode, that of the highest evidence first.
+
+    Args:
+        search: The fit.
+        found: Where searches ended, the highest density first.
+    """
     modes: list[Laplace] = []
     # A search that was given up, or ran off along a funnel, says nothing by how high it got.
     ends = [m for m in found if m.converged] or found[:2]
@@ -146,20 +163,14 @@ def find_frame(search: Search, starts: Tensor) -> Found:
             or any(_near(m, -end.value, end.x) for m in modes)
         ):
             continue
-        at = _settled(search, laplace(search, end.x, -end.value, -end.gradient))
+        at = settled(search, laplace(search, end.x, -end.value, -end.gradient))
         if at.trusted and not any(_near(m, at.log_prob, at.gaussian.loc) for m in modes):
             modes.append(at)
     modes.sort(key=lambda m: -m.log_evidence)
-    peaks = tuple(Peak(m.gaussian, m.log_evidence) for m in modes)
-    if search.stopped:
-        return Found(modes[0].gaussian if modes else round_at(found[0].x), bool(modes))
-    # Where the posterior is near its Laplace approximation, ELBO and evidence are near each other.
-    if modes and _elbo(search, modes[0].gaussian) > peaks[0].log_evidence - _SHORTFALL:
-        return Found(modes[0].gaussian, True, peaks)
-    return Found(_best_on_the_way(search, found, modes), False, peaks)
+    return modes
 
 
-def _settled(search: Search, at: Laplace) -> Laplace:
+def settled(search: Search, at: Laplace) -> Laplace:
     """Go on in units of the curvature where a search stopped short: raw scales hide what is left."""
     for _ in range(3):
         if at.left < 1e-2 or search.stopped:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from pyro_vi_kit.objectives.annealed import SCHEDULES, Annealed
 from pyro_vi_kit.objectives.base import Bound
@@ -16,10 +16,17 @@ from pyro_vi_kit.objectives.estimators import surrogate
 from pyro_vi_kit.objectives.forward_kl import ForwardKl
 from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
-from pyro_vi_kit.registry import first_line, resolve
+from pyro_vi_kit.registry import About, first_line, resolve
 from pyro_vi_kit.types import LogWeights, Objective
 
-REGISTRY: dict[str, type[Objective]] = {
+
+class ListedObjective(Objective, Protocol):
+    """An objective of the registry, which says what it is for."""
+
+    about: ClassVar[About]
+
+
+REGISTRY: dict[str, type[ListedObjective]] = {
     "elbo": Elbo,
     "elbo_analytic": ElboAnalytic,
     "iwae": Iwae,
@@ -45,7 +52,9 @@ __all__ = [
     "LogWeights",
     "Objective",
     "Renyi",
+    "about",
     "describe",
+    "estimators_of",
     "evaluate",
     "make",
     "names",
@@ -59,11 +68,18 @@ def names() -> list[str]:
 
 
 def describe() -> dict[str, str]:
-    """One line for each objective: what it is, where it comes from, its gradient estimators."""
-    return {
-        name: f"{first_line(cls)} {getattr(cls, 'paper', '')} [{', '.join(cls().estimators)}]"
-        for name, cls in REGISTRY.items()
-    }
+    """One line for each objective."""
+    return {name: first_line(cls) for name, cls in REGISTRY.items()}
+
+
+def about() -> dict[str, About]:
+    """What each objective bounds, what it costs, when to use it, and its paper."""
+    return {name: cls.about for name, cls in REGISTRY.items()}
+
+
+def estimators_of() -> dict[str, tuple[str, ...]]:
+    """The gradient estimators of each objective, as ``estimator=`` names them."""
+    return {name: cls().estimators for name, cls in REGISTRY.items()}
 
 
 def make(objective: str | Objective, **options: Any) -> Objective:

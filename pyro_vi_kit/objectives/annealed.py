@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vi_kit.errors import OptionError, UnknownNameError
 from pyro_vi_kit.objectives.elbo import Elbo, no_stock_loss, require_particles
+from pyro_vi_kit.registry import About
 from pyro_vi_kit.types import LogWeights
 
 # From the share of the warm-up that is over, a tensor in [0, 1], and the first power to the power now.
@@ -43,7 +44,12 @@ class Annealed(Elbo):
     """
 
     name: ClassVar[str] = "annealed"
-    paper: ClassVar[str] = "Rezende & Mohamed 2015"
+    about: ClassVar[About] = About(
+        does="the ELBO, reached from a flattened target",
+        cost="K, and the steps of the schedule",
+        use="several modes, with a guide that can hold them",
+        paper="Rezende & Mohamed 2015",
+    )
 
     particles: int = 10
     schedule: str = "linear"

@@ -25,7 +25,6 @@ class Bound:
     """Defaults of a lower bound of the Rényi family that is a function of log weights alone.
 
     Attributes:
-        paper: Where it comes from.
         upper: Whether it is an upper bound on the log evidence, and is brought down.
         is_elbo: Whether what is trained in the end is the ELBO.
         warmup: Steps before what is trained is the bound itself.
@@ -33,7 +32,6 @@ class Bound:
     """
 
     name: ClassVar[str]
-    paper: ClassVar[str] = ""
 
     @property
     def upper(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
 from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
+from pyro_vi_kit.registry import About
 from pyro_vi_kit.types import LogWeights
 
 
@@ -32,7 +33,12 @@ class Beta(Bound):
     """
 
     name: ClassVar[str] = "beta"
-    paper: ClassVar[str] = "Higgins et al. 2017"
+    about: ClassVar[About] = About(
+        does="the ELBO with beta KL in place of one",
+        cost="K",
+        use="learned models: more disentangled, or fewer idle, latents; no posterior",
+        paper="Higgins et al. 2017",
+    )
 
     beta: float = 4.0
     particles: int = 10

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.upper import UpperBound, require_several
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class ChiSquare(UpperBound):
     """
 
     name: ClassVar[str] = "chi_square"
-    paper: ClassVar[str] = "Dieng et al. 2017"
+    about: ClassVar[About] = About(
+        does="log evidence from above: q covers tails as well",
+        cost="K; noisy in many dimensions",
+        use="a bound on the evidence from the other side, a heavy-tailed q",
+        paper="Dieng et al. 2017",
+    )
 
     n: float = 2.0
     particles: int = 100

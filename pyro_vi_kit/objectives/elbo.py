@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,12 @@ class Elbo(Bound):
     """
 
     name: ClassVar[str] = "elbo"
-    paper: ClassVar[str] = "Jordan et al. 1999"
+    about: ClassVar[About] = About(
+        does="log evidence minus KL(q || p): q covers one mode, too narrow",
+        cost="K",
+        use="the default",
+        paper="Jordan et al. 1999",
+    )
 
     particles: int = 10
 

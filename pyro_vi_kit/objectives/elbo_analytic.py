@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.objectives.elbo import Elbo, no_stock_loss
 from pyro_vi_kit.objectives.priors import normal_priors
+from pyro_vi_kit.registry import About
 from pyro_vi_kit.types import LogWeights
 
 
@@ -33,7 +34,12 @@ class ElboAnalytic(Elbo):
     """
 
     name: ClassVar[str] = "elbo_analytic"
-    paper: ClassVar[str] = "Kingma & Welling 2014"
+    about: ClassVar[About] = About(
+        does="the ELBO, the KL to normal priors in closed form",
+        cost="K",
+        use="less noise where the data say little",
+        paper="Kingma & Welling 2014",
+    )
 
     particles: int = 10
 

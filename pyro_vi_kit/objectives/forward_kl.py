@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.objectives.upper import UpperBound, require_several
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,12 @@ class ForwardKl(UpperBound):
     """
 
     name: ClassVar[str] = "forward_kl"
-    paper: ClassVar[str] = "Bornschein & Bengio 2015"
+    about: ClassVar[About] = About(
+        does="KL(p || q) by self-normalised weights: q covers all of p",
+        cost="K; weights must not be too uneven",
+        use="a proposal for importance sampling; error bars that are never too short",
+        paper="Bornschein & Bengio 2015",
+    )
 
     particles: int = 100
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_vi_kit.objectives.base import Bound
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.elbo import require_particles
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,12 @@ class Iwae(Bound):
     """
 
     name: ClassVar[str] = "iwae"
-    paper: ClassVar[str] = "Burda, Grosse & Salakhutdinov 2016"
+    about: ClassVar[About] = About(
+        does="log evidence, the tighter the more particles",
+        cost="K; needs many",
+        use="a tight bound, learned models, q as a proposal",
+        paper="Burda, Grosse & Salakhutdinov 2016",
+    )
 
     particles: int = 10
 

@@ -13,6 +13,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
+from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,12 @@ class Renyi(Bound):
     """
 
     name: ClassVar[str] = "renyi"
-    paper: ClassVar[str] = "Li & Turner 2016"
+    about: ClassVar[About] = About(
+        does="between ELBO (alpha 1) and IWAE (alpha 0); below 0 q covers more mass",
+        cost="K; needs many",
+        use="a choice between narrow and wide q",
+        paper="Li & Turner 2016",
+    )
 
     alpha: float = 0.5
     particles: int = 10

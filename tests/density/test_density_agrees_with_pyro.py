@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 MODELS = Path(__file__).parents[2] / "models"
 NAMES = sorted(path.stem for path in MODELS.glob("*.py"))
 # A dense factor of the covariance has D^2 numbers.
-DENSE = ("full_rank", "affine_coupling")
+DENSE = set(guides.names()) - {"delta", "mean_field", "low_rank", "amortized"}
 LARGEST_DENSE = 500
 
 

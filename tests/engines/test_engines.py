@@ -10,6 +10,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 from toys import (
+    SEARCHED,
     gaussian,
     guide_for,
     is_local,
@@ -82,8 +83,9 @@ def model_of_two(y):
         pyro.sample("y", dist.Normal(m, s), obs=y)
 
 
+# A t takes 18 numbers for a draw in two dimensions.
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
-@pytest.mark.parametrize("name", SPREAD)
+@pytest.mark.parametrize("name", [name for name in SPREAD if name != "student_t"])
 def test_both_engines_take_the_same_steps_on_global_latents(name, objective):
     """Bounds, gradients and parameters of five steps on the same noise.
 
@@ -91,7 +93,9 @@ def test_both_engines_take_the_same_steps_on_global_latents(name, objective):
     """
     # A factor has noise of its own, and a component is chosen by it: one more number here.
     options = {"rank": 1} if name == "low_rank" else {}
-    assert objective.particles * (2 + (name in ("low_rank", "mixture"))) < 16
+    # So has the choice of a component or a path.
+    extra = name in ("low_rank", "mixture", "pathfinder")
+    assert objective.particles * (2 + extra) < 16
     model = vi.Model(model_of_two, torch.tensor([0.3, 1.0, -0.5]))
     eager, literal = pair(name, model, objective, **options)
     for _ in range(5):
@@ -376,7 +380,7 @@ def test_the_remedy_works_through_fit(objective, short_fits):
 
 
 @pytest.mark.parametrize("engine", ["eager", "pyro"])
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", [name for name in REGISTRY if name not in SEARCHED])
 def test_a_fit_leaves_no_trace(name, engine, short_fits):
     """What `nothing_global_changes` watches, for every guide on every engine."""
     guide = guide_for(name, Density(two_scales_model()), Density(local_model()))

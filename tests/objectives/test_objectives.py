@@ -275,6 +275,7 @@ def test_a_registered_objective_keeps_the_contract(name):
     assert made == objectives.make(name)
     assert objectives.make(name, particles=3).particles == 3
     assert objectives.describe()[name]
+    assert all(objectives.about()[name])
     assert name in objectives.names()
 
 

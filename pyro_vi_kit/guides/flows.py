@@ -1,0 +1,200 @@
+"""Flows: layers that bend noise, under an affine map that starts from the best Gaussian.
+
+Layers begin as the identity, so that a flow is at first the Gaussian of its affine map and learns what
+that one lacks. Each layer can carry the slope of log q along with a draw (Vaitl, Nicoli, Nakajima &
+Kessel 2024), so that stick-the-landing needs no way back through the layers.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions import constraints
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+
+from pyro_vi_kit.guides.families import DenseNormal, GaussianFamily
+
+_LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
+# An optimiser like Adam moves every weight of a last layer at once, and their effects add up. In this
+# unit a step means about as much for a network's output as it does for the affine map.
+OUTPUT_UNIT = 0.25
+# A layer scales by at most e^2: unbounded scales blow up where the flow has not been yet.
+MAX_LOG_SCALE = 2.0
+
+
+class Step(NamedTuple):
+    """What a layer did.
+
+    Attributes:
+        x: What it was given, `[N, D]`.
+        y: What it made of it, `[N, D]`.
+        log_det: Log determinant of the Jacobian there, `[N]`.
+        kept: What the layer will want to know again.
+    """
+
+    x: Tensor
+    y: Tensor
+    log_det: Tensor
+    kept: Any = None
+
+
+class Layer(nn.Module, ABC):
+    """An invertible map of `[N, D]`."""
+
+    # Whether `carry` differentiates what `forward` gave, which then has to hang together.
+    by_autograd = False
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Step:
+        """Through the layer, from `[N, D]`."""
+
+    @abstractmethod
+    def inverse(self, y: Tensor) -> Tensor:
+        """What is mapped to y, `[N, D]`; differentiable."""
+
+    @abstractmethod
+    def carry(self, step: Step, slope: Tensor) -> Tensor:
+        """The gradient of log q behind the layer from that before it, `[N, D]`, no gradient of its own.
+
+        With J the Jacobian at x, it solves `J^T result = slope - grad log_det`.
+
+        Args:
+            step: What the layer did.
+            slope: The gradient of log q before it, at constant parameters, `[N, D]`.
+        """
+
+    @abstractmethod
+    def to_identity(self) -> None:
+        """Become the identity, from where gradients lead away."""
+
+
+class LayeredFlow(GaussianFamily):
+    """Layers under an affine map.
+
+    Args:
+        dim: D.
+        layers: At least one; the first one is given the noise.
+        scale: Initial standard deviation.
+    """
+
+    def __init__(self, dim: int, layers: Sequence[Layer], scale: float) -> None:
+        super().__init__()
+        self.affine = DenseNormal(dim, scale)
+        self.layers = nn.ModuleList(layers)
+        self._dim = dim
+        self._to_identity()
+
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution, event shape `[D]`."""
+        base = dist.Normal(self.affine.loc.new_zeros(self._dim), 1.0).to_event(1)
+        affine = dist.transforms.LowerCholeskyAffine(*self.affine.moments(), cache_size=1)
+        return dist.TransformedDistribution(base, [_Layers(self), affine])
+
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        context: Tensor | None = None,
+        *,
+        detached: bool = False,
+        mirrored: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Family.draw`; in one pass, with no way back through the layers."""
+        loc = self.affine.loc
+        count = shape[0] // 2 if mirrored else shape[0]
+        noise = torch.randn(count, *shape[1:], self._dim, dtype=loc.dtype, device=loc.device)
+        noise = torch.cat([noise, -noise]) if mirrored else noise
+        flat = noise.reshape(-1, self._dim)
+        # Where no gradient is recorded none of log q can be asked for.
+        detached = detached and torch.is_grad_enabled()
+        if detached and any(layer.by_autograd for layer in self._layers()):
+            flat = flat.detach().requires_grad_()
+        steps = self._steps(flat)
+        mean, scale_tril = self.affine.moments()
+        bent = steps[-1].y
+        value = mean + bent.reshape(noise.shape) @ scale_tril.T
+        log_det = sum((step.log_det for step in steps), scale_tril.diagonal().log().sum())
+        log_q = -0.5 * flat.square().sum(-1) - self._dim * _LOG_ROOT - log_det
+        log_q = log_q.reshape(noise.shape[:-1])
+        if not detached:
+            return value, log_q
+        slope = self._slope(flat, steps, scale_tril).reshape(noise.shape)
+        # Zero, with the slope of log q at constant parameters.
+        return value, log_q.detach() + ((value - value.detach()) * slope).sum(-1)
+
+    def bend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Through the layers: `[..., D]`, and the log determinant `[...]`."""
+        steps = self._steps(x.reshape(-1, self._dim))
+        log_det = torch.stack([step.log_det for step in steps]).sum(0)
+        return steps[-1].y.reshape(x.shape), log_det.reshape(x.shape[:-1])
+
+    def unbend(self, y: Tensor) -> Tensor:
+        """Back through the layers: `[..., D]`."""
+        x = y.reshape(-1, self._dim)
+        for layer in reversed(self._layers()):
+            x = layer.inverse(x)
+        return x.reshape(y.shape)
+
+    def _layers(self) -> list[Layer]:
+        return list(self.layers)  # type: ignore[arg-type]
+
+    def _steps(self, x: Tensor) -> list[Step]:
+        """What each layer did, one after the other, from `[N, D]`."""
+        steps: list[Step] = []
+        for layer in self._layers():
+            steps.append(layer(steps[-1].y if steps else x))
+        return steps
+
+    def _slope(self, noise: Tensor, steps: list[Step], scale_tril: Tensor) -> Tensor:
+        """Gradient of log q at constant parameters, at the draws: `[N, D]`."""
+        slope = -noise.detach()
+        for layer, step in zip(self._layers(), steps, strict=True):
+            slope = layer.carry(step, slope)
+        tril = scale_tril.detach()
+        return torch.linalg.solve_triangular(tril, slope, upper=False, left=False)
+
+    def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Take this Gaussian as the frame; parameters go back to zero."""
+        self.affine.start_from(loc, scale_tril)
+        self._to_identity()
+
+    def centre_on(self, loc: Tensor) -> None:
+        """Move the mean of the affine map."""
+        self.affine.centre_on(loc)
+
+    @torch.no_grad()
+    def _to_identity(self) -> None:
+        for layer in self._layers():
+            layer.to_identity()
+
+
+class _Layers(dist.transforms.Transform):
+    """The layers of a flow as a transform that remembers its last pair, for stock Pyro."""
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+    bijective = True
+
+    def __init__(self, flow: LayeredFlow) -> None:
+        super().__init__(cache_size=1)
+        self._flow = flow
+        self._log_det: tuple[Any, Any, Any] = (None, None, None)
+
+    def _call(self, x: Tensor) -> Tensor:
+        y, log_det = self._flow.bend(x)
+        self._log_det = x, y, log_det
+        return y
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._flow.unbend(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Sum of the layers' log determinants at x, `[...]`."""
+        if self._log_det[0] is x and self._log_det[1] is y:
+            return self._log_det[2]
+        return self._flow.bend(x)[1]

@@ -1,0 +1,49 @@
+"""Which deterministic search fits a guide."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from pyro_vi_kit.guides import Guide
+from pyro_vi_kit.guides.laplace import ModeNormal
+from pyro_vi_kit.guides.pathfinder import PathMixture
+from pyro_vi_kit.methods import expansion, fixed_draws, pathfinder
+from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.methods.shapes import Gaussian
+from pyro_vi_kit.progress import Progress
+
+
+class Fit(Protocol):
+    """Fits a guide in place; see `fixed_draws.fit`."""
+
+    def __call__(
+        self,
+        guide: Guide,
+        *,
+        seed: int,
+        tolerance: float,
+        deadline: float | None,
+        progress: Progress,
+        start: Tensor | Gaussian | None = None,
+    ) -> Outcome:
+        """How the fit went."""
+        ...
+
+
+def is_searched(guide: Guide) -> bool:
+    """Whether steps on a bound have no part in fitting a guide."""
+    return any(getattr(family, "searched", False) for family in guide.families.values())
+
+
+def search_for(guide: object) -> Fit | None:
+    """What fits this guide without stochastic steps; None where nothing does."""
+    if not isinstance(guide, Guide) or not is_searched(guide):
+        return fixed_draws.fit if fixed_draws.applies_to(guide) else None
+    if guide.density.params or guide.density.dim > fixed_draws.MAX_DIM:
+        return None
+    family = guide.families[guide.blocks[0].name]
+    if isinstance(family, ModeNormal):
+        return expansion.fit
+    return pathfinder.fit if isinstance(family, PathMixture) else None
