@@ -19,6 +19,9 @@ PyroGuide = Callable[..., Any]
 
 # Iterates are then a tenth of a posterior sd from their mean, and its average is not at rest.
 _LARGE_RATE = 0.02
+# Where modes part, mass goes from one to another by small steps alone: at the full rate a flow with four
+# modes in reach kept one to three of them, at this share of it four.
+_ANNEALED = 0.4
 
 
 def by_themselves(
@@ -51,7 +54,7 @@ def by_themselves(
     # The error of an average falls with its length alone; of minibatches' noise there is much.
     least = 100 if batches is None or learns else 500
     stretch = epoch * -(-least // epoch)
-    rate = _first_rate(guide, whitened)
+    rate = _first_rate(guide, whitened) * (_ANNEALED if request.objective.warmup else 1.0)
     schedule = stochastic.Schedule(
         rate=rate,
         falls=2 if rate > _LARGE_RATE else 1,

@@ -22,8 +22,10 @@ from pyro_vi_kit.guides.low_rank import LowRankNormal
 from pyro_vi_kit.methods import fixed_draws, mixtures
 from pyro_vi_kit.methods.peaks import Peak
 from pyro_vi_kit.methods.shapes import Gaussian
+from pyro_vi_kit.objectives import Annealed
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import Request
+from pyro_vi_kit.runtime import RandomStream
 
 
 class Start(NamedTuple):
@@ -92,6 +94,17 @@ def gaussian_of(guide: Guide) -> Gaussian:
         found = guide.families[guide.blocks[0].name]()
         scale_tril = getattr(found, "scale_tril", None)
         return Gaussian(found.mean, found.stddev.diag() if scale_tril is None else scale_tril)
+
+
+def _flattened(request: Request, density: Density, best: Gaussian) -> Gaussian:
+    """The best Gaussian of the target at the first temperature of an annealed fit.
+
+    The best one of the target itself sits on a single mode where there are several, and an annealed fit
+    that starts there has lost the others before it begins.
+    """
+    first = float(request.objective.first)  # type: ignore[attr-defined]
+    wide = Gaussian(best.loc, best.scale_tril / first**0.5)
+    return fixed_draws.prefit(density, request.seed, request.deadline, wide, power=first).best
 
 
 def _taken_over(family: GaussianFamily, below: Guide) -> bool:
@@ -176,5 +189,12 @@ def _initialise(
     else:
         found = fixed_draws.prefit(density, request.seed, request.deadline, start)
         gaussian, peaks = found.best, found.peaks
+    if isinstance(request.objective, Annealed) and batches is None:
+        gaussian = _flattened(request, density, gaussian)
+        family.start_from(gaussian.loc, gaussian.scale_tril)
+        if isinstance(family, CouplingFlow):
+            with RandomStream(request.seed):
+                family.break_symmetry()
+        return Start(True, peaks)
     family.start_from(gaussian.loc, gaussian.scale_tril)
     return Start(True, peaks)

@@ -36,6 +36,7 @@ from pyro_vi_kit.request import Request
 from pyro_vi_kit.runtime import default_dtype
 
 _SCORE_PARTICLES = 16
+_ANNEALED_PARTICLES = 256
 # Nats that two estimates of the moments may lie apart: a hundredth of an sd in each direction.
 _MOMENTS_TOLERANCE = 1e-4
 
@@ -216,6 +217,9 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
         particles = 16 if any(block.plate for block in guide.blocks) else 4
     else:
         particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
+    if request.objective.warmup and is_small(density):
+        # How mass is shared among modes is settled by the few draws between them.
+        particles = max(particles, _ANNEALED_PARTICLES)
     if estimator_of(request, guide) == "score":
         # Each draw is compared with the others, and the noise is many times that of other estimators.
         particles = max(particles, _SCORE_PARTICLES)

@@ -58,6 +58,7 @@ SCRIPTS = (
     "speed_steps",
     "speed_svi",
     "streaming",
+    "targets",
     "verdicts",
 )
 needs_numpyro = pytest.mark.skipif(

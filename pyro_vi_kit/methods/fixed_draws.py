@@ -132,14 +132,26 @@ def fit(
 
 
 def prefit(
-    density: Density, seed: int, deadline: float | None, start: Tensor | Gaussian | None
+    density: Density,
+    seed: int,
+    deadline: float | None,
+    start: Tensor | Gaussian | None,
+    *,
+    power: float = 1.0,
 ) -> Found:
     """A good Gaussian for a flow or a multi-sample fit to start from, and the modes that were met.
+
+    Args:
+        density: The model.
+        seed: Of the fixed draws.
+        deadline: `time.monotonic` second at which to stop.
+        start: Unconstrained starting point `[D]`, the only one then, or a Gaussian to go on from.
+        power: What the density is raised to, in (0, 1].
 
     Raises:
         KeyboardInterrupt: If the user interrupts: of the fit that it is for, nothing is done yet.
     """
-    search = Search(density, seed, deadline, Progress("start", enabled=False))
+    search = Search(density, seed, deadline, Progress("start", enabled=False), power=power)
     found = _frame(search, start)
     best = found.best
     if not search.stopped:

@@ -35,6 +35,7 @@ class Search:
         losses: Minus the ELBO at each evaluation, nats.
         evaluations: Per-sample gradient evaluations so far.
         stopped: ``""``, ``"budget"`` or ``"interrupted"``: what cut the fit short.
+        power: What the density is raised to; a small one flattens it.
     """
 
     density: Density
@@ -44,6 +45,7 @@ class Search:
     losses: list[float] = field(default_factory=list)
     evaluations: int = 0
     stopped: str = ""
+    power: float = 1.0
     _ways: dict[bool, Gradients] = field(default_factory=dict, repr=False)
 
     def evaluate(self, z: Tensor, *, jacobian: bool = True) -> tuple[Tensor, Tensor]:
@@ -55,6 +57,8 @@ class Search:
         data = sum(t.numel() for t in self.density.data)
         piece = max(1, _MAX_NUMBERS // max(1, data + self.density.dim))
         parts = [self._evaluate_piece(p, jacobian) for p in z.split(piece)]
+        if self.power != 1.0:
+            parts = [(self.power * log_p, self.power * gradient) for log_p, gradient in parts]
         if len(parts) == 1:
             return parts[0]
         return torch.cat([log_p for log_p, _ in parts]), torch.cat([grad for _, grad in parts])

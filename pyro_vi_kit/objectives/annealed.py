@@ -52,9 +52,9 @@ class Annealed(Elbo):
     )
 
     particles: int = 10
-    schedule: str = "linear"
-    first: float = 0.05
-    steps: int = 1000
+    schedule: str = "geometric"
+    first: float = 0.02
+    steps: int = 8000
 
     def __post_init__(self) -> None:
         require_particles(self.name, self.particles)
