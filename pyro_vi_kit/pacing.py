@@ -19,9 +19,11 @@ PyroGuide = Callable[..., Any]
 
 # Iterates are then a tenth of a posterior sd from their mean, and its average is not at rest.
 _LARGE_RATE = 0.02
-# Where modes part, mass goes from one to another by small steps alone: at the full rate a flow with four
-# modes in reach kept one to three of them, at this share of it four.
-_ANNEALED = 0.4
+# Between modes that have parted mass hardly goes back: at the full rate a flow that had four of them
+# fell into one, at this share of it all four stayed.
+_ANNEALED = 0.2
+# Its stretches, at such a rate, before that may fall.
+_PATIENCE = 20
 
 
 def by_themselves(
@@ -60,7 +62,7 @@ def by_themselves(
         falls=2 if rate > _LARGE_RATE else 1,
         stretch=stretch,
         epoch=epoch,
-        patience=2 if gaussian else 4,
+        patience=_PATIENCE if request.objective.warmup and not gaussian else 2 if gaussian else 4,
         max_steps=request.steps or stochastic.MAX_STEPS,
         # Pyro's own loss is slow to evaluate, one particle after another.
         replicates=16 if literal or encoded else _replicates(batches, stretch * engine.particles),

@@ -36,7 +36,7 @@ from pyro_vi_kit.request import Request
 from pyro_vi_kit.runtime import default_dtype
 
 _SCORE_PARTICLES = 16
-_ANNEALED_PARTICLES = 256
+_ANNEALED_PARTICLES = 1024
 # Nats that two estimates of the moments may lie apart: a hundredth of an sd in each direction.
 _MOMENTS_TOLERANCE = 1e-4
 

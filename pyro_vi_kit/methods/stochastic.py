@@ -32,6 +32,8 @@ NAME = "stochastic"
 MAX_STEPS = 20_000
 
 _DECAY = 0.3
+# Of a warm-up's first rate to its last: what is flat at first is noisier the sharper it gets.
+_WARM = 5.0
 _MAX_DECAYS = 5
 _MAX_BAD_STRETCHES = 4
 # Of fewer replicates a variance may be small by chance.
@@ -56,8 +58,8 @@ class Schedule:
         tight: Whether even log weights prove the optimum, as they do where the evidence is fixed.
         falls: How often the rate has to fall before a fit can have converged.
         noisy: Whether steps see some of the data, so that each rate leaves an error of its own.
-        warmup: Steps before what is trained is the bound itself. They are made at the first rate, and no
-            look is taken before their end.
+        warmup: Steps before what is trained is the bound itself. Their rate falls from five times the
+            first one to that, and no look is taken before their end.
     """
 
     rate: float = 0.005
@@ -248,7 +250,8 @@ def _warm_up(search: _Search, checkpoint: Checkpoint | None) -> None:
     while going:
         if checkpoint is not None:
             checkpoint.mark(search.state, runs.losses)
-        going = runs.advance(search.schedule.rate)
+        left = 1.0 - runs.done / search.schedule.warmup
+        going = runs.advance(search.schedule.rate * _WARM**left)
     runs.end()
 
 

@@ -30,7 +30,9 @@ class Annealed(Elbo):
     """ELBO at a falling temperature: the guide sees all modes while they are still one.
 
     E_q[t log p(x, z) - log q(z)] in unconstrained space, where t rises from ``first`` to 1 in ``steps``
-    steps and stays there: it ends as the ELBO. No look at the bound is taken before.
+    steps and stays there: it ends as the ELBO. No look at the bound is taken before. Guides that start
+    from a Gaussian start from the best one of the target at the first t, which covers all modes where
+    ``first`` is small enough; the learning rate falls while t rises.
 
     Args:
         schedule: How t rises: ``linear``, ``geometric``, ``cosine`` or ``sigmoid``.
