@@ -56,13 +56,14 @@ def by_themselves(
     # The error of an average falls with its length alone; of minibatches' noise there is much.
     least = 100 if batches is None or learns else 500
     stretch = epoch * -(-least // epoch)
-    rate = _first_rate(guide, whitened) * (_ANNEALED if request.objective.warmup else 1.0)
+    annealed = bool(request.objective.warmup) and not gaussian
+    rate = _first_rate(guide, whitened) * (_ANNEALED if annealed else 1.0)
     schedule = stochastic.Schedule(
         rate=rate,
         falls=2 if rate > _LARGE_RATE else 1,
         stretch=stretch,
         epoch=epoch,
-        patience=_PATIENCE if request.objective.warmup and not gaussian else 2 if gaussian else 4,
+        patience=_PATIENCE if annealed else 2 if gaussian else 4,
         max_steps=request.steps or stochastic.MAX_STEPS,
         # Pyro's own loss is slow to evaluate, one particle after another.
         replicates=16 if literal or encoded else _replicates(batches, stretch * engine.particles),
@@ -71,6 +72,8 @@ def by_themselves(
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
         noisy=batches is not None,
         warmup=request.objective.warmup,
+        # What is flat at first gets sharper, and steps noisier.
+        warm=1.0 / _ANNEALED if annealed else 1.0,
         tight=isinstance(guide, Guide)
         and not guide.density.params
         and not guide.point

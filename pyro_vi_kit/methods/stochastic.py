@@ -32,8 +32,6 @@ NAME = "stochastic"
 MAX_STEPS = 20_000
 
 _DECAY = 0.3
-# Of a warm-up's first rate to its last: what is flat at first is noisier the sharper it gets.
-_WARM = 5.0
 _MAX_DECAYS = 5
 _MAX_BAD_STRETCHES = 4
 # Of fewer replicates a variance may be small by chance.
@@ -58,8 +56,8 @@ class Schedule:
         tight: Whether even log weights prove the optimum, as they do where the evidence is fixed.
         falls: How often the rate has to fall before a fit can have converged.
         noisy: Whether steps see some of the data, so that each rate leaves an error of its own.
-        warmup: Steps before what is trained is the bound itself. Their rate falls from five times the
-            first one to that, and no look is taken before their end.
+        warmup: Steps before what is trained is the bound itself; no look is taken before their end.
+        warm: What the rate is multiplied by at the first of these; it falls to 1 at their end.
     """
 
     rate: float = 0.005
@@ -73,6 +71,7 @@ class Schedule:
     tight: bool = False
     noisy: bool = False
     warmup: int = 0
+    warm: float = 1.0
     falls: int = 1
 
 
@@ -251,7 +250,7 @@ def _warm_up(search: _Search, checkpoint: Checkpoint | None) -> None:
         if checkpoint is not None:
             checkpoint.mark(search.state, runs.losses)
         left = 1.0 - runs.done / search.schedule.warmup
-        going = runs.advance(search.schedule.rate * _WARM**left)
+        going = runs.advance(search.schedule.rate * search.schedule.warm**left)
     runs.end()
 
 
