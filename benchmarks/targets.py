@@ -204,7 +204,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
     if not drawn:
         return False
     figure, axes = plt.subplots(
-        1, 1 + len(drawn), figsize=(5 * (1 + len(drawn)), 5), layout="constrained"
+        1, 1 + len(drawn), figsize=(5 * (1 + len(drawn)), 5.6), layout="constrained"
     )
     first = next(iter(drawn.values()))
     _draw_lines(axes[0], [base for base, _ in first["lines"]], "straight lines in the noise")
