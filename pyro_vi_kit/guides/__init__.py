@@ -74,7 +74,7 @@ _ABOUT_AUTO = About(
     does="what the richest of the guides tried can",
     cost="two minutes at most, unless budget= says otherwise",
     use="when nobody knows which guide",
-    paper="",
+    paper="none: see docs/BELIEVE.md",
 )
 _AUTO_LINE = (
     "Climbs from a Gaussian to flows and mixtures while the verdict asks for it (vi.fit only)."

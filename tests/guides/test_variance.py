@@ -41,6 +41,9 @@ def at_optimum(name, dim=3):
     elif name == "pathfinder":
         weights = torch.tensor([0.2, 0.8]).log()
         family.become(weights, mean.expand(2, -1), tril.expand(2, -1, -1))
+    elif name == "mixture":
+        count = family.components
+        family.become(torch.randn(count), mean.expand(count, -1), tril.expand(count, -1, -1))
     else:
         assert isinstance(family, GaussianFamily)
         family.start_from(mean, tril)
