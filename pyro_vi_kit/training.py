@@ -34,6 +34,7 @@ from pyro_vi_kit.posterior import is_small
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import Request
 from pyro_vi_kit.runtime import default_dtype
+from pyro_vi_kit.types import Status
 
 _SCORE_PARTICLES = 16
 # Nats that two estimates of the moments may lie apart: a hundredth of an sd in each direction.
@@ -101,7 +102,8 @@ def train(
     finally:
         if isinstance(batches, StreamedBatches):
             batches.close()
-    outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, start.peaks, trainee))
+    status = _with_kept(with_peaks(outcome.status, start.peaks, trainee), trainee)
+    outcome = dataclasses.replace(outcome, status=status)
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     if isinstance(engine, EagerEngine):
@@ -150,6 +152,16 @@ def _match_moments(request: Request, name: str, guide: Guide, density: Density) 
         return None
     outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, peaks, guide))
     return Trained(GuideApproximation(name, guide, density.params), outcome, outcome.engine, bound)
+
+
+def _with_kept(status: Status, guide: Guide) -> Status:
+    """Say which latents are normal although the families were to follow the supports."""
+    kept = [name for family in guide.families.values() for name in getattr(family, "kept", ())]
+    if not kept:
+        return status
+    names = ", ".join(map(repr, kept))
+    words = f"No family fits the support of {names}: normal in unconstrained space."
+    return dataclasses.replace(status, advice=f"{status.advice} {words}")
 
 
 def _engine(
