@@ -165,7 +165,13 @@ def _plan(epochs: object, method: str, engine: str) -> Epochs | None:
     else:
         _require_integer("epochs", epochs, at_least=1)
         plan = Epochs(epochs)  # type: ignore[arg-type]
-    wrong = "method='lbfgs'" if method == "lbfgs" else "engine='pyro'" if engine == "pyro" else ""
+    wrong = (
+        f"method={method!r}"
+        if method in ("cavi", "lbfgs")
+        else "engine='pyro'"
+        if engine == "pyro"
+        else ""
+    )
     if plan is not None and wrong:
         raise OptionError(
             f"epochs= are of stochastic steps on the engines of this package: leave out {wrong}"

@@ -47,7 +47,9 @@ class MeanField:
         require_positive(self.name, "init_scale", self.init_scale)
         if self.families not in get_args(Families):
             known = ", ".join(get_args(Families))
-            raise OptionError(f"{self.name}: families must be one of {known}, got {self.families!r}")
+            raise OptionError(
+                f"{self.name}: families must be one of {known}, got {self.families!r}"
+            )
 
     def build(self, density: Density) -> Guide:
         """The guide for this model, centred on the origin of unconstrained space."""

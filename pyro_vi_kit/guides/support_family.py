@@ -152,7 +152,9 @@ def _groups_of(places: Sequence[Place]) -> list[tuple[str, Tensor, Tensor]]:
     return [
         (
             kind,
-            torch.tensor(columns).reshape(-1, width) if kind == "dirichlet" else torch.tensor(columns),
+            torch.tensor(columns).reshape(-1, width)
+            if kind == "dirichlet"
+            else torch.tensor(columns),
             torch.tensor(spreads),
         )
         for (kind, width), (columns, spreads) in held.items()
