@@ -346,9 +346,9 @@ def _require_sweeps(request: Request, density: Density, checkpoint: Checkpoint |
     missing = [name for name in latents if name not in updates]
     if missing:
         raise OptionError(
-            f"method='cavi' needs an update for each latent, and model {request.model.name!r} has none "
-            f"for {', '.join(map(repr, missing))}: give vi.Model(..., updates={{{missing[0]!r}: update}}), "
-            "or leave method= out"
+            f"method='cavi' needs an update for each latent, and model {request.model.name!r} has "
+            f"none for {', '.join(map(repr, missing))}: give vi.Model(..., "
+            f"updates={{{missing[0]!r}: update}}), or leave method= out"
         )
     unknown = [name for name in updates if name not in latents]
     if unknown:
@@ -368,9 +368,9 @@ def _require_sweeps(request: Request, density: Density, checkpoint: Checkpoint |
     )
     if not plain or density.params or density.discrete or density.streamed is not None:
         raise OptionError(
-            "method='cavi' sweeps over all data with objective 'elbo', a model without learned parameters "
-            "and discrete latents, and none of engine='pyro', optimizer=, estimator=, steps=, epochs=, "
-            "checkpoint= and batch_size=: leave method= out"
+            "method='cavi' sweeps over all data, with objective 'elbo', a model without learned "
+            "parameters and discrete latents, and none of engine='pyro', optimizer=, estimator=, "
+            "steps=, epochs=, checkpoint= and batch_size=: leave method= out"
         )
 
 

@@ -1,8 +1,9 @@
 """Distributions of constrained values as they look in unconstrained space, one class each.
 
-Each is a Gamma, Dirichlet or von Mises distribution pushed through the inverse of a site's bijector, its
-log determinant in the density. A Beta is a Dirichlet of two. A draw is a function of standard normals,
-with implicit gradients in the parameters (Figurnov, Mohamed & Mnih 2018), so that a step can be recorded.
+Each is a Gamma, Dirichlet or von Mises distribution pushed through the inverse of a site's bijector,
+its log determinant in the density. A Beta is a Dirichlet of two. A draw is a function of standard
+normals, so that a step can be recorded, with implicit gradients in the parameters (Figurnov, Mohamed &
+Mnih 2018).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Normals(Part):
 
     @property
     def noise(self) -> int:
-        """n."""
+        """One for each number."""
         return len(self.loc)
 
     def draw(self, noise: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class LogGammas(Part):
 
     @property
     def noise(self) -> int:
-        """17 n."""
+        """17 for each number."""
         return LOG_NOISE * len(self.shape)
 
     def draw(self, noise: Tensor) -> Tensor:
@@ -143,13 +144,13 @@ class StickDirichlets(Part):
 
     @property
     def offset(self) -> Tensor:
-        """What torch's stick-breaking adds to the logits, so that zero is the uniform point, `[K - 1]`."""
+        """What torch's stick-breaking adds to the logits: zero is the uniform point; `[K - 1]`."""
         k = self.log_alpha.shape[-1]
         return torch.arange(k - 1, 0, -1, device=self.log_alpha.device).to(self.log_alpha).log()
 
     @property
     def noise(self) -> int:
-        """17 n K."""
+        """17 for each share."""
         return LOG_NOISE * self.log_alpha.numel()
 
     def draw(self, noise: Tensor) -> Tensor:
@@ -205,7 +206,7 @@ class TurnVonMises(Part):
 
     @property
     def noise(self) -> int:
-        """48 n."""
+        """48 for each number."""
         return NOISE * len(self.loc)
 
     def draw(self, noise: Tensor) -> Tensor:

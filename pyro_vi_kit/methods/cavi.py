@@ -193,5 +193,5 @@ def _status(run: _Run, left: float, tolerance: float) -> Status:
     if left < tolerance:
         words = f"After {sweeps} more would bring about {left:.2g} nats."
         return Status(True, "converged", words, gap=left)
-    words = f"After {sweeps} more would still bring {left:.2g} nats: give a larger tol=, or leave method= out."
+    words = f"After {sweeps} more would still bring {left:.2g} nats: leave method= out."
     return Status(False, "not converged", words, gap=left)
