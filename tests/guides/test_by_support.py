@@ -50,11 +50,11 @@ def everything():
     with pyro.plate("row", 2):
         rate = pyro.sample("rate", dist.Gamma(2.0, 3.0))
         pyro.sample("shares", dist.Dirichlet(torch.tensor([2.0, 1.5, 4.0])))
+        pyro.sample("y", dist.Poisson(rate), obs=torch.tensor([3.0, 0.0]))
     pyro.sample("angle", dist.VonMises(1.0, 3.0))
     pyro.sample("chance", dist.Beta(2.0, 5.0))
     pyro.sample("above", dist.Pareto(2.0, 3.0))
     pyro.sample("between", dist.Uniform(-1.0, 3.0))
-    pyro.sample("y", dist.Poisson(rate.sum()), obs=torch.tensor(3.0))
 
 
 def family_for(model, **options):
@@ -71,27 +71,26 @@ def distance_to(cdf, value):
     return float((ranks - torch.linspace(0, 1, len(value))).abs().max())
 
 
+def drawn(draws, parameter, numbers, seed):
+    """20,000 draws, and the derivative of each in its own copy of the parameter."""
+    noise = torch.randn(20_000, numbers, generator=torch.Generator().manual_seed(seed))
+    copies = torch.full((20_000,), parameter, requires_grad=True)
+    value = draws(copies, noise)
+    (slopes,) = torch.autograd.grad(value.sum(), copies)
+    return value.detach(), slopes
+
+
 @pytest.mark.parametrize("shape", [0.01, 0.3, 1.0, 40.0])
 def test_log_gamma_draws(shape):
-    """Their distribution, and d E[log x] / d shape = trigamma(shape)."""
-    generator = torch.Generator().manual_seed(1)
-    a = torch.tensor(shape, requires_grad=True)
-    draws = log_gamma_draws(a, torch.randn(20_000, LOG_NOISE, generator=generator))
-    value = draws.detach()
-    gamma = torch.distributions.Gamma(shape, 1.0)
-    # Underflown variates are as good as zero to the distribution function, 1e-3 at a shape of 0.01.
-    seen = value[value > -300] if shape == 0.01 else value
-    missing = 1.0 - len(seen) / len(value)
-    assert missing == pytest.approx(math.exp(-3.0) if shape == 0.01 else 0.0, abs=0.01)
-    ranks = gamma.cdf(seen.exp())
-    if shape != 0.01:
-        assert distance_to(lambda _: ranks, value) < KOLMOGOROV / math.sqrt(20_000)
-    fixed = a.detach()
-    slopes = torch.stack(
-        [torch.autograd.grad(d, a, retain_graph=True)[0] for d in draws[:4000].unbind()]
-    )
-    expected = float(torch.polygamma(1, fixed))
-    assert abs(float(slopes.mean()) - expected) < 4 * float(slopes.std()) / math.sqrt(4000)
+    """Their mean, digamma, its derivative, trigamma, and their distribution where torch knows it."""
+    value, slopes = drawn(log_gamma_draws, shape, LOG_NOISE, 1)
+    a = torch.tensor(shape)
+    # Four standard errors of 20,000 draws.
+    for found, expected in ((value, torch.digamma(a)), (slopes, torch.polygamma(1, a))):
+        assert abs(float(found.mean() - expected)) < 4 * float(found.std()) / math.sqrt(20_000)
+    if shape > 0.1:  # below, variates underflow
+        cdf = torch.distributions.Gamma(shape, 1.0).cdf
+        assert distance_to(cdf, value.exp()) < KOLMOGOROV / math.sqrt(20_000)
 
 
 def test_the_slope_of_log_gamma_draws_is_smooth_where_its_formula_changes():
@@ -106,28 +105,22 @@ def test_the_slope_of_log_gamma_draws_is_smooth_where_its_formula_changes():
 
 @pytest.mark.parametrize("concentration", [0.05, 0.5, 3.0, 500.0])
 def test_von_mises_draws(concentration):
-    """Their resultant A(kappa), its derivative, and the distribution function by quadrature."""
-    generator = torch.Generator().manual_seed(2)
-    kappa = torch.tensor(concentration, requires_grad=True)
-    draws = von_mises_draws(kappa, torch.randn(20_000, NOISE, generator=generator))
-    value = draws.detach()
+    """Their distribution, by quadrature, and the derivative of their resultant A(kappa)."""
+    value, slopes = drawn(von_mises_draws, concentration, NOISE, 2)
     grid = torch.linspace(-math.pi, math.pi, 20_001)
     density = (concentration * (grid.cos() - 1.0)).exp()
     cdf = torch.cumulative_trapezoid(density, grid)
     cdf = torch.cat([torch.zeros(1), cdf]) / cdf[-1]
     place = ((value + math.pi) / (grid[1] - grid[0])).long().clamp(0, 19_999)
-    # The grid is 3e-4 wide: 0.003 of the sd at a concentration of 500, 0.0014 of the distribution.
+    # The grid is 3e-4 wide: 0.007 of the sd at a concentration of 500, 0.003 of the distribution.
     distance = distance_to(lambda _: cdf[place], value)
-    assert distance < KOLMOGOROV / math.sqrt(20_000) + 0.0014
-    (slope,) = torch.autograd.grad(draws.cos().sum(), kappa, retain_graph=True)
-    fixed = kappa.detach().clone().requires_grad_()
-    resultant = torch.special.i1e(fixed) / torch.special.i0e(fixed)
-    (expected,) = torch.autograd.grad(resultant, fixed)
-    # The slope of cos at each draw, to know its standard error.
-    (each,) = torch.autograd.grad(draws, kappa, torch.ones_like(draws), retain_graph=True)
-    assert torch.isfinite(each)
-    noise = float(value.cos().std()) / concentration + float(expected.abs())
-    assert abs(float(slope) / 20_000 - float(expected)) < 5 * noise / math.sqrt(20_000)
+    assert distance < KOLMOGOROV / math.sqrt(20_000) + 0.003
+    kappa = torch.tensor(concentration, requires_grad=True)
+    resultant = torch.special.i1e(kappa) / torch.special.i0e(kappa)
+    (expected,) = torch.autograd.grad(resultant, kappa)
+    found = -value.sin() * slopes
+    # Four standard errors of 20,000 draws.
+    assert abs(float(found.mean() - expected)) < 4 * float(found.std()) / math.sqrt(20_000)
 
 
 # -- densities --------------------------------------------------------------------------------
@@ -222,7 +215,8 @@ def test_gradients_of_expectations_against_closed_forms(name):
     found = torch.stack(found)
     expected = torch.cat(torch.autograd.grad(exact(), parameters))
     # Four standard errors of 400 means, at a fixed seed, of two or three numbers.
-    assert bool(((found.mean(0) - expected).abs() < 4 * found.std(0) / 20.0).all())
+    bound = 4 * found.std(0) / 20.0 + 1e-9  # a shift of log x has no noise at all
+    assert bool(((found.mean(0) - expected).abs() < bound).all())
 
 
 def exactly(family, name):
@@ -262,8 +256,9 @@ def test_the_gamma_is_found_of_which_a_gaussian_is_the_best_approximation(shape)
 
 
 def test_a_narrow_gaussian_is_kept_by_every_family():
-    """Far from any bound all families are close to normal ones: mean and sd are those of the Gaussian."""
-    family = family_for(vi.Model(everything))
+    """Far from any bound all families are close to normal: the Gaussian's mean and sd are kept."""
+    density = Density(vi.Model(everything))
+    family = SUPPORT.build(density).families["latent"]
     dim = len(family.loc)
     loc = torch.linspace(-0.5, 0.5, dim)
     family.start_from(loc, 0.02 * torch.eye(dim))
@@ -271,9 +266,7 @@ def test_a_narrow_gaussian_is_kept_by_every_family():
     draws = family().sample((20_000,))
     torch.testing.assert_close(draws.mean(0), loc, rtol=0, atol=0.002)
     # A simplex has one spread for its numbers, whatever theirs are.
-    shares = torch.tensor(
-        [label == "shares" for label, _ in Density(vi.Model(everything)).block.labels()]
-    )
+    shares = torch.tensor([label == "shares" for label, _ in density.block.labels()])
     ratio = draws.std(0) / 0.02
     torch.testing.assert_close(ratio[~shares], torch.ones(int((~shares).sum())), rtol=0, atol=0.03)
     assert 0.7 < float(ratio[shares].min()) < float(ratio[shares].max()) < 1.4
@@ -341,6 +334,7 @@ def test_a_posterior_across_the_ends_of_the_circle():
     torch.testing.assert_close(part.concentration[0].detach(), vector.norm(), rtol=0.03, atol=0)
 
 
+@pytest.mark.slow
 def test_the_circular_model():
     """Its concentration is skewed: a Gamma comes nearer than a normal on the log scale, or as near."""
     model = load("circular").MODEL
@@ -378,10 +372,14 @@ def test_supports_and_plates_in_a_stock_svi(structure):
     expected, trace = traced_log_weight(model, guide)
     found = guide.weigh(same_draw(guide, trace)).joint()[0]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_vectorised_particles_see_the_same_log_weights():
+    guide = perturb(guides.make(SUPPORT, vi.Model(everything)))
     loss = Trace_ELBO(num_particles=5, vectorize_particles=True)
-    loss.loss(structure, guide)
+    loss.loss(everything, guide)  # guesses the plate nesting
     pyro.set_rng_seed(1)
-    stock = loss.loss(structure, guide)
+    stock = loss.loss(everything, guide)
     pyro.set_rng_seed(1)
     assert -stock == pytest.approx(guide.log_weights(5).joint().mean().item(), rel=1e-9)
 
@@ -426,7 +424,7 @@ def test_captured_steps_are_the_eager_ones():
 
 
 def test_files_and_resume(tmp_path):
-    posterior = vi.fit(vi.Model(everything), SUPPORT, seed=0, steps=20)
+    posterior = vi.fit(vi.Model(everything), SUPPORT, seed=0, steps=20, init="origin")
     posterior.save(tmp_path / "q.nc")
     again = vi.load(tmp_path / "q.nc", vi.Model(everything))
     assert again.elbo == posterior.elbo

@@ -32,18 +32,27 @@ def regression():
     return load("linear_regression")
 
 
-def test_linear_regression_agrees_with_lbfgs_and_the_exact_posterior(regression):
+@pytest.fixture(scope="module")
+def swept(regression):
+    return vi.fit(regression.MODEL, "mean_field", method="cavi", tol=1e-8, seed=0)
+
+
+@pytest.fixture
+def rough(regression):
+    return vi.fit(regression.MODEL, "mean_field", method="cavi", seed=0)
+
+
+def test_linear_regression_agrees_with_lbfgs_and_the_exact_posterior(regression, swept):
     """Means are exact, sds are 1 / sqrt(precision_ii), whichever way they are found."""
     model = regression.MODEL
     mean, covariance, log_evidence = exact(*model.args, regression.PRIOR_SD, regression.NOISE_SD)
     sd = torch.linalg.inv(covariance).diagonal().rsqrt()
-    swept = vi.fit(model, "mean_field", method="cavi", tol=1e-10, seed=0)
     searched = vi.fit(model, "mean_field", seed=0)
     assert (swept.method, searched.method) == ("cavi", "lbfgs")
     assert swept.status.converged
     for posterior in (swept, searched):
         found = factors(posterior)["beta"]
-        # What is left of 1e-10 nats is 1e-5 sds, of 0.05, times the correlations' condition.
+        # What is left of 1e-8 nats is 1.4e-4 sds, of 0.05, in the worst direction.
         torch.testing.assert_close(found.mean, mean, rtol=0, atol=1e-5)
         torch.testing.assert_close(found.stddev, sd)
     # KL(q || p) of two Gaussians with one mean, whose precisions have the same diagonal.
@@ -52,32 +61,27 @@ def test_linear_regression_agrees_with_lbfgs_and_the_exact_posterior(regression)
     assert swept.elbo == pytest.approx(searched.elbo, abs=1e-6)
 
 
-def test_losses_fall_and_the_rest_of_the_way_is_told(regression):
-    posterior = vi.fit(regression.MODEL, "mean_field", method="cavi", seed=0)
-    assert (posterior.losses[1:] <= posterior.losses[:-1]).all()
-    assert posterior.status.gap < 0.01
-    closer = vi.fit(regression.MODEL, "mean_field", method="cavi", tol=1e-8, seed=0)
-    # The geometric series of the sweeps ends where it says: the gap is that, on the same draws.
-    left = posterior.losses[-1] - closer.losses[-1]
-    assert left == pytest.approx(posterior.status.gap, rel=0.5)
+def test_losses_fall_and_the_rest_of_the_way_is_told(swept, rough):
+    assert (rough.losses[1:] <= rough.losses[:-1]).all()
+    assert rough.status.gap < 0.01
+    # The geometric series of the sweeps ends where it says, on the same draws.
+    left = rough.losses[-1] - swept.losses[-1]
+    assert left == pytest.approx(rough.status.gap, rel=0.5)
 
 
-def test_it_goes_on_from_an_earlier_fit(regression, tmp_path):
-    first = vi.fit(regression.MODEL, "mean_field", method="cavi", seed=0)
-    first.save(tmp_path / "q.nc")
-    saved = vi.load(tmp_path / "q.nc", regression.MODEL)
-    again = vi.fit(regression.MODEL, resume=saved, method="cavi", tol=1e-6, seed=0)
+def test_it_goes_on_from_an_earlier_fit(regression, swept, rough):
+    again = vi.fit(regression.MODEL, resume=rough, method="cavi", tol=1e-8, seed=0)
     assert again.status.converged
-    assert len(again.losses) < 3 * len(first.losses) + 10
+    assert again.losses[-1] == pytest.approx(swept.losses[-1], abs=1e-6)
 
 
 def test_other_data_keep_the_updates(regression):
     model = regression.MODEL
     X, y = model.args
     other = model.with_args(X[:60], y[:60])
-    posterior = vi.fit(other, "mean_field", method="cavi", tol=1e-8, seed=0)
+    posterior = vi.fit(other, "mean_field", method="cavi", tol=1e-6, seed=0)
     mean, _, _ = exact(X[:60], y[:60], regression.PRIOR_SD, regression.NOISE_SD)
-    torch.testing.assert_close(factors(posterior)["beta"].mean, mean, rtol=0, atol=1e-4)
+    torch.testing.assert_close(factors(posterior)["beta"].mean, mean, rtol=0, atol=5e-4)
 
 
 # -- unknown noise ----------------------------------------------------------------------------
