@@ -165,7 +165,9 @@ def _plan(epochs: object, method: str, engine: str) -> Epochs | None:
     else:
         _require_integer("epochs", epochs, at_least=1)
         plan = Epochs(epochs)  # type: ignore[arg-type]
-    wrong = "method='lbfgs'" if method == "lbfgs" else "engine='pyro'" if engine == "pyro" else ""
+    wrong = "engine='pyro'" if engine == "pyro" else ""
+    if method in ("cavi", "lbfgs"):
+        wrong = f"method={method!r}"
     if plan is not None and wrong:
         raise OptionError(
             f"epochs= are of stochastic steps on the engines of this package: leave out {wrong}"

@@ -24,7 +24,7 @@ from pyro_vi_kit.engines import (
 )
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.methods import fixed_draws, mixtures, moments
+from pyro_vi_kit.methods import cavi, fixed_draws, mixtures, moments
 from pyro_vi_kit.methods.peaks import Peak, with_peaks
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.searches import is_searched, search_for
@@ -34,6 +34,7 @@ from pyro_vi_kit.posterior import is_small
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import Request
 from pyro_vi_kit.runtime import default_dtype
+from pyro_vi_kit.types import Status
 
 _SCORE_PARTICLES = 16
 # Nats that two estimates of the moments may lie apart: a hundredth of an sd in each direction.
@@ -77,6 +78,9 @@ def train(
     if not isinstance(trainee, Guide) or density is None:
         _refuse_for_pyro_guide(request, checkpoint)
         return _train_pyro_guide(request, trainee, density, state)
+    if request.method == cavi.NAME:
+        _require_sweeps(request, density, checkpoint)
+        return _fit_by_sweeps(request, name, trainee, density)
     _require_compatible(request, trainee)
     estimator_of(request, trainee)
     if _use_search(request, trainee):
@@ -101,7 +105,8 @@ def train(
     finally:
         if isinstance(batches, StreamedBatches):
             batches.close()
-    outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, start.peaks, trainee))
+    status = _with_kept(with_peaks(outcome.status, start.peaks, trainee), trainee)
+    outcome = dataclasses.replace(outcome, status=status)
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     if isinstance(engine, EagerEngine):
@@ -131,6 +136,23 @@ def _fit_by_search(request: Request, guide: Guide, density: Density, progress: P
     return search(guide, start=start, **given)
 
 
+def _fit_by_sweeps(request: Request, name: str, guide: Guide, density: Density) -> Trained:
+    """Train by coordinate ascent with the model's own updates."""
+    point = None if request.resumed else starting.starting_point(request, density)
+    with Progress(f"{name} (sweeps)", enabled=request.progress) as progress:
+        outcome = cavi.fit(
+            guide,
+            request.model.updates,
+            seed=request.seed,
+            tolerance=request.tolerance,
+            deadline=request.deadline,
+            progress=progress,
+            start=point,
+        )
+    approximation = GuideApproximation(name, guide, density.params)
+    return Trained(approximation, outcome, outcome.engine, None)
+
+
 def _match_moments(request: Request, name: str, guide: Guide, density: Density) -> Trained | None:
     """Train by weighted moments; None where they do not settle and the method was ours to choose."""
     seed, deadline = request.seed, request.deadline
@@ -150,6 +172,16 @@ def _match_moments(request: Request, name: str, guide: Guide, density: Density) 
         return None
     outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, peaks, guide))
     return Trained(GuideApproximation(name, guide, density.params), outcome, outcome.engine, bound)
+
+
+def _with_kept(status: Status, guide: Guide) -> Status:
+    """Say which latents are normal although the families were to follow the supports."""
+    kept = [name for family in guide.families.values() for name in getattr(family, "kept", ())]
+    if not kept:
+        return status
+    names = ", ".join(map(repr, kept))
+    words = f"No family fits the support of {names}: normal in unconstrained space."
+    return dataclasses.replace(status, advice=f"{status.advice} {words}")
 
 
 def _engine(
@@ -226,7 +258,7 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
 def _train_pyro_guide(
     request: Request, guide: PyroGuide, density: Density | None, state: dict[str, Any] | None
 ) -> Trained:
-    if request.method in ("lbfgs", "moments"):
+    if request.method in ("cavi", "lbfgs", "moments"):
         raise OptionError(
             f"method={request.method!r} runs the Gaussian guides of this package; use 'stochastic'"
         )
@@ -304,6 +336,41 @@ def _require_compatible(request: Request, guide: Guide) -> None:
             "'mixture', 'laplace' or 'pathfinder', a model without learned parameters and of at most "
             f"{fixed_draws.MAX_DIM:,} dimensions, objective 'elbo', and none of engine='pyro', "
             "optimizer=, estimator=, steps= and batch_size=; use method='stochastic'"
+        )
+
+
+def _require_sweeps(request: Request, density: Density, checkpoint: Checkpoint | None) -> None:
+    """Refuse coordinate ascent where the model has no updates, or something else was asked for too."""
+    updates = request.model.updates
+    latents = [site.name for site in density.latents]
+    missing = [name for name in latents if name not in updates]
+    if missing:
+        raise OptionError(
+            f"method='cavi' needs an update for each latent, and model {request.model.name!r} has "
+            f"none for {', '.join(map(repr, missing))}: give vi.Model(..., "
+            f"updates={{{missing[0]!r}: update}}), or leave method= out"
+        )
+    unknown = [name for name in updates if name not in latents]
+    if unknown:
+        raise OptionError(
+            f"updates= name {unknown[0]!r}, which is no continuous latent of model "
+            f"{request.model.name!r}; it has {', '.join(map(repr, latents))}"
+        )
+    plain = (
+        _is_plain_elbo(request.objective)
+        and request.engine != "pyro"
+        and request.optimizer is None
+        and request.estimator == "auto"
+        and request.steps is None
+        and request.batch_size is None
+        and request.epochs is None
+        and checkpoint is None
+    )
+    if not plain or density.params or density.discrete or density.streamed is not None:
+        raise OptionError(
+            "method='cavi' sweeps over all data, with objective 'elbo', a model without learned "
+            "parameters and discrete latents, and none of engine='pyro', optimizer=, estimator=, "
+            "steps=, epochs=, checkpoint= and batch_size=: leave method= out"
         )
 
 

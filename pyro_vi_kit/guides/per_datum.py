@@ -58,6 +58,7 @@ def per_datum(spec: object, density: Density, plates: Sequence[Plate]) -> Guide:
         plate: tuple(s for s in density.latents if s.plates and s.plates[0] == plate)
         for plate in plates
     }
+    spec.family(1)  # refuses, before all else, what it cannot be without knowing sites
     local = {site.name for sites in inside.values() for site in sites}
     outside = tuple(site for site in density.latents if site.name not in local)
     blocks: dict[Block, Family] = {}
