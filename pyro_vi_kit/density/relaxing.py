@@ -41,8 +41,8 @@ def require_smooth(density: Density) -> None:
             if any(not torch.isclose(end, total) for end in ends):
                 raise OptionError(
                     f"discrete='relaxed' gives the model values between the states of site {name!r}, "
-                    "and it rounds them or uses them as an index: multiply by them (a one-hot row times a "
-                    f"table, 1 - z and z), or take discrete={{{name!r}: 'score'}}"
+                    "and it rounds them or uses them as an index: multiply by them (a one-hot row times "
+                    f"a table, 1 - z and z), or take discrete={{{name!r}: 'score'}}"
                 )
 
 

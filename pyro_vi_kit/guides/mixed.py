@@ -31,7 +31,7 @@ class Relaxed:
 
     Args:
         temperature: At the end.
-        first: At the first step, from where it falls geometrically; the same when None.
+        first: At the first step, from where it falls geometrically; the same at all steps when None.
         steps: Steps until ``temperature`` is reached.
         straight_through: Give the model the discrete draw, with the relaxed one's derivative.
 
@@ -39,8 +39,8 @@ class Relaxed:
         OptionError: If a temperature is no positive number, or ``steps`` no positive integer.
     """
 
-    temperature: float = 0.5
-    first: float | None = None
+    temperature: float = 0.1
+    first: float | None = 1.0
     steps: int = 1000
     straight_through: bool = False
 
