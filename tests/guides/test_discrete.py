@@ -161,7 +161,7 @@ def test_the_density_at_draws_is_that_of_their_parts(spec):
     torch.testing.assert_close(shared, drawn.shared)
 
 
-@pytest.mark.parametrize(("spec", "dtype"), zip(SPECS, DTYPES, strict=True), ids=str)
+@pytest.mark.parametrize(("spec", "dtype"), list(zip(SPECS, DTYPES, strict=True)), ids=str)
 def test_fits_are_saved_and_drawn_from(spec, dtype, tmp_path):
     model = model_of_codes()
     posterior = vi.fit(model, spec, steps=20, seed=0, dtype=dtype)
