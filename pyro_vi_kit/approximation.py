@@ -219,7 +219,8 @@ class GuideApproximation:
 
     def moved_to(self, model: Model) -> GuideApproximation:
         """The same trained guide on other data of the same model."""
-        density = Density(model, dtype=self.density.dtype, device=self.density.device)
+        own = self.density
+        density = Density(model, dtype=own.dtype, device=own.device, drawn=own.drawn)
         return GuideApproximation(self.name, self.guide.moved_to(density), self.params)
 
     def _sizes(self, draws: int) -> list[int]:

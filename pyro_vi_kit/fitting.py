@@ -247,7 +247,8 @@ def _trainee(
     spec = guides.specify("full_rank" if guide is None else guide)  # type: ignore[arg-type]
     if dtype is None:
         dtype = default_dtype() if spec.name == "amortized" else torch.float64
-    density = Density(request.model, dtype=dtype, device=request.device)
+    drawn = guides.drawn_of(spec)
+    density = Density(request.model, dtype=dtype, device=request.device, drawn=drawn)
     if guide is None and density.dim > fixed_draws.MAX_DIM:
         spec = guides.specify("mean_field")
     with one_thread(is_small(density)):

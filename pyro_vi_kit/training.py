@@ -226,12 +226,12 @@ def estimator_of(request: Request, guide: Guide | PyroGuide) -> str:
                 "pyro.infer.SVI has its own: leave estimator= out, or leave out engine='pyro'"
             )
         return "pathwise"
-    if request.estimator == "auto":
-        return estimators.chosen(guide, request.objective)  # type: ignore[arg-type]
-    reason = estimators.obstacle(guide, request.objective, request.estimator)  # type: ignore[arg-type]
+    automatic = request.estimator == "auto"
+    name = estimators.chosen(guide, request.objective) if automatic else request.estimator  # type: ignore[arg-type]
+    reason = estimators.obstacle(guide, request.objective, name)  # type: ignore[arg-type]
     if reason is not None:
-        raise OptionError(f"estimator={request.estimator!r} cannot work here: {reason}")
-    return request.estimator
+        raise OptionError(f"estimator={name!r} cannot work here: {reason}")
+    return name
 
 
 def _with_particles(request: Request, guide: Guide, density: Density) -> Request:
@@ -248,7 +248,8 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
         particles = 16 if any(block.plate for block in guide.blocks) else 4
     else:
         particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
-    if estimator_of(request, guide) == "score":
+    scored = any(getattr(family, "scored", False) for family in guide.families.values())
+    if scored or estimator_of(request, guide) == "score":
         # Each draw is compared with the others, and the noise is many times that of other estimators.
         particles = max(particles, _SCORE_PARTICLES)
     objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]

@@ -11,6 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pyro_vi_kit.density import Plate
 from pyro_vi_kit.errors import OptionError, UnknownNameError
 from pyro_vi_kit.guides.conditional import CouplingHead
 from pyro_vi_kit.guides.families import Family
@@ -114,6 +115,11 @@ def head_for(local: str | HeadSpec, dim: int) -> Head:
     return local.head(dim)
 
 
+def local_name(plate: Plate, plates: int) -> str:
+    """What a guide calls the block of a plate, of so many."""
+    return "local" if plates == 1 else f"local_{plate.name.replace('.', '_')}"
+
+
 class Table(nn.Module):
     """The numbers of each datum, as they are: one row of a table `[N, p]`.
 
@@ -155,6 +161,16 @@ class LocalFamily(Family):
         self.source = source
         self.head = head
         self.conditioned = conditioned
+
+    @property
+    def scored(self) -> bool:
+        """Whether some of the latents are discrete and trained by the score function."""
+        return self.head.scored
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether some are discrete, and softened while training."""
+        return self.head.relaxed
 
     @property
     def table(self) -> Table | None:

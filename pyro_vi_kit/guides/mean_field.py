@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, get_args
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
+from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
 from pyro_vi_kit.guides.families import DiagonalNormal, Family
 from pyro_vi_kit.guides.support_family import SupportFamily
 from pyro_vi_kit.registry import About
@@ -27,6 +28,9 @@ class MeanField:
             where the prior is one, normal elsewhere (Figurnov et al. 2018). Supports that no family
             fits, or that move with other latents or the data, keep the normal; the status of a fit
             names them.
+        discrete: Discrete sites in a data plate that are not summed out: ``"score"``, trained by the
+            score function, ``"relaxed"`` or a `Relaxed`, for all of them; or a dict by site, the others
+            being summed out. Each gets a table of logits, one row per datum.
 
     Raises:
         OptionError: If `init_scale` is not positive or `families` not known.
@@ -42,22 +46,27 @@ class MeanField:
 
     init_scale: float = 0.1
     families: Families = "normal"
+    discrete: Discrete | None = None
 
     def __post_init__(self) -> None:
+        require_discrete(self.name, self.discrete)
         require_positive(self.name, "init_scale", self.init_scale)
         if self.families not in get_args(Families):
             known = ", ".join(get_args(Families))
             raise OptionError(
                 f"{self.name}: families must be one of {known}, got {self.families!r}"
             )
+        if self.families == "support" and self.discrete is not None:
+            raise OptionError(
+                f"{self.name}: discrete= goes with families='normal': leave one of them out"
+            )
 
     def build(self, density: Density) -> Guide:
         """The guide for this model, centred on the origin of unconstrained space."""
         if self.families == "support":
-            family: Family = SupportFamily(density.block, self.init_scale)
-        else:
-            family = self.family(density.dim)
-        return Guide(self.name, density, {density.block: family})
+            family = SupportFamily(density.block, self.init_scale)
+            return Guide(self.name, density, {density.block: family})
+        return with_tables(self, density, self.init_scale)
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`, where sites are not told apart.
