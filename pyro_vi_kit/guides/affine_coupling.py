@@ -80,6 +80,9 @@ class AffineCoupling:
     def _orders(self, dim: int) -> Tensor:
         """The coordinates' order behind each pair of layers, `[layers // 2, D]`."""
         order = torch.arange(dim)
+        if dim == 2:
+            # The halves change roles anyway; another exchange would move one of them twice in a row.
+            return order.expand(self.layers // 2, dim).clone()
         orders = {
             "random": lambda: torch.randperm(dim),
             "reverse": lambda: order.flip(0),
