@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pyro_vi_kit.density import Block, Density, Plate, Site
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide, encoder_inputs
-from pyro_vi_kit.guides.affine_coupling import AffineCoupling, require_widths
+from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.autoregressive import Autoregressive
 from pyro_vi_kit.guides.discrete import Discrete, arranged, drawing, head_of, require_discrete
 from pyro_vi_kit.guides.encoder import Standardised, custom_encoder
@@ -19,8 +19,9 @@ from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.full_rank import FullRank
 from pyro_vi_kit.guides.local import HeadSpec, LocalFamily, head_for, local_name
 from pyro_vi_kit.guides.low_rank import LowRank
-from pyro_vi_kit.guides.mean_field import MeanField, require_positive
+from pyro_vi_kit.guides.mean_field import MeanField
 from pyro_vi_kit.guides.neural_spline import NeuralSpline
+from pyro_vi_kit.guides.options import require_positive, require_widths
 from pyro_vi_kit.guides.planar import Planar
 from pyro_vi_kit.guides.radial import Radial
 from pyro_vi_kit.guides.student_t import StudentT

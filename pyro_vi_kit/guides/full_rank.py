@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
 from pyro_vi_kit.guides.families import DenseNormal, Family
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.options import require_dense, require_positive
 from pyro_vi_kit.registry import About
-
-# A dense factor, its gradient and Adam's two moments take 0.5 GB at 4,000 dimensions.
-MAX_DENSE = 4000
 
 
 @dataclass(frozen=True)
@@ -23,7 +19,6 @@ class FullRank:
 
     Args:
         init_scale: Initial standard deviation, in unconstrained units.
-
         discrete: Discrete sites in a data plate that are not summed out: ``"score"``, trained by the
             score function, ``"relaxed"`` or a `Relaxed`, for all of them; or a dict by site, the others
             being summed out. Each gets a table of logits, one row per datum.
@@ -63,13 +58,3 @@ class FullRank:
         """
         require_dense(self.name, dim)
         return DenseNormal(dim, self.init_scale)
-
-
-def require_dense(name: str, dim: int) -> None:
-    """Refuse a dense covariance that would fill gigabytes."""
-    if dim > MAX_DENSE:
-        raise OptionError(
-            f"guide {name!r} holds a dense covariance, and this model has {dim:,} unconstrained "
-            f"dimensions (at most {MAX_DENSE:,}): use guide='mean_field', or guide='amortized' where "
-            "the latents lie in a data plate"
-        )

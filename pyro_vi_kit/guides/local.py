@@ -17,12 +17,7 @@ from pyro_vi_kit.guides.conditional import CouplingHead
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.heads import DenseHead, Head, NormalHead, PointHead
 from pyro_vi_kit.guides.mixture import MixtureHead
-
-
-def _require_counts(name: str, **counts: object) -> None:
-    for option, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise OptionError(f"{name}: {option} must be a positive integer, got {value!r}")
+from pyro_vi_kit.guides.options import require_count
 
 
 @runtime_checkable
@@ -52,7 +47,7 @@ class LocalMixture:
     components: int = 4
 
     def __post_init__(self) -> None:
-        _require_counts(self.name, components=self.components)
+        require_count(self.name, "components", self.components)
 
     def head(self, dim: int) -> Head:
         """See `HeadSpec.head`."""
@@ -80,7 +75,8 @@ class LocalFlow:
 
     def __post_init__(self) -> None:
         counts = {"layers": self.layers, "hidden": self.hidden, "features": self.features}
-        _require_counts(self.name, **counts)
+        for option, value in counts.items():
+            require_count(self.name, option, value)
 
     def head(self, dim: int) -> Head:
         """See `HeadSpec.head`."""

@@ -16,7 +16,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
 from pyro_vi_kit.guides.families import Family, GaussianFamily
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.options import require_positive
 from pyro_vi_kit.registry import About
 
 

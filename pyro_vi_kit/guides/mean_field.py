@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar, Literal, get_args
 
 from pyro_vi_kit.density import Density
@@ -11,6 +10,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
 from pyro_vi_kit.guides.families import DiagonalNormal, Family
+from pyro_vi_kit.guides.options import require_positive
 from pyro_vi_kit.guides.support_family import SupportFamily
 from pyro_vi_kit.registry import About
 
@@ -80,9 +80,3 @@ class MeanField:
                 "leave batch_size= out, or use families='normal'"
             )
         return DiagonalNormal(dim, self.init_scale)
-
-
-def require_positive(name: str, option: str, value: object) -> None:
-    """Refuse an option that is no positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
-        raise OptionError(f"{name}: {option} must be a positive number, got {value!r}")

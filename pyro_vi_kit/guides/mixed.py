@@ -21,6 +21,7 @@ from pyro_vi_kit.density.drawn import hardened
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.families import drawn_from
 from pyro_vi_kit.guides.heads import Head
+from pyro_vi_kit.guides.implicit import gumbel
 
 
 @dataclass(frozen=True)
@@ -216,9 +217,7 @@ class Mixed(TorchDistribution):
     def _noisy(self, shape: tuple[int, ...]) -> list[Tensor]:
         """Logits with Gumbel noise by part, `[*shape, *batch, size, states]`: the largest is drawn."""
         logits = self.logits.expand(torch.Size(shape) + self.logits.shape)
-        uniform = torch.rand(logits.shape, dtype=logits.dtype, device=logits.device)
-        tiny = torch.finfo(logits.dtype).tiny
-        return self._parted(logits - torch.log(-torch.log(uniform.clamp(min=tiny))))
+        return self._parted(logits + gumbel(logits.shape, logits))
 
     def _log_probs(self, choices: Tensor, *, detached: bool = False) -> list[Tensor]:
         """Log q of each part."""
