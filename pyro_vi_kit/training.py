@@ -122,17 +122,18 @@ def _fit_by_search(request: Request, guide: Guide, density: Density, progress: P
         "deadline": request.deadline,
         "progress": progress,
     }
-    point = starting.starting_point(request, density)
+    start: Any = starting.starting_point(request, density)
     if mixtures.applies_to(guide):
-        start = starting.components_of(guide) if request.resumed else point
         below = None if request.below is None else starting.gaussian_of(request.below)
-        return mixtures.fit(guide, start=start, found=request.found, below=below, **given)
+        given |= {"found": request.found, "below": below}
+        start = starting.components_of(guide) if request.resumed else start
+    elif request.resumed:
+        start = starting.gaussian_of(guide)
     search = search_for(guide)
     if search is None:
         raise OptionError(
             f"guide {guide.name!r} has no search that fits it: use method='stochastic'"
         )
-    start = starting.gaussian_of(guide) if request.resumed else point
     return search(guide, start=start, **given)
 
 
@@ -357,16 +358,7 @@ def _require_sweeps(request: Request, density: Density, checkpoint: Checkpoint |
             f"updates= name {unknown[0]!r}, which is no continuous latent of model "
             f"{request.model.name!r}; it has {', '.join(map(repr, latents))}"
         )
-    plain = (
-        _is_plain_elbo(request.objective)
-        and request.engine != "pyro"
-        and request.optimizer is None
-        and request.estimator == "auto"
-        and request.steps is None
-        and request.batch_size is None
-        and request.epochs is None
-        and checkpoint is None
-    )
+    plain = _is_plain_elbo(request.objective) and _without_steps(request) and checkpoint is None
     if not plain or density.params or density.discrete or density.streamed is not None:
         raise OptionError(
             "method='cavi' sweeps over all data, with objective 'elbo', a model without learned "
@@ -381,6 +373,18 @@ def _is_plain_elbo(objective: Objective) -> bool:
         isinstance(objective, Elbo | Renyi)
         and type(objective).name in ("elbo", "renyi")
         and objective.is_elbo
+    )
+
+
+def _without_steps(request: Request) -> bool:
+    """Whether nothing is asked for that only stochastic steps have."""
+    return (
+        request.engine != "pyro"
+        and request.optimizer is None
+        and request.estimator == "auto"
+        and request.steps is None
+        and request.batch_size is None
+        and request.epochs is None
     )
 
 
@@ -408,14 +412,9 @@ def _require_room(request: Request) -> None:
 
 def _search_possible(request: Request, guide: Guide) -> bool:
     return (
-        (mixtures.applies_to(guide) or search_for(guide) is not None)
+        search_for(guide) is not None
         and _is_plain_elbo(request.objective)
-        and request.engine != "pyro"
-        and request.optimizer is None
-        and request.estimator == "auto"
-        and request.steps is None
-        and request.batch_size is None
-        and request.epochs is None
+        and _without_steps(request)
     )
 
 
@@ -428,12 +427,7 @@ def _use_moments(request: Request, guide: Guide, checkpoint: Checkpoint | None) 
     possible = (
         isinstance(request.objective, ForwardKl)
         and moments.applies_to(guide)
-        and request.engine != "pyro"
-        and request.optimizer is None
-        and request.estimator == "auto"
-        and request.steps is None
-        and request.batch_size is None
-        and request.epochs is None
+        and _without_steps(request)
         and checkpoint is None
     )
     if request.method == "moments" and not possible:
