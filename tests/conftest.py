@@ -33,6 +33,14 @@ def clean_param_store() -> Iterator[None]:
 
 
 @pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for compiled graphs, and compilers allowed."""
+    monkeypatch.setenv("PYRO_VI_KIT_CACHE", str(tmp_path))
+    monkeypatch.delenv("PYRO_VI_KIT_COMPILE", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
 def float64() -> Iterator[None]:
     """Literals and new tensors in double precision, for one test."""
     before = torch.get_default_dtype()
