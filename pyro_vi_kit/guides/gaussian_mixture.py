@@ -18,7 +18,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.normal_mixture import NormalMixture
 from pyro_vi_kit.guides.one_block import OneBlock
-from pyro_vi_kit.guides.options import is_count, require_positive
+from pyro_vi_kit.guides.options import require_count, require_positive
 from pyro_vi_kit.registry import About
 
 Covariance = Literal["full", "diagonal"]
@@ -58,10 +58,8 @@ class Mixture(OneBlock):
 
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
-        if self.components is not None and not is_count(self.components):
-            raise OptionError(
-                f"{self.name}: components must be a positive integer, got {self.components!r}"
-            )
+        if self.components is not None:
+            require_count(self.name, "components", self.components)
         if self.covariance not in get_args(Covariance):
             known = ", ".join(get_args(Covariance))
             raise OptionError(

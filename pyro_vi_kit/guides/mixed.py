@@ -22,6 +22,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.families import drawn_from
 from pyro_vi_kit.guides.heads import Head
 from pyro_vi_kit.guides.implicit import gumbel
+from pyro_vi_kit.guides.options import require_count, require_positive
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,10 @@ class Relaxed:
     straight_through: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("temperature", self.temperature), ("first", self.first)):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0.0 < value < math.inf):
-                raise OptionError(f"Relaxed: {name} must be a positive number, got {value!r}")
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise OptionError(f"Relaxed: steps must be a positive integer, got {self.steps!r}")
+        require_positive("Relaxed", "temperature", self.temperature)
+        if self.first is not None:
+            require_positive("Relaxed", "first", self.first)
+        require_count("Relaxed", "steps", self.steps)
         if not isinstance(self.straight_through, bool):
             raise OptionError(
                 f"Relaxed: straight_through must be True or False, got {self.straight_through!r}"

@@ -12,9 +12,9 @@ from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.model import Model
+from pyro_vi_kit.options import require_integer
 from pyro_vi_kit.posterior.fitted import Fitted
 from pyro_vi_kit.posterior.options import (
-    require_at_least_one,
     require_draws,
     require_tolerance,
 )
@@ -83,8 +83,8 @@ class ByRow(Fitted):
         Raises:
             OptionError: If the guide has no distribution for each datum, or an option is wrong.
         """
-        require_at_least_one("steps", steps)
-        require_at_least_one("batch_size", batch_size)
+        require_integer("steps", steps, at_least=1, optional=True)
+        require_integer("batch_size", batch_size, at_least=1, optional=True)
         require_tolerance(tol)
         target = self._on(args, kwargs)
         seed = fresh_seed() if seed is None else seed
@@ -170,7 +170,7 @@ class ByRow(Fitted):
             OptionError: If the guide has no encoder, or an option is wrong.
         """
         require_draws(draws)
-        require_at_least_one("steps", steps)
+        require_integer("steps", steps, at_least=1, optional=True)
         require_tolerance(tol)
         target = self._on(args, kwargs)
         with target._few_threads(), torch.enable_grad():

@@ -5,13 +5,6 @@ from __future__ import annotations
 from pyro_vi_kit.errors import OptionError
 
 
-def require_at_least_one(option: str, value: object) -> None:
-    """Refuse what is neither None nor a positive integer."""
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value is not None and not whole:
-        raise OptionError(f"{option}= must be an integer of at least 1, got {value!r}")
-
-
 def require_tolerance(tol: object) -> None:
     """Refuse what is no positive number of nats."""
     if isinstance(tol, bool) or not isinstance(tol, int | float) or not tol > 0:
