@@ -8,6 +8,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PYTHON ?=
 PYTEST_ARGS ?=
+# Processes of the test suite, each of one thread; `JOBS=0` is one process, as a debugger wants it.
+JOBS ?= auto
 BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
@@ -42,7 +44,7 @@ demo: $(STAMP) ## a first fit from end to end; writes to results/
 	$(BIN)/python -m benchmarks.demo
 
 test: $(STAMP) ## the whole test suite, slow tests too
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 
 lint: $(STAMP) ## ruff, ruff format, pyright
 	$(BIN)/ruff check .

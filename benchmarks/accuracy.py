@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 from benchmarks.lib import options, references
-from benchmarks.lib.processes import call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import markdown
 
@@ -187,11 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for i, (name, guide, seed) in enumerate(cells, 1):
         key = {"posterior": name, "guide": guide, "seed": seed, "draws": asked.draws}
-        row = records.find(key)
-        if row is None:
-            arguments = {"name": name, "guide": guide, "seed": seed, "draws": asked.draws}
-            result = call("benchmarks.accuracy:one", arguments, cap=asked.cap or 900.0)
-            row = records.add(key | (result.value or {}) | {"error": result.error})
+        arguments = {"name": name, "guide": guide, "seed": seed, "draws": asked.draws}
+        row = records.measure(key, "benchmarks.accuracy:one", arguments, cap=asked.cap or 900.0)
         rows.append(row)
         faults = "; ".join(shortcomings(row)) or "as required"
         options.say(f"[{i}/{len(cells)}] {name}, {guide}, seed {seed}: {faults}")

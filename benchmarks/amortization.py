@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.lib import options
-from benchmarks.lib.processes import call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import markdown
 
@@ -134,11 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for family in names:
         for encoder, hidden in ENCODERS.items():
             key = {"family": family, "encoder": encoder, "rows": data, "draws": draws}
-            row = records.find(key)
-            if row is None:
-                arguments = {"family": family, "hidden": hidden, "rows": data, "draws": draws}
-                done = call(f"benchmarks.{NAME}:one", arguments, cap=asked.cap or 600.0)
-                row = records.add(key | (done.value or {}) | {"error": done.error})
+            arguments = {"family": family, "hidden": hidden, "rows": data, "draws": draws}
+            target = f"benchmarks.{NAME}:one"
+            row = records.measure(key, target, arguments, cap=asked.cap or 600.0)
             rows.append(row)
             options.say(f"{family}, {encoder}: {row['error'] or 'done'}")
     options.publish(asked.out, NAME, report(rows, data, draws))

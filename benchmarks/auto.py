@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.lib import options, references
-from benchmarks.lib.processes import call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import markdown
 
@@ -149,11 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = Records(asked.out, NAME, asked.resume)
     for i, (name, seed) in enumerate(cells, 1):
         key = {"posterior": name, "seed": seed, "budget": asked.budget}
-        row = records.find(key)
-        if row is None:
-            arguments = {"name": name, "seed": seed, "budget": asked.budget}
-            result = call("benchmarks.auto:one", arguments, cap=2 * asked.budget)
-            row = records.add(key | (result.value or {}) | {"error": result.error})
+        arguments = {"name": name, "seed": seed, "budget": asked.budget}
+        row = records.measure(key, "benchmarks.auto:one", arguments, cap=2 * asked.budget)
         rows.append(row)
         options.say(f"[{i}/{len(cells)}] {name}, seed {seed}: {row['error'] or row['ladder']}")
     options.publish(asked.out, NAME, report(rows, asked.budget))

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.lib import options
-from benchmarks.lib.processes import call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import markdown
 
@@ -203,10 +202,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for i, (target, arguments) in enumerate(cells, 1):
         key = {"model": "regression" if target == "one" else "eight_schools", **arguments}
-        row = records.find(key)
-        if row is None:
-            result = call(f"benchmarks.calibration:{target}", arguments, cap=asked.cap or 900.0)
-            row = records.add(key | (result.value or {}) | {"error": result.error})
+        where = f"benchmarks.calibration:{target}"
+        row = records.measure(key, where, arguments, cap=asked.cap or 900.0)
         rows.append(row)
         state = row["error"] or f"{row['verdict']} {row['found']} ({row['seconds']:.0f} s)"
         options.say(

@@ -18,7 +18,6 @@ from statistics import median
 from typing import Any
 
 from benchmarks.lib import options, references
-from benchmarks.lib.processes import call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import markdown
 
@@ -327,11 +326,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for i, (table, name, seed) in enumerate(cells, 1):
         key = {"table": table, "posterior": name, "seed": seed}
         extra = {"repeats": repeats} if table == "wasserstein" else {}
-        row = records.find(key | extra)
-        if row is None:
-            arguments = {"name": name, "seed": seed, **extra}
-            result = call(f"benchmarks.corrections:{table}", arguments, cap=asked.cap or 600.0)
-            row = records.add(key | extra | (result.value or {}) | {"error": result.error})
+        target, arguments = f"benchmarks.corrections:{table}", {"name": name, "seed": seed, **extra}
+        row = records.measure(key | extra, target, arguments, cap=asked.cap or 600.0)
         rows.append(row)
         options.say(f"[{i}/{len(cells)}] {table}, {name}, seed {seed}: {_in_words(row)}")
     options.publish(asked.out, NAME, report(rows, repeats))

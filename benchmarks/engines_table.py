@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.lib import options, references
-from benchmarks.lib.processes import ROOT, call
+from benchmarks.lib.processes import ROOT
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import markdown
 
@@ -148,12 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = Records(asked.out, NAME, asked.resume)
     rows = []
     for i, name in enumerate(names, 1):
-        row = records.find({"model": name})
-        if row is None:
-            done = call(
-                "benchmarks.engines_table:one", {"path": str(known[name])}, cap=asked.cap or 120.0
-            )
-            row = records.add({"model": name} | (done.value or {}) | {"error": done.error})
+        target, arguments = "benchmarks.engines_table:one", {"path": str(known[name])}
+        row = records.measure({"model": name}, target, arguments, cap=asked.cap or 120.0)
         rows.append(row)
         options.say(f"[{i}/{len(names)}] {name}: {row['error'] or row['step']}")
     options.publish(asked.out, NAME, report(rows))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import options
-from benchmarks.lib.processes import call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import DASH, markdown, number, slope
 
@@ -151,10 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for size in (QUICK if asked.quick else SIZES)[axis]:
             for cell in cells(axis, size):
                 key = {"axis": axis, "size": size, "seconds": seconds, **cell}
-                row = records.find(key)
-                if row is None:
-                    done = call(f"{WORKER}:run", cell | {"seconds": seconds}, cap=cap)
-                    row = records.add(key | (done.value or {}) | {"error": done.error})
+                arguments = cell | {"seconds": seconds}
+                row = records.measure(key, f"{WORKER}:run", arguments, cap=cap)
                 rows.append(row)
                 found = row["error"] or f"{number(row['ms'])}, {number(row['peak_mib'])} MiB"
                 options.say(f"{WORDS[axis]} {size:,}: {label(row)} {found}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.lib import options
-from benchmarks.lib.processes import ROOT, call
+from benchmarks.lib.processes import ROOT
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import markdown
 
@@ -191,10 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     for optimum in OPTIMA:
         key = {"optimum": optimum, "particles": PARTICLES[asked.quick], "seed": asked.seed}
-        row = records.find(key)
-        if row is None:
-            done = call("benchmarks.kl_direction:one", key, cap=asked.cap or 300.0)
-            row = records.add(key | (done.value or {}) | {"error": done.error})
+        row = records.measure(key, "benchmarks.kl_direction:one", key, cap=asked.cap or 300.0)
         rows.append(row)
         found = row["error"] or ("within 1e-3" if within(row) else "not within 1e-3")
         options.say(f"{optimum}: {found}")

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.lib import options
-from benchmarks.lib.processes import call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import markdown
 
@@ -100,11 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cells.append({"what": "bounds", "rows": 20, "batch": 5, "particles": 64, "repeats": 400})
     found = []
     for key in cells:
-        row = records.find(key)
-        if row is None:
-            arguments = {name: value for name, value in key.items() if name != "what"}
-            done = call(f"{WORKER}:{key['what']}", arguments, cap=cap)
-            row = records.add(key | (done.value or {}) | {"error": done.error})
+        arguments = {name: value for name, value in key.items() if name != "what"}
+        row = records.measure(key, f"{WORKER}:{key['what']}", arguments, cap=cap)
         found.append(row)
         options.say(f"{key['what']}: {row['error'] or 'done'}")
     options.publish(asked.out, NAME, report(found))

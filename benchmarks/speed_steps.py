@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.lib import machine, options
-from benchmarks.lib.processes import call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import markdown
 
@@ -157,12 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seconds = mine if who.startswith("ours") else theirs
                 key = {"case": case, "who": who, "particles": asked.particles}
                 key |= {"round": turn, "seconds": seconds, "device": asked.device}
-                row = records.find(key)
-                if row is None:
-                    arguments = {"guide": guide, "objective": objective, "seed": turn}
-                    arguments |= {"particles": asked.particles, "seconds": seconds} | more
-                    done = call(target, arguments, cap=seconds + 120)
-                    row = records.add(key | (done.value or {}) | {"error": done.error})
+                arguments = {"guide": guide, "objective": objective, "seed": turn}
+                arguments |= {"particles": asked.particles, "seconds": seconds} | more
+                row = records.measure(key, target, arguments, cap=seconds + 120)
                 rows.append(row)
                 options.say(f"{case}, round {turn + 1} of {rounds}: {who} {_line(row)}")
     options.publish(asked.out, NAME, report(rows))

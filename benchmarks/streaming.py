@@ -79,11 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             call(f"{WORKER}:write", {"folder": folder, **shape}, cap=cap)
             for what, more in (("steps", {"seconds": seconds}), ("fit", {})):
                 key = {"what": what, **shape, "batch": asked.batch, **more}
-                row = records.find(key)
-                if row is None:
-                    arguments = {k: v for k, v in key.items() if k != "what"}
-                    done = call(f"{WORKER}:{what}", {"folder": folder, **arguments}, cap=cap)
-                    row = records.add(key | (done.value or {}) | {"error": done.error})
+                arguments = {k: v for k, v in key.items() if k != "what"} | {"folder": folder}
+                row = records.measure(key, f"{WORKER}:{what}", arguments, cap=cap)
                 found.append(row)
                 options.say(f"{what} at {rows:,} rows: {row['error'] or 'done'}")
     options.publish(asked.out, NAME, report(found))

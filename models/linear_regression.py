@@ -6,7 +6,8 @@ y ~ N(X beta, 0.5).
 
 What is hard: neighbouring coefficients are almost exchangeable, so the posterior (Gaussian, with a
 closed form) has correlations of -0.4 to -0.7 between neighbours and mean_field understates the
-standard deviations about threefold; full_rank is exact.
+standard deviations about threefold; full_rank is exact. The update of beta is in closed form too:
+``vi.fit(MODEL, "mean_field", method="cavi")``.
 """
 
 import numpy as np
@@ -29,6 +30,16 @@ def linear_regression(X, y=None):
         return pyro.sample("y", dist.Normal(mean, NOISE_SD), obs=y)
 
 
+def update_beta(q, X, y):
+    """One sweep: the optimal normal factor of each coefficient given the others, one after the other."""
+    mean = q["beta"].mean.clone()
+    precision = X.square().sum(0) / NOISE_SD**2 + 1 / PRIOR_SD**2
+    for d in range(len(mean)):
+        residual = y - X @ mean + X[:, d] * mean[d]
+        mean[d] = X[:, d] @ residual / NOISE_SD**2 / precision[d]
+    return dist.Normal(mean, precision.rsqrt()).to_event(1)
+
+
 def simulate(n=100, n_coefficients=8, seed=2):
     rng = np.random.default_rng(seed)
     X = rng.normal(size=(n, n_coefficients))
@@ -44,6 +55,7 @@ def simulate(n=100, n_coefficients=8, seed=2):
 MODEL = vi.Model(
     linear_regression,
     *simulate(),
+    updates={"beta": update_beta},
     dims={"beta": ["coefficient"]},
     coords={"coefficient": [f"x{d}" for d in range(8)]},
 )

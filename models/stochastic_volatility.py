@@ -23,6 +23,8 @@ def stochastic_volatility(quarters, y=None):
     sigma = pyro.sample("sigma", dist.HalfNormal(0.5))
     shock = pyro.sample("shock", dist.Normal(torch.zeros(quarters), 1.0).to_event(1))
     log_variance = start.unsqueeze(-1) + sigma.unsqueeze(-1) * shock.cumsum(-1)
+    # An sd between e^-10 and e^10 is room enough, and far more than single precision has.
+    log_variance = log_variance.clamp(-20.0, 20.0)
     return pyro.sample("y", dist.Normal(0.0, (log_variance / 2).exp()).to_event(1), obs=y)
 
 

@@ -9,9 +9,15 @@ from pyro_vi_kit.types import Status
 
 RICHER = {
     "delta": "mean_field",
+    "laplace": "full_rank",
+    "pathfinder": "full_rank",
     "mean_field": "full_rank",
+    "structured": "full_rank",
     "low_rank": "full_rank",
     "full_rank": "affine_coupling",
+    "student_t": "affine_coupling",
+    "planar": "affine_coupling",
+    "radial": "affine_coupling",
 }
 
 

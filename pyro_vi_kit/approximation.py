@@ -116,7 +116,8 @@ class GuideApproximation:
         self.point = guide.point
         self.density: Density = guide.density
         self.dtype = guide.density.dtype
-        self.params = {key: self.density.cast(value.detach()) for key, value in params.items()}
+        self.params = {k: self.density.cast(v.detach()).clone() for k, v in params.items()}
+        _on_their_own(guide)
         self._width = width_of(self.density)
         self.cost = self._width
         if self.density.streamed is not None and self.density.model.stream is not None:
@@ -219,7 +220,8 @@ class GuideApproximation:
 
     def moved_to(self, model: Model) -> GuideApproximation:
         """The same trained guide on other data of the same model."""
-        density = Density(model, dtype=self.density.dtype, device=self.density.device)
+        own = self.density
+        density = Density(model, dtype=own.dtype, device=own.device, drawn=own.drawn)
         return GuideApproximation(self.name, self.guide.moved_to(density), self.params)
 
     def _sizes(self, draws: int) -> list[int]:
@@ -229,6 +231,17 @@ class GuideApproximation:
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _on_their_own(guide: Guide) -> None:
+    """Give parameters that are views of one vector, as training has them, memory of their own.
+
+    Sums round by how memory is aligned: a guide that is read from a file would else differ in the last
+    bit from the one that was saved.
+    """
+    for parameter in guide.parameters():
+        if parameter.untyped_storage().nbytes() > parameter.numel() * parameter.element_size():
+            parameter.data = parameter.data.clone()
 
 
 class _DrawObserved(Messenger):

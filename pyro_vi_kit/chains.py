@@ -83,7 +83,7 @@ def run_chains(approximation: GuideApproximation, plain: np.ndarray, named: Name
         named: Unconstrained values by site, `[C, ...]`, to the same numbers, `[C, n]`.
     """
     density = approximation.density
-    if density.dim > _MAX_DIM or density.streamed is not None:
+    if density.dim > _MAX_DIM or density.streamed is not None or density.drawn is not None:
         return None
     count = _affordable(approximation, plain.shape[1])
     if count < _MIN_CHAINS:

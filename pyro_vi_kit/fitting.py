@@ -73,7 +73,8 @@ def fit(
         objective: ``"elbo"`` (the default), another name of `vi.objectives.names()`, such as ``"iwae"``
             or ``"forward_kl"``, or an instance such as ``vi.objectives.Renyi(alpha=0.5, particles=16)``.
         method: ``"lbfgs"`` (Gaussian guides and mixtures, ELBO), ``"moments"`` (Gaussian guides,
-            forward KL), ``"stochastic"``, or ``"auto"``.
+            forward KL), ``"cavi"`` (`mean_field` by the model's own updates), ``"stochastic"``, or
+            ``"auto"``.
         engine: ``"captured"`` records a step on the vectorised density and replays it, compiled once
             a fit turns out to be long; ``"compiled"`` waits for the compiler (10 to 30 seconds) first;
             ``"eager"`` runs the model at each step; ``"pyro"`` is a literal `pyro.infer.SVI`.
@@ -246,7 +247,8 @@ def _trainee(
     spec = guides.specify("full_rank" if guide is None else guide)  # type: ignore[arg-type]
     if dtype is None:
         dtype = default_dtype() if spec.name == "amortized" else torch.float64
-    density = Density(request.model, dtype=dtype, device=request.device)
+    drawn = guides.drawn_of(spec)
+    density = Density(request.model, dtype=dtype, device=request.device, drawn=drawn)
     if guide is None and density.dim > fixed_draws.MAX_DIM:
         spec = guides.specify("mean_field")
     with one_thread(is_small(density)):

@@ -190,7 +190,9 @@ def _whole(density: Density, z: Tensor, deadline: float | None) -> tuple[float, 
 
 
 def _startable(family: object) -> bool:
-    return isinstance(family, GaussianFamily | LocalFamily)
+    if isinstance(family, LocalFamily):
+        return not (family.scored or family.relaxed)  # discrete sites have no Gaussian
+    return isinstance(family, GaussianFamily)
 
 
 def _dim(guide: Guide, name: str) -> int:

@@ -14,6 +14,9 @@ from pyro_vi_kit.errors import ModelError
 if TYPE_CHECKING:
     from pyro_vi_kit.stream import Stream
 
+Update = Callable[..., Any]
+"""The optimal factor of one latent given the others: ``update(q, *args, **kwargs)``; see `Model`."""
+
 
 @dataclass(frozen=True, init=False, eq=False)
 class Model:
@@ -33,14 +36,22 @@ class Model:
             ``{"beta": ["coefficient"]}``: either its event dimensions or all of its dimensions.
         name: Shown in tables and files; taken from ``fn`` when not given.
         rows: Number of all rows, for a loader that cannot say it.
+        updates: For ``vi.fit(method="cavi")``, by latent, ``{"beta": update}``:
+            ``update(q, *args, **kwargs)`` is given the present factors ``q``, a Pyro distribution over
+            the constrained value of each latent, and ``fn``'s arguments, and gives the optimal factor
+            of its own latent: ``exp(E[log p(latent | the rest)])`` up to its constant. A `Normal` for a
+            real latent, `Gamma` for a positive one, `Beta`, `Dirichlet` or `VonMises`, in the latent's
+            shape. The numbers of a vector have factors of their own, and the update may sweep over
+            them, each given those before it: it starts from ``q[latent].mean`` and gives one factorised
+            distribution over the vector.
 
     Attributes:
         stream: The data that are read a batch at a time; None where they are arguments. ``args`` and
             ``kwargs`` then hold an example of a batch, read when they are first asked for.
 
     Raises:
-        ModelError: If ``fn`` is not callable, ``coords`` / ``dims`` are not mappings of sequences, or
-            a dataset cannot be streamed.
+        ModelError: If ``fn`` is not callable, ``coords`` / ``dims`` are not mappings of sequences,
+            ``updates`` not one of callables, or a dataset cannot be streamed.
     """
 
     fn: Callable[..., Any]
@@ -50,6 +61,7 @@ class Model:
     dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
     name: str = "model"
     stream: Stream | None = None
+    updates: Mapping[str, Update] = field(default_factory=dict)
 
     def __init__(
         self,
@@ -60,6 +72,7 @@ class Model:
         dims: Mapping[str, Sequence[str]] | None = None,
         name: str | None = None,
         rows: int | None = None,
+        updates: Mapping[str, Update] | None = None,
     ) -> None:
         if not callable(fn):
             raise ModelError(
@@ -78,6 +91,7 @@ class Model:
         set_field("coords", _names("coords", coords))
         set_field("dims", _names("dims", dims))
         set_field("name", name or _callable_name(fn))
+        set_field("updates", _updates(updates))
 
     def __getattr__(self, name: str) -> Any:
         """The arguments of a streamed model, read when they are first asked for."""
@@ -111,6 +125,7 @@ class Model:
             coords=self.coords,
             dims=self.dims,
             name=self.name,
+            updates=self.updates,
         )
 
     @property
@@ -161,6 +176,22 @@ def _names(option: str, mapping: Mapping[str, Sequence[Any]] | None) -> dict[str
         if isinstance(values, str) or not hasattr(values, "__iter__"):
             raise ModelError(f"{option}[{key!r}] must be a sequence of names, got {values!r}")
     return {str(key): tuple(values) for key, values in mapping.items()}
+
+
+def _updates(mapping: Mapping[str, Update] | None) -> dict[str, Update]:
+    """Copy the updates, or say which is none."""
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, Mapping):
+        raise ModelError(
+            f"updates= must be a dict of functions by latent, got {type(mapping).__name__}"
+        )
+    for site, update in mapping.items():
+        if not callable(update):
+            raise ModelError(
+                f"updates[{site!r}] must be a function update(q, *args), got {type(update).__name__}"
+            )
+    return dict(mapping)
 
 
 def _callable_name(fn: Callable[..., Any]) -> str:

@@ -20,6 +20,7 @@ from pyro_vi_kit.methods import NAMES as METHODS
 from pyro_vi_kit.methods.epochs import Epochs
 from pyro_vi_kit.methods.starts import Found
 from pyro_vi_kit.model import Model
+from pyro_vi_kit.options import require_integer, require_positive
 from pyro_vi_kit.runtime import fresh_seed
 from pyro_vi_kit.types import Objective
 
@@ -100,14 +101,14 @@ def checked(
     if estimator not in objectives.ESTIMATORS:
         raise UnknownNameError("estimator", estimator, objectives.ESTIMATORS)
     if tol is not None:
-        _require_positive("tol", tol)
-    _require_integer("steps", steps, at_least=1)
+        require_positive("tol", tol)
+    require_integer("steps", steps, at_least=1, optional=True)
     if budget is not None:
-        _require_positive("budget", budget)
+        require_positive("budget", budget)
     each = batch_size.values() if isinstance(batch_size, Mapping) else [batch_size]
     for size in each:
-        _require_integer("batch_size", size, at_least=1)
-    _require_integer("seed", seed, at_least=0)
+        require_integer("batch_size", size, at_least=1, optional=True)
+    require_integer("seed", seed, at_least=0, optional=True)
     if resumed and init != "auto":
         raise OptionError(
             "init= does not go with resume=, which starts where the earlier fit ended"
@@ -163,22 +164,13 @@ def _plan(epochs: object, method: str, engine: str) -> Epochs | None:
     if epochs is None or isinstance(epochs, Epochs):
         plan = epochs
     else:
-        _require_integer("epochs", epochs, at_least=1)
+        require_integer("epochs", epochs, at_least=1)
         plan = Epochs(epochs)  # type: ignore[arg-type]
-    wrong = "method='lbfgs'" if method == "lbfgs" else "engine='pyro'" if engine == "pyro" else ""
+    wrong = "engine='pyro'" if engine == "pyro" else ""
+    if method in ("cavi", "lbfgs"):
+        wrong = f"method={method!r}"
     if plan is not None and wrong:
         raise OptionError(
             f"epochs= are of stochastic steps on the engines of this package: leave out {wrong}"
         )
     return plan
-
-
-def _require_positive(option: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise OptionError(f"{option}= must be a positive number, got {value!r}")
-
-
-def _require_integer(option: str, value: object, *, at_least: int) -> None:
-    integer = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-    if value is not None and not integer:
-        raise OptionError(f"{option}= must be an integer of at least {at_least}, got {value!r}")

@@ -89,7 +89,12 @@ def trained_again(
             )
         return approximation.guide, earlier.density  # type: ignore[attr-defined]
     where = device or approximation.density.device
-    density = Density(model, dtype=dtype or approximation.dtype, device=where)
+    density = Density(
+        model,
+        dtype=dtype or approximation.dtype,
+        device=where,
+        drawn=approximation.density.drawn,
+    )
     _require_same("latents", latents_of(approximation.density), latents_of(density))
     before = {name: density.cast(value) for name, value in approximation.params.items()}
     _require_same("learned parameters", _shapes(before), _shapes(density.params))

@@ -164,7 +164,7 @@ def _initialise(
     family = guide.families[guide.blocks[0].name]
     if len(guide.blocks) > 1 or not isinstance(family, GaussianFamily):
         if start is not None and isinstance(request.init, Mapping):
-            raise OptionError("init={site: value} needs a guide with one block for all latents")
+            _centre_globals(guide, start, request.init)
         return Start(False)
     if request.below is not None and _taken_over(family, request.below):
         return Start(True, () if request.found is None else request.found.peaks)
@@ -198,3 +198,19 @@ def _initialise(
         return Start(True, peaks)
     family.start_from(gaussian.loc, gaussian.scale_tril)
     return Start(True, peaks)
+
+
+def _centre_globals(guide: Guide, start: Tensor, init: Mapping[str, Any]) -> None:
+    """Centre the Gaussian of the globals on the point that ``init=`` names, beside discrete sites."""
+    block, density = guide.blocks[0], guide.density
+    family = guide.families[block.name]
+    if density.drawn is None or block.plate is not None or not isinstance(family, GaussianFamily):
+        raise OptionError("init={site: value} needs a guide with one block for all latents")
+    names = [site.name for site in block.sites]
+    for name in init:
+        if name not in names:
+            raise OptionError(
+                f"init= names {name!r}, which this guide holds row by row; it can start from values of "
+                f"{', '.join(names)}"
+            )
+    family.centre_on(block.pack(density.block.unpack(start.unsqueeze(0)))[0])

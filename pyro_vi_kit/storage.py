@@ -112,13 +112,13 @@ def restore(
     if header["guide"] is None:
         where = checked(device) or device_of((model.args, dict(model.kwargs)))
         return Restored(_traced(path, model, guide, tensors, dtype, where), record, None, None)
-    density = Density(model, dtype=dtype, device=device)
+    spec = guide if isinstance(guide, GuideSpec) else _spec(path, header)
+    density = Density(model, dtype=dtype, device=device, drawn=guides.drawn_of(spec))
     if header["latents"] != latents_of(density):
         raise ModelError(
             f"{path} is a posterior of latents {words(header['latents'])}; this model has "
             f"{words(latents_of(density))}: load it with the model and data that it was fitted to"
         )
-    spec = guide if isinstance(guide, GuideSpec) else _spec(path, header)
     built = _built(spec, density, header["tables"])
     try:
         built.load_state_dict(_part("guide.", tensors))
@@ -129,8 +129,13 @@ def restore(
 
 
 def tables_of(guide: Guide) -> list[str]:
-    """The plates whose rows have numbers of their own."""
-    blocks = [block for block in guide.blocks if guide.table(block) is not None]
+    """The plates whose rows have numbers of their own, other than tables that `build` makes itself."""
+    blocks = [
+        block
+        for block in guide.blocks
+        if guide.table(block) is not None
+        and (guide.name == guides.Amortized.name or not all(site.states for site in block.sites))
+    ]
     return [block.plate.name for block in blocks if block.plate is not None]
 
 
@@ -202,6 +207,8 @@ def _plain(value: Any) -> Any:
     """An option as JSON has it: a part with options of its own by its class and them."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {"class": type(value).__name__, "options": dataclasses.asdict(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
     return value
 
 
@@ -212,6 +219,8 @@ def _from_plain(value: Any) -> Any:
     if isinstance(value, dict) and value.get("class") in guides.__all__:
         options = {key: _from_plain(part) for key, part in value["options"].items()}
         return getattr(guides, value["class"])(**options)
+    if isinstance(value, dict):
+        return {key: _from_plain(part) for key, part in value.items()}
     return value
 
 

@@ -24,7 +24,7 @@ from pyro_vi_kit.engines import (
 )
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.methods import fixed_draws, mixtures, moments
+from pyro_vi_kit.methods import cavi, fixed_draws, mixtures, moments
 from pyro_vi_kit.methods.peaks import Peak, with_peaks
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.searches import is_searched, search_for
@@ -34,6 +34,7 @@ from pyro_vi_kit.posterior import is_small
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import Request
 from pyro_vi_kit.runtime import default_dtype
+from pyro_vi_kit.types import Status
 
 _SCORE_PARTICLES = 16
 _ANNEALED_PARTICLES = 1024
@@ -78,6 +79,9 @@ def train(
     if not isinstance(trainee, Guide) or density is None:
         _refuse_for_pyro_guide(request, checkpoint)
         return _train_pyro_guide(request, trainee, density, state)
+    if request.method == cavi.NAME:
+        _require_sweeps(request, density, checkpoint)
+        return _fit_by_sweeps(request, name, trainee, density)
     _require_compatible(request, trainee)
     estimator_of(request, trainee)
     if _use_search(request, trainee):
@@ -102,7 +106,8 @@ def train(
     finally:
         if isinstance(batches, StreamedBatches):
             batches.close()
-    outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, start.peaks, trainee))
+    status = _with_kept(with_peaks(outcome.status, start.peaks, trainee), trainee)
+    outcome = dataclasses.replace(outcome, status=status)
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     if isinstance(engine, EagerEngine):
@@ -118,18 +123,36 @@ def _fit_by_search(request: Request, guide: Guide, density: Density, progress: P
         "deadline": request.deadline,
         "progress": progress,
     }
-    point = starting.starting_point(request, density)
+    start: Any = starting.starting_point(request, density)
     if mixtures.applies_to(guide):
-        start = starting.components_of(guide) if request.resumed else point
         below = None if request.below is None else starting.gaussian_of(request.below)
-        return mixtures.fit(guide, start=start, found=request.found, below=below, **given)
+        given |= {"found": request.found, "below": below}
+        start = starting.components_of(guide) if request.resumed else start
+    elif request.resumed:
+        start = starting.gaussian_of(guide)
     search = search_for(guide)
     if search is None:
         raise OptionError(
             f"guide {guide.name!r} has no search that fits it: use method='stochastic'"
         )
-    start = starting.gaussian_of(guide) if request.resumed else point
     return search(guide, start=start, **given)
+
+
+def _fit_by_sweeps(request: Request, name: str, guide: Guide, density: Density) -> Trained:
+    """Train by coordinate ascent with the model's own updates."""
+    point = None if request.resumed else starting.starting_point(request, density)
+    with Progress(f"{name} (sweeps)", enabled=request.progress) as progress:
+        outcome = cavi.fit(
+            guide,
+            request.model.updates,
+            seed=request.seed,
+            tolerance=request.tolerance,
+            deadline=request.deadline,
+            progress=progress,
+            start=point,
+        )
+    approximation = GuideApproximation(name, guide, density.params)
+    return Trained(approximation, outcome, outcome.engine, None)
 
 
 def _match_moments(request: Request, name: str, guide: Guide, density: Density) -> Trained | None:
@@ -151,6 +174,16 @@ def _match_moments(request: Request, name: str, guide: Guide, density: Density) 
         return None
     outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, peaks, guide))
     return Trained(GuideApproximation(name, guide, density.params), outcome, outcome.engine, bound)
+
+
+def _with_kept(status: Status, guide: Guide) -> Status:
+    """Say which latents are normal although the families were to follow the supports."""
+    kept = [name for family in guide.families.values() for name in getattr(family, "kept", ())]
+    if not kept:
+        return status
+    names = ", ".join(map(repr, kept))
+    words = f"No family fits the support of {names}: normal in unconstrained space."
+    return dataclasses.replace(status, advice=f"{status.advice} {words}")
 
 
 def _engine(
@@ -195,12 +228,12 @@ def estimator_of(request: Request, guide: Guide | PyroGuide) -> str:
                 "pyro.infer.SVI has its own: leave estimator= out, or leave out engine='pyro'"
             )
         return "pathwise"
-    if request.estimator == "auto":
-        return estimators.chosen(guide, request.objective)  # type: ignore[arg-type]
-    reason = estimators.obstacle(guide, request.objective, request.estimator)  # type: ignore[arg-type]
+    automatic = request.estimator == "auto"
+    name = estimators.chosen(guide, request.objective) if automatic else request.estimator  # type: ignore[arg-type]
+    reason = estimators.obstacle(guide, request.objective, name)  # type: ignore[arg-type]
     if reason is not None:
-        raise OptionError(f"estimator={request.estimator!r} cannot work here: {reason}")
-    return request.estimator
+        raise OptionError(f"estimator={name!r} cannot work here: {reason}")
+    return name
 
 
 def _with_particles(request: Request, guide: Guide, density: Density) -> Request:
@@ -220,7 +253,8 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
     if request.objective.warmup and is_small(density):
         # How mass is shared among modes is settled by the few draws between them.
         particles = max(particles, _ANNEALED_PARTICLES)
-    if estimator_of(request, guide) == "score":
+    scored = any(getattr(family, "scored", False) for family in guide.families.values())
+    if scored or estimator_of(request, guide) == "score":
         # Each draw is compared with the others, and the noise is many times that of other estimators.
         particles = max(particles, _SCORE_PARTICLES)
     objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]
@@ -230,7 +264,7 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
 def _train_pyro_guide(
     request: Request, guide: PyroGuide, density: Density | None, state: dict[str, Any] | None
 ) -> Trained:
-    if request.method in ("lbfgs", "moments"):
+    if request.method in ("cavi", "lbfgs", "moments"):
         raise OptionError(
             f"method={request.method!r} runs the Gaussian guides of this package; use 'stochastic'"
         )
@@ -311,12 +345,50 @@ def _require_compatible(request: Request, guide: Guide) -> None:
         )
 
 
+def _require_sweeps(request: Request, density: Density, checkpoint: Checkpoint | None) -> None:
+    """Refuse coordinate ascent where the model has no updates, or something else was asked for too."""
+    updates = request.model.updates
+    latents = [site.name for site in density.latents]
+    missing = [name for name in latents if name not in updates]
+    if missing:
+        raise OptionError(
+            f"method='cavi' needs an update for each latent, and model {request.model.name!r} has "
+            f"none for {', '.join(map(repr, missing))}: give vi.Model(..., "
+            f"updates={{{missing[0]!r}: update}}), or leave method= out"
+        )
+    unknown = [name for name in updates if name not in latents]
+    if unknown:
+        raise OptionError(
+            f"updates= name {unknown[0]!r}, which is no continuous latent of model "
+            f"{request.model.name!r}; it has {', '.join(map(repr, latents))}"
+        )
+    plain = _is_plain_elbo(request.objective) and _without_steps(request) and checkpoint is None
+    if not plain or density.params or density.discrete or density.streamed is not None:
+        raise OptionError(
+            "method='cavi' sweeps over all data, with objective 'elbo', a model without learned "
+            "parameters and discrete latents, and none of engine='pyro', optimizer=, estimator=, "
+            "steps=, epochs=, checkpoint= and batch_size=: leave method= out"
+        )
+
+
 def _is_plain_elbo(objective: Objective) -> bool:
     """Whether it is the ELBO from the first step on, by no estimator of its own."""
     return (
         isinstance(objective, Elbo | Renyi)
         and type(objective).name in ("elbo", "renyi")
         and objective.is_elbo
+    )
+
+
+def _without_steps(request: Request) -> bool:
+    """Whether nothing is asked for that only stochastic steps have."""
+    return (
+        request.engine != "pyro"
+        and request.optimizer is None
+        and request.estimator == "auto"
+        and request.steps is None
+        and request.batch_size is None
+        and request.epochs is None
     )
 
 
@@ -344,14 +416,9 @@ def _require_room(request: Request) -> None:
 
 def _search_possible(request: Request, guide: Guide) -> bool:
     return (
-        (mixtures.applies_to(guide) or search_for(guide) is not None)
+        search_for(guide) is not None
         and _is_plain_elbo(request.objective)
-        and request.engine != "pyro"
-        and request.optimizer is None
-        and request.estimator == "auto"
-        and request.steps is None
-        and request.batch_size is None
-        and request.epochs is None
+        and _without_steps(request)
     )
 
 
@@ -364,12 +431,7 @@ def _use_moments(request: Request, guide: Guide, checkpoint: Checkpoint | None) 
     possible = (
         isinstance(request.objective, ForwardKl)
         and moments.applies_to(guide)
-        and request.engine != "pyro"
-        and request.optimizer is None
-        and request.estimator == "auto"
-        and request.steps is None
-        and request.batch_size is None
-        and request.epochs is None
+        and _without_steps(request)
         and checkpoint is None
     )
     if request.method == "moments" and not possible:

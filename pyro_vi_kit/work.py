@@ -10,24 +10,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 
-class _Counter(TorchDispatchMode):
-    """Adds up the numbers that operations put out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numbers = 0
+class Watcher(TorchDispatchMode):
+    """A dispatch mode that may be entered without the compiler."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # Otherwise torch imports its compiler, which takes a second or two.
+        # Asked, torch would import all of torch.compile, which takes a second or two.
         return False
+
+
+class _Counter(Watcher):
+    """Adds up the numbers that operations put out, views among them, and their bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = self.bytes = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        leaves = tree_flatten(out)[0]
-        self.numbers += sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
+        for leaf in tree_flatten(out)[0]:
+            if isinstance(leaf, Tensor):
+                self.numbers += leaf.numel()
+                self.bytes += leaf.numel() * leaf.element_size()
         return out
 
 
@@ -40,3 +46,10 @@ def work_of(function: Callable[[], Any]) -> int:
     with _Counter() as counter:
         function()
     return counter.numbers
+
+
+def bytes_of(function: Callable[[], Any]) -> int:
+    """Bytes that a call puts out in all its operations."""
+    with _Counter() as counter:
+        function()
+    return counter.bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 # No compiler beside the tests, and no libraries in the user's cache; what needs them says so.
 os.environ["PYRO_VI_KIT_COMPILE"] = "off"
+# A shell's background jobs ignore Ctrl-C, and so would all that they start: some tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +34,14 @@ def clean_param_store() -> Iterator[None]:
     left = sorted(set(store.keys()) ^ before)
     store.clear()
     assert not left, f"Pyro's param store was changed: {left}. Run in get_param_store().scope()."
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for compiled graphs, and compilers allowed."""
+    monkeypatch.setenv("PYRO_VI_KIT_CACHE", str(tmp_path))
+    monkeypatch.delenv("PYRO_VI_KIT_COMPILE", raising=False)
+    return tmp_path
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from pyro_vi_kit.engines import Batches, EagerEngine
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import REGISTRY
 from pyro_vi_kit.guides.local import HEADS
-from pyro_vi_kit.objectives.estimators import valid
+from pyro_vi_kit.objectives.estimators import chosen
 from pyro_vi_kit.runtime import RandomStream
 
 ENCODED = [name for name in HEADS if name != "delta"]
@@ -38,7 +38,7 @@ def steps(guide, sizes=None, objective="elbo"):
     """Bounds of three steps and two looks, and all that moves."""
     batches = Batches(sizes, device=guide.density.device) if sizes else None
     goal = objectives.make(objective, particles=3)
-    estimator = "dreg" if valid(guide, goal) else "pathwise"
+    estimator = chosen(guide, goal)
     engine = EagerEngine(guide, goal, seed=0, batches=batches, estimator=estimator)
     bounds = torch.cat([engine.run(3, 0.01).bounds, engine.evaluate(2)])
     moved = [*engine.parameters().values(), *engine.adam]

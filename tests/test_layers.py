@@ -30,6 +30,7 @@ LAYERS = (
         "work",
         "advice",
         "headed",
+        "options",
     ),
     ("stream",),
     ("model", "export", "capture", "psis_rows", "shifts"),

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from pyro_vi_kit.advice import Cure
+from pyro_vi_kit import guides
+from pyro_vi_kit.advice import RICHER, Cure
 from pyro_vi_kit.evaluation import gap_of, smooth
 from pyro_vi_kit.psis import Psis
 from pyro_vi_kit.shifts import Shifts, by_weights, flattened
@@ -228,3 +229,14 @@ def test_a_call_is_close_where_khat_counts_and_may_be_on_either_side():
     assert not is_close(weights_of(1.2, 0.5 * S), 0.2)
     assert not is_close(weights_of(0.6, 0.99 * S), 0.01)
     assert not is_close(weights_of(0.7, 20.0), 2.0)
+
+
+def test_richer_guides_are_guides():
+    names = guides.names()
+    assert set(RICHER) | set(RICHER.values()) <= set(names)
+    # From every guide the climb ends.
+    for name in RICHER:
+        seen = [name]
+        while seen[-1] in RICHER:
+            seen.append(RICHER[seen[-1]])
+            assert len(seen) <= len(names)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.processes import call
+
 
 class Records:
     """The rows of one script, each written as soon as it is there.
@@ -33,6 +35,26 @@ class Records:
             if row.get("error") is None and all(row.get(k) == v for k, v in key.items()):
                 return row
         return None
+
+    def measure(
+        self, key: Mapping[str, Any], target: str, arguments: Mapping[str, Any], *, cap: float
+    ) -> dict[str, Any]:
+        """The row of this key: of an earlier run, or measured now in a process of its own.
+
+        Args:
+            key: What the row is of.
+            target: What to call, ``package.module:function``; it returns the rest of the row.
+            arguments: Its keyword arguments.
+            cap: Seconds that it may take.
+
+        Returns:
+            The row; ``error`` is None, or why there is nothing beside the key.
+        """
+        row = self.find(key)
+        if row is None:
+            done = call(target, arguments, cap=cap)
+            row = self.add({**key, **(done.value or {}), "error": done.error})
+        return row
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write a row, all of whose values JSON can hold."""

@@ -18,6 +18,7 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.model import Model
+from pyro_vi_kit.options import require_integer
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import checked
 from pyro_vi_kit.runtime import RandomStream, default_dtype, fresh_seed
@@ -81,10 +82,9 @@ def calibrate(
         KeyboardInterrupt: If the user interrupts; nothing is kept.
     """
     started = time.monotonic()
-    _require_whole("simulations", simulations, FEWEST)
-    _require_whole("draws", draws, FEWEST_DRAWS)
-    if jobs is not None:
-        _require_whole("jobs", jobs, 1)
+    require_integer("simulations", simulations, at_least=FEWEST)
+    require_integer("draws", draws, at_least=FEWEST_DRAWS)
+    require_integer("jobs", jobs, at_least=1, optional=True)
     spec = _spec(guide, fitter)
     options: dict[str, Any] = {
         "objective": "elbo" if objective is None else objective,
@@ -182,9 +182,3 @@ def _references(density: Density, truths: Any) -> tuple[Tensor, Tensor]:
     quartiles = torch.quantile(z, z.new_tensor([0.25, 0.75]), dim=0)
     scale = (quartiles[1] - quartiles[0]) / 1.349
     return z.roll(-1, 0), torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
-def _require_whole(option: str, value: object, at_least: int) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
-    if not whole:
-        raise OptionError(f"{option}= must be an integer of at least {at_least}, got {value!r}")

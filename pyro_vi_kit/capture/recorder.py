@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_vi_kit.capture.graph import Graph, Node, Noise, Ref
 from pyro_vi_kit.capture.layout import Layout
 from pyro_vi_kit.capture.simplify import simplified
 from pyro_vi_kit.errors import ViError
+from pyro_vi_kit.work import Watcher
 
 _READ = torch.ops.aten._local_scalar_dense.default
 _CHECK = torch.ops.aten._linalg_check_errors.default
@@ -52,7 +52,7 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
     return recorder.graph(results)
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Watcher):
     """Notes each operation that inputs reach, by name of the tensors that it reads.
 
     What inputs reach is told by storage, so that a write through one view is seen through all others.
@@ -86,11 +86,6 @@ class _Recorder(TorchDispatchMode):
         self._read_only = set(self._reached)
         # Storages that came to be during the recording, and so belong to one run of it.
         self._made: set[int] = set()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Asked, torch would import all of torch.compile.
-        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None

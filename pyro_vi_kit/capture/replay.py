@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_vi_kit import work
 from pyro_vi_kit.capture.graph import Graph
 
 Run = Callable[..., Sequence[Tensor]]
@@ -32,27 +32,6 @@ def python(graph: Graph) -> Run:
     return names["replay"]
 
 
-class _Sizes(TorchDispatchMode):
-    """Adds up the bytes of all results, views among them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # Asked, torch would import all of torch.compile.
-        return False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        parts = result if isinstance(result, tuple | list) else (result,)
-        self.total += sum(t.numel() * t.element_size() for t in parts if isinstance(t, Tensor))
-        return result
-
-
 def bytes_of(function: Run, inputs: Sequence[Tensor]) -> int:
     """Bytes of all that a graph computes on its way, as `python` has it: found by running it once.
 
@@ -60,9 +39,8 @@ def bytes_of(function: Run, inputs: Sequence[Tensor]) -> int:
         function: The graph.
         inputs: An example of its inputs, noise included.
     """
-    with torch.no_grad(), _Sizes() as sizes:
-        function(*inputs)
-    return sizes.total
+    with torch.no_grad():
+        return work.bytes_of(lambda: function(*inputs))
 
 
 def script(function: Run, inputs: Sequence[Tensor]) -> Run:

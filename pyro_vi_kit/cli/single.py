@@ -51,7 +51,9 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @model_argument
 @click.option("--guide", show_default="full_rank", help="See vi-kit guides; auto tries several.")
 @click.option("--objective", show_default="elbo", help="See vi-kit objectives.")
-@click.option("--method", default="auto", show_default=True, help="auto, lbfgs or stochastic.")
+@click.option(
+    "--method", default="auto", show_default=True, help="auto, cavi, lbfgs, moments, stochastic."
+)
 @click.option(
     "--engine", default="auto", show_default=True, help="auto, captured, compiled, eager or pyro."
 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_vi_kit.density.batching import Batching, batched, first_that_agrees
 from pyro_vi_kit.density.compat import VectorisedCauchy
+from pyro_vi_kit.density.drawn import Drawn
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
 from pyro_vi_kit.density.layout import Block, global_block
@@ -47,12 +48,14 @@ class Density:
         dtype: Precision of everything: arguments, learned parameters and literals are cast to it.
         device: Where everything is: arguments, learned parameters and what the model closes over are
             copied there. By default where the arguments are.
+        drawn: Discrete latents that are not summed out: they are among ``latents``, by a weight for each
+            of their states.
 
     Attributes:
         device: Where everything is.
         structure: Sites, plates and parameters, as two runs of the model met them.
-        latents: The continuous latent sites, in the model's order.
-        discrete: The discrete latent sites, which are summed out exactly.
+        latents: The continuous latent sites and the drawn ones, in the model's order.
+        discrete: The other discrete latent sites, which are summed out exactly.
         block: Their layout in a flat vector.
         dim: D, the length of that vector.
         data: The tensors among the model's arguments, cast.
@@ -76,11 +79,13 @@ class Density:
         *,
         dtype: torch.dtype = torch.float64,
         device: Device | None = None,
+        drawn: Drawn | None = None,
     ) -> None:
         self.model = model
+        self.drawn = drawn
         self.dtype = dtype
         self.recordings: Recordings | None = None
-        self._runner = Runner(model, dtype, checked(device))
+        self._runner = Runner(model, dtype, checked(device), drawn)
         self.device: torch.device = self._runner.device
         self.data: list[Tensor] = self._runner.data
         self.structure, visits = discover(self._runner)
@@ -94,6 +99,8 @@ class Density:
             for name, p in self.structure.parameters.items()
             if p.owner is not None
         }
+        if drawn is not None:
+            drawn.require_known(name for name, visit in visits.items() if visit.has_states)
         require_usable(visits)
         self.streamed: Streamed | None = (
             None if model.stream is None else streamed(self._runner, model.stream)
@@ -107,6 +114,7 @@ class Density:
         with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.
             z = self.cast(0.3 * torch.randn(3, self.dim, dtype=dtype, device="cpu"))
+            z = self.block.pack(self.within(self.block.unpack(z)))
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
             self._require_true_sum(z)
@@ -117,6 +125,11 @@ class Density:
         Random points are drawn on the CPU and brought here, so that they are the same everywhere.
         """
         return self._runner.cast(tensor)
+
+    def within(self, z: Mapping[str, Tensor]) -> Values:
+        """Unconstrained values in which the weights of drawn discrete sites are on the simplex."""
+        states = {site.name for site in self.latents if site.states}
+        return {name: v.softmax(-1) if name in states else v for name, v in z.items()}
 
     # -- evaluation ---------------------------------------------------------------------------
 
@@ -332,7 +345,7 @@ class Density:
             )
             self._run(replay, params, model=model)
             visits = [v for v in replay.visits.values() if v.kind != "factor"]
-            return {v.name: v.value.long() if v.kind == "discrete" else v.value for v in visits}
+            return {v.name: v.value.long() if v.has_states else v.value for v in visits}
 
         try:
             return self._sampled(single, points)
@@ -473,7 +486,7 @@ class Density:
 
         args, kwargs = self.arguments()
         model = Model(some, *args, kwargs=kwargs)
-        density = Density(model, dtype=self.dtype, device=self.device)
+        density = Density(model, dtype=self.dtype, device=self.device, drawn=self.drawn)
         density.params = self.params
         return density
 
@@ -559,7 +572,7 @@ class Density:
         return Enumerated(replay.visits, self._runner.nesting).draw()[0]
 
     def _exported(self, visit: Visit) -> Tensor:
-        return visit.value.long() if visit.kind == "discrete" else visit.value.to(self.dtype)
+        return visit.value.long() if visit.has_states else visit.value.to(self.dtype)
 
     def _by_site(self, z: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self.block.unpack(z) if isinstance(z, Tensor) else z

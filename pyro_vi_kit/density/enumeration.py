@@ -12,6 +12,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyro_vi_kit.density.drawn import Drawn
 from pyro_vi_kit.density.elimination import Factor, Plates, draw, eliminate
 from pyro_vi_kit.density.handlers import Visit, kind_of
 from pyro_vi_kit.errors import ModelError
@@ -27,17 +28,21 @@ class Enumeration(EnumMessenger):
 
     Args:
         nesting: Batch dims that plates may take, counted from the right.
+        drawn: Sites that have values of their own.
     """
 
-    def __init__(self, nesting: int) -> None:
+    def __init__(self, nesting: int, drawn: Drawn | None = None) -> None:
         super().__init__(first_available_dim=-1 - nesting)
         self.nesting = nesting
+        self.drawn = drawn
 
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], _Subsample):
             return
         if not msg["done"] and kind_of(msg) == "discrete":
-            options = {"enumerate": "parallel", "expand": False, "num_samples": None}
+            summed = self.drawn is None or self.drawn.of(msg["name"]) is None
+            how = "parallel" if summed else None
+            options = {"enumerate": how, "expand": False, "num_samples": None}
             msg["infer"] = {**msg["infer"], **options}
         super()._pyro_sample(msg)
 

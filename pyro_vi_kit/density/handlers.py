@@ -24,6 +24,7 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
+from pyro_vi_kit.density.drawn import Choice, Drawn, hardened
 from pyro_vi_kit.density.modules import owner_of_param
 from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.errors import ModelError
@@ -49,6 +50,12 @@ class Visit:
     infer: Mapping[str, Any] = field(default_factory=dict)
     unconstrained: Tensor | None = None
     log_det: Tensor | None = None
+    choice: Choice | None = None
+
+    @property
+    def has_states(self) -> bool:
+        """Whether it is a discrete latent, summed out or not."""
+        return self.kind == "discrete" or self.choice is not None
 
     def log_prob(self) -> Tensor:
         """The site's log density as in Pyro's traces, scale and mask applied: [*batch], nats."""
@@ -56,7 +63,11 @@ class Visit:
 
     def unscaled(self) -> Tensor:
         """The same without the scale."""
-        log_prob = self.fn.log_prob(self.value)
+        relaxed = self.choice is not None and self.choice.relaxed
+        if relaxed and self.choice is not None and self.unconstrained is not None:
+            log_prob = self.choice.log_prob(self.unconstrained)
+        else:
+            log_prob = self.fn.log_prob(self.value)
         if self.mask is False:
             return torch.full_like(log_prob, self._hidden())
         if isinstance(self.mask, Tensor):
@@ -65,6 +76,10 @@ class Visit:
 
     def _hidden(self) -> float:
         """What stands where a mask hides: nothing, or for a discrete latent what sums to one."""
+        if self.choice is not None:
+            batch = self.choice.base.batch_shape
+            cells = math.prod(batch[len(batch) - self.choice.inner :])
+            return -cells * math.log(len(self.choice.states))
         if self.kind == "discrete" and self.fn.has_enumerate_support:
             return -math.log(self.fn.enumerate_support(expand=False).shape[0])
         return 0.0
@@ -94,6 +109,7 @@ class Replay(Messenger):
         fill: Makes the unconstrained value of a latent that nothing was given for.
         simulate: Draw observed sites anew instead of using the data.
         sample_latents: Draw latents from their conditional prior where nothing was given.
+        drawn: Discrete latents that are not summed out, and are latents like the continuous ones.
 
     Attributes:
         declared: The subsample size of each plate that declares one.
@@ -108,6 +124,7 @@ class Replay(Messenger):
     fill: Fill = torch.zeros
     simulate: bool = False
     sample_latents: bool = False
+    drawn: Drawn | None = None
     declared: dict[str, int] = field(default_factory=dict)
     visits: dict[str, Visit] = field(default_factory=dict)
     param_visits: dict[str, ParamVisit] = field(default_factory=dict)
@@ -134,7 +151,11 @@ class Replay(Messenger):
             mask=msg["mask"],
             infer=msg["infer"],
         )
-        if kind == "latent":
+        relaxed = None if self.drawn is None else self.drawn.of(visit.name)
+        if kind == "discrete" and relaxed is not None:
+            visit.kind = "latent"
+            self._set_drawn(visit, relaxed)
+        elif kind == "latent":
             self._set_latent(visit)
         elif kind == "discrete" and not self.enumerate:
             given = self.constrained.get(visit.name)
@@ -146,6 +167,23 @@ class Replay(Messenger):
         msg["value"] = visit.value
         msg["done"] = True
         self.visits[visit.name] = visit
+
+    def _set_drawn(self, visit: Visit, relaxed: bool) -> None:
+        """Give a discrete latent its value: unconstrained, constrained, prior, fill."""
+        visit.choice = choice = Choice.of(visit.name, visit.fn, relaxed)
+        given = self.unconstrained.get(visit.name)
+        value = self.constrained.get(visit.name)
+        # Rows of new data are other rows: theirs are drawn.
+        moved = self.simulate and given is not None and given.shape != choice.shape()
+        if moved or (self.sample_latents and given is None):
+            visit.value = visit.fn.sample() if moved or value is None else value
+            return
+        if given is None and value is not None:
+            given = choice.weights(value, torch.empty((), dtype=torch.get_default_dtype()))
+        visit.unconstrained = hardened(self.fill(choice.shape())) if given is None else given
+        visit.value = choice.value(visit.unconstrained)
+        batch = visit.unconstrained.shape[: visit.unconstrained.dim() - 1 - choice.inner]
+        visit.log_det = visit.unconstrained.new_zeros(batch)
 
     def _set_latent(self, visit: Visit) -> None:
         """Give the latent its value, by the first of: unconstrained, constrained, prior, fill."""

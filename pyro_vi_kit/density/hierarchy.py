@@ -39,7 +39,7 @@ def centred_sites(density: Density) -> list[Centred]:
         leaves = {
             name: visit.unconstrained
             for name, visit in replay.visits.items()
-            if visit.kind == "latent" and visit.unconstrained is not None
+            if visit.kind == "latent" and visit.choice is None and visit.unconstrained is not None
         }
         found = []
         for site in density.latents:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_vi_kit.density.compat import plain
+from pyro_vi_kit.density.drawn import Drawn
 from pyro_vi_kit.density.enumeration import Enumeration
 from pyro_vi_kit.density.handlers import Replay, subsample_indices
 from pyro_vi_kit.density.modules import swapped_parameters
@@ -41,6 +42,7 @@ class Runner:
         model: The model and its data.
         dtype: Precision that floating arguments are cast to.
         device: Where all tensors are put; where the model's arguments are when None.
+        drawn: Discrete latents that are not summed out.
 
     Attributes:
         data: The tensors among the model's arguments, cast.
@@ -50,9 +52,14 @@ class Runner:
     """
 
     def __init__(
-        self, model: Model, dtype: torch.dtype, device: torch.device | None = None
+        self,
+        model: Model,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        drawn: Drawn | None = None,
     ) -> None:
         self.model = model
+        self.drawn = drawn
         self.dtype = dtype
         self._leaves, self._spec = tree_flatten((model.args, dict(model.kwargs)))
         self.device = device_of(self._leaves) if device is None else device
@@ -107,9 +114,11 @@ class Runner:
     ) -> None:
         """Run the model under ``replay``, which keeps what it saw. Call it inside `isolated`."""
         args, kwargs = self.arguments(data, model)
-        replay.params = params
+        replay.params, replay.drawn = params, self.drawn
         # Inside of the replay, which sees a discrete site with all its values.
-        discrete = Enumeration(self.nesting) if replay.enumerate else contextlib.nullcontext()
+        discrete = (
+            Enumeration(self.nesting, self.drawn) if replay.enumerate else contextlib.nullcontext()
+        )
         with self._handlers(params, index, replay.declared), replay, discrete:
             self.model.fn(*args, **kwargs)
 

@@ -41,6 +41,8 @@ class Site:
         transform: Unconstrained to constrained, or None where it changes with other latents or is
             made of data, and so has to be rebuilt at each run.
         improper: Whether the prior is an `ImproperUniform`.
+        states: S of a discrete latent that is not summed out, whose unconstrained value is a weight for
+            each state, `[..., S]`; 0 for any other site.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Site:
     unconstrained_shape: torch.Size
     transform: Any
     improper: bool
+    states: int = 0
 
     @property
     def data_plate(self) -> Plate | None:
@@ -155,7 +158,7 @@ def starts(device: torch.device) -> list[Fill]:
 
 
 def _site(visit: Visit) -> Site:
-    latent = visit.kind == "latent"
+    latent = visit.kind == "latent" and visit.choice is None
     plates = tuple(
         Plate(frame.name, int(frame.dim or 0), int(frame.full_size or frame.size))
         for frame in visit.frames
@@ -179,6 +182,7 @@ def _site(visit: Visit) -> Site:
         if latent and _is_fixed(visit.fn.support)
         else None,
         improper=is_improper(visit.fn),
+        states=0 if visit.choice is None else len(visit.choice.states),
     )
 
 

@@ -27,8 +27,8 @@ def bijector(name: str, fn: Any) -> Any:
         ModelError: If there is none.
     """
     if isinstance(_base(fn), torch.distributions.VonMises):
-        circle = constraints.interval(-math.pi, math.pi)
-        return _map(constraints.independent(circle, fn.event_dim) if fn.event_dim else circle)
+        turn = Turn()
+        return IndependentTransform(turn, fn.event_dim) if fn.event_dim else turn
     try:
         return _map(fn.support)
     except NotImplementedError as error:
@@ -73,6 +73,13 @@ def _is_fixed(support: Any) -> bool:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     return not any(isinstance(value, Tensor) for value in vars(support).values())
+
+
+class Turn(ComposeTransform):
+    """A number to an angle within (-pi, pi), of a distribution that is periodic in it."""
+
+    def __init__(self) -> None:
+        super().__init__(biject_to(constraints.interval(-math.pi, math.pi)).parts)
 
 
 class LowerCholesky(Transform):

@@ -13,6 +13,7 @@ from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
 from pyro_vi_kit.guides.autoregressive import Autoregressive
 from pyro_vi_kit.guides.delta import Delta
+from pyro_vi_kit.guides.discrete import drawn_of
 from pyro_vi_kit.guides.full_rank import FullRank
 from pyro_vi_kit.guides.gaussian_mixture import Mixture
 from pyro_vi_kit.guides.held import held_at_mean, mean_of_globals
@@ -20,6 +21,7 @@ from pyro_vi_kit.guides.laplace import Laplace
 from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.low_rank import LowRank
 from pyro_vi_kit.guides.mean_field import MeanField
+from pyro_vi_kit.guides.mixed import Relaxed
 from pyro_vi_kit.guides.neural_spline import NeuralSpline
 from pyro_vi_kit.guides.pathfinder import Pathfinder
 from pyro_vi_kit.guides.per_datum import per_datum, tabulated
@@ -74,7 +76,7 @@ _ABOUT_AUTO = About(
     does="what the richest of the guides tried can",
     cost="two minutes at most, unless budget= says otherwise",
     use="when nobody knows which guide",
-    paper="",
+    paper="none: see docs/BELIEVE.md",
 )
 _AUTO_LINE = (
     "Climbs from a Gaussian to flows and mixtures while the verdict asks for it (vi.fit only)."
@@ -101,11 +103,13 @@ __all__ = [
     "Pathfinder",
     "Planar",
     "Radial",
+    "Relaxed",
     "Structured",
     "StudentT",
     "about",
     "choices",
     "describe",
+    "drawn_of",
     "held_at_mean",
     "make",
     "mean_of_globals",
@@ -179,6 +183,6 @@ def make(
     """
     spec = specify(guide, **options)
     if isinstance(model, Model):
-        model = Density(model, dtype=dtype or default_dtype(), device=device)
+        model = Density(model, dtype=dtype or default_dtype(), device=device, drawn=drawn_of(spec))
     with RandomStream(seed):
         return spec.build(model)

@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_vi_kit.density import Block, Density, Plate, Site
+from pyro_vi_kit.density import Block, Density, Plate, Site, rows_apart
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.local import LocalFamily, Table
@@ -34,12 +34,15 @@ class Draw(NamedTuple):
         local: log q of each local block, `[K, B]` by plate, nats.
         flat: The same values before they were split into sites, by block: `[K, D]`, or `[1, D]` where
             all particles share them, or `[K, B, d]`.
+        scored: The part of `local` that is of discrete sites trained by the score function, at these
+            draws held fixed: it is a constant in `local`, and differentiable here.
     """
 
     z: dict[str, Tensor]
     shared: Tensor
     local: dict[str, Tensor]
     flat: Mapping[str, Tensor] = MappingProxyType({})
+    scored: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Guide(nn.Module):
@@ -75,6 +78,7 @@ class Guide(nn.Module):
         self.point = point
         self.batch_size: int | None = None
         self._contexts: dict[str, Tensor] = {}
+        self._apart: bool | None = None
         # Unique in the process: two guides in one parameter store must not share parameters.
         self._pyro_name = f"{name}_{next(_SERIAL)}"
         self.to(density.device, density.dtype)
@@ -91,8 +95,10 @@ class Guide(nn.Module):
         detached: bool = False,
         mirrored: bool = False,
         given: Draw | None = None,
+        relaxed: bool = False,
+        updates: Tensor | None = None,
     ) -> Draw:
-        """K reparameterised draws, from torch's global random state.
+        """K reparameterised draws, from torch's global random state; discrete sites as they are.
 
         Args:
             particles: K.
@@ -104,10 +110,13 @@ class Guide(nn.Module):
             mirrored: Let an even number of draws come in pairs, mirror images about the mean where a
                 family is symmetric: what is odd in them then cancels.
             given: An earlier draw of as many particles, whose globals are taken again.
+            relaxed: Soften the draws of discrete sites that are trained so.
+            updates: Steps taken so far, a scalar, for their temperature.
         """
         values: dict[str, Tensor] = {}
         local: dict[str, Tensor] = {}
         flats: dict[str, Tensor] = {}
+        scored: dict[str, Tensor] = {}
         shared = torch.zeros(particles, dtype=self.density.dtype, device=self.density.device)
         for block in self.blocks:
             family: Any = self.families[block.name]
@@ -125,6 +134,15 @@ class Guide(nn.Module):
                     shape, rows = self._beside(self._global(flats), rows, particles)
                     # Given shared globals log q is of the local draws alone.
                     flat, log_q = family.draw_given(shape, rows, detached=detached, live=not share)
+                elif family.scored or family.relaxed:
+                    flat, log_q, own = family(rows).draw(
+                        (particles,),
+                        detached=detached,
+                        mirrored=mirrored,
+                        relaxed=relaxed,
+                        updates=updates,
+                    )
+                    scored |= {} if own is None else {block.plate.name: own}
                 else:
                     flat, log_q = family.draw(
                         (particles,), rows, detached=detached, mirrored=mirrored
@@ -132,7 +150,7 @@ class Guide(nn.Module):
                 local[block.plate.name] = log_q
                 values.update(block.unpack(flat))
             flats[block.name] = flat
-        return Draw(values, shared, local, flats)
+        return Draw(values, shared, local, flats, scored)
 
     def _global(self, flats: Mapping[str, Tensor]) -> Tensor:
         """What was drawn of the globals, `[K, D]`."""
@@ -213,6 +231,12 @@ class Guide(nn.Module):
                 _, rows = self._beside(common, rows, len(flat))
             local[block.plate.name] = family(rows).log_prob(flat)
         return shared, local
+
+    def rows_apart(self) -> bool:
+        """Whether, given the globals, each row's latents enter the terms of that row alone."""
+        if self._apart is None:
+            self._apart = rows_apart(self.density, self.blocks)
+        return self._apart
 
     def rows(
         self,

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.coupling import CouplingFlow
 from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.full_rank import require_dense
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.one_block import OneBlock
+from pyro_vi_kit.guides.options import (
+    require_count,
+    require_dense,
+    require_positive,
+    require_widths,
+)
 from pyro_vi_kit.registry import About
 
 Permutations = Literal["random", "reverse", "none"]
 
 
 @dataclass(frozen=True)
-class AffineCoupling:
+class AffineCoupling(OneBlock):
     """RealNVP flow over a Gaussian: bends what the Gaussian cannot (funnels, bananas).
 
     Args:
@@ -60,14 +62,6 @@ class AffineCoupling:
                 f"{self.name}: permutations must be one of {known}, got {self.permutations!r}"
             )
 
-    def build(self, density: Density) -> Guide:
-        """The guide for this model; weights and permutations from torch's random state.
-
-        Raises:
-            OptionError: If the model has too many latents for a dense covariance.
-        """
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
-
     def family(self, dim: int) -> Family:
         """The family over `[D]`.
 
@@ -90,26 +84,3 @@ class AffineCoupling:
         }
         made = [orders[self.permutations]() for _ in range(self.layers // 2)]
         return torch.stack(made) if made else order.new_zeros(0, dim)
-
-
-def require_widths(name: str, hidden: object) -> tuple[int, ...]:
-    """Layer widths as a tuple; one number stands for one layer.
-
-    Raises:
-        OptionError: If a width is no positive integer.
-    """
-    widths = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
-    if not widths or not all(is_count(width) for width in widths):
-        raise OptionError(f"{name}: hidden must be positive layer widths, got {hidden!r}")
-    return widths  # type: ignore[return-value]
-
-
-def require_count(name: str, option: str, value: object) -> None:
-    """Refuse an option that is no positive integer."""
-    if not is_count(value):
-        raise OptionError(f"{name}: {option} must be a positive integer, got {value!r}")
-
-
-def is_count(value: object) -> bool:
-    """Whether a value is a positive integer."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

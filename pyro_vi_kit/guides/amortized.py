@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from pyro_vi_kit.density import Block, Density, Plate, Site
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide, encoder_inputs
-from pyro_vi_kit.guides.affine_coupling import AffineCoupling, require_widths
+from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.autoregressive import Autoregressive
+from pyro_vi_kit.guides.discrete import Discrete, arranged, drawing, head_of, require_discrete
 from pyro_vi_kit.guides.encoder import Standardised, custom_encoder
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.full_rank import FullRank
-from pyro_vi_kit.guides.local import HeadSpec, LocalFamily, head_for
+from pyro_vi_kit.guides.local import HeadSpec, LocalFamily, head_for, local_name
 from pyro_vi_kit.guides.low_rank import LowRank
-from pyro_vi_kit.guides.mean_field import MeanField, require_positive
+from pyro_vi_kit.guides.mean_field import MeanField
 from pyro_vi_kit.guides.neural_spline import NeuralSpline
+from pyro_vi_kit.guides.options import require_positive, require_widths
 from pyro_vi_kit.guides.planar import Planar
 from pyro_vi_kit.guides.radial import Radial
 from pyro_vi_kit.guides.student_t import StudentT
@@ -70,6 +72,9 @@ class Amortized:
         conditioned: Let encoders see the draws of the global latents, so that a datum's latents are
             correlated with them.
         init_scale: Initial standard deviation of the global latents.
+        discrete: Discrete sites in a data plate that are not summed out: ``"score"`` or ``"relaxed"``
+            for all, or a dict by site; see `MeanField`. The encoder's numbers for them are logits, one
+            for each state, behind those of the continuous latents.
 
     Raises:
         OptionError: If an option is out of its range.
@@ -89,8 +94,15 @@ class Amortized:
     globals: str | GlobalSpec = "mean_field"
     conditioned: bool = False
     init_scale: float = 0.1
+    discrete: Discrete | None = None
 
     def __post_init__(self) -> None:
+        require_discrete(self.name, self.discrete)
+        if self.discrete is not None and self.conditioned:
+            raise OptionError(
+                f"{self.name}: discrete= draws each datum's sites by what is known of the datum alone: "
+                "leave conditioned= out"
+            )
         require_positive(self.name, "init_scale", self.init_scale)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
         modules = self.encoder.values() if isinstance(self.encoder, Mapping) else [self.encoder]
@@ -111,9 +123,12 @@ class Amortized:
             OptionError: If the model has no data plate with latents and observations, or an encoder's
                 output has the wrong shape.
         """
+        if self.discrete is not None:
+            density = drawing(density, self.discrete)
         inside = self._by_plate(density)
         local = {site.name for sites in inside.values() for site in sites}
         outside = tuple(site for site in density.latents if site.name not in local)
+        self._require_read(outside)
         blocks: dict[Block, Family] = {}
         extra = 0
         if outside:
@@ -121,13 +136,13 @@ class Amortized:
             blocks[shared] = self._global_spec().family(shared.dim)
             extra = shared.dim if self.conditioned else 0
         for plate, sites in inside.items():
-            block = Block(local_name(plate, len(inside)), sites, plate)
+            block = Block(local_name(plate, len(inside)), arranged(sites), plate)
             inputs = encoder_inputs(density, block, density.observations())
             blocks[block] = self._local(block, inputs, extra)
         return Guide(self.name, density, blocks)
 
     def _local(self, block: Block, inputs: Tensor, extra: int) -> LocalFamily:
-        head = head_for(self.local, block.dim)
+        head = head_of(self.local, block, self.discrete)
         encoder = self.encoder
         if isinstance(encoder, Mapping):
             encoder = encoder.get(block.plate.name if block.plate else "")
@@ -175,6 +190,14 @@ class Amortized:
         self._require_known(read)
         return {density.structure.plates[name]: sites for name, sites in read.items()}
 
+    def _require_read(self, outside: tuple[Site, ...]) -> None:
+        for site in outside:
+            if site.states:
+                raise OptionError(
+                    f"{self.name}: discrete site {site.name!r} lies in plate {site.plates[0].name!r}, "
+                    "where an encoder has nothing to read: use vi.guides.MeanField(discrete=...)"
+                )
+
     def _require_known(self, plates: Mapping[str, object]) -> None:
         given = self.encoder
         if isinstance(given, Mapping):
@@ -189,8 +212,3 @@ class Amortized:
                 f"{self.name}: plates {', '.join(plates)} need an encoder each: give encoder= a dict "
                 "by plate, or leave it out"
             )
-
-
-def local_name(plate: Plate, plates: int) -> str:
-    """What a guide calls the block of a plate, of so many."""
-    return "local" if plates == 1 else f"local_{plate.name.replace('.', '_')}"

@@ -11,9 +11,8 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vi_kit.guides.coupling_layers import MAX_LOG_SCALE
 from pyro_vi_kit.guides.heads import Head
-
-_MAX_LOG_SCALE = 2.0
 
 
 class CouplingHead(Head):
@@ -116,4 +115,4 @@ class Coupling(dist.transforms.Transform):
         """Log scale and shift of the moved half."""
         features = self._features.expand(*given.shape[:-1], self._features.shape[-1])
         raw, shift = layer(torch.cat([given, features], -1)).chunk(2, -1)
-        return _MAX_LOG_SCALE * torch.tanh(raw), shift
+        return MAX_LOG_SCALE * torch.tanh(raw), shift

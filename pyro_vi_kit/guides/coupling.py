@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
-import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vi_kit.guides.coupling_layers import (
@@ -20,15 +16,12 @@ from pyro_vi_kit.guides.coupling_layers import (
     slope_of_log_q,
     uncouple,
 )
-from pyro_vi_kit.guides.families import DenseNormal, GaussianFamily
+from pyro_vi_kit.guides.flows import OUTPUT_UNIT, Flow
 
-# An optimiser like Adam moves every weight of a last layer at once, and their effects add up. In this
-# unit a step means about as much for a network's output as it does for the affine map.
-_OUTPUT_UNIT = 0.25
 _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 
 
-class CouplingFlow(GaussianFamily):
+class CouplingFlow(Flow):
     """Coupling layers under an affine map.
 
     Each layer scales and shifts one half of the coordinates by a tanh network of the other half; in
@@ -51,26 +44,18 @@ class CouplingFlow(GaussianFamily):
     def __init__(
         self, dim: int, layers: int, hidden: Sequence[int], permutations: Tensor, scale: float
     ) -> None:
-        super().__init__()
-        self.affine = DenseNormal(dim, scale)
+        super().__init__(dim, scale)
         self.permutations: Tensor
         self.register_buffer("permutations", permutations)
-        self._dim = dim
         given, moved = dim // 2, dim - dim // 2
         self.unit: Tensor
-        unit = torch.tensor([_OUTPUT_UNIT / MAX_LOG_SCALE] * moved + [_OUTPUT_UNIT] * moved)
+        unit = torch.tensor([OUTPUT_UNIT / MAX_LOG_SCALE] * moved + [OUTPUT_UNIT] * moved)
         self.register_buffer("unit", unit, persistent=False)
         widths = [given, *hidden, 2 * moved]
         shapes = list(pairwise(widths)) if dim > 1 else []
         self.weights = nn.ParameterList(torch.randn(layers, i, o) / math.sqrt(i) for i, o in shapes)
         self.biases = nn.ParameterList(torch.zeros(layers, o) for _, o in shapes)
-        self._to_identity()
-
-    def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        """The distribution, event shape `[D]`."""
-        base = dist.Normal(self.affine.loc.new_zeros(self._dim), 1.0).to_event(1)
-        affine = dist.transforms.LowerCholeskyAffine(*self.affine.moments(), cache_size=1)
-        return dist.TransformedDistribution(base, [_Coupling(self), affine])
+        self.to_identity()
 
     def draw(
         self,
@@ -81,10 +66,7 @@ class CouplingFlow(GaussianFamily):
         mirrored: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `Family.draw`; in one pass, with no way back through the layers."""
-        loc = self.affine.loc
-        count = shape[0] // 2 if mirrored else shape[0]
-        noise = torch.randn(count, *shape[1:], self._dim, dtype=loc.dtype, device=loc.device)
-        noise = torch.cat([noise, -noise]) if mirrored else noise
+        noise = self.noise(shape, mirrored=mirrored)
         coupled, log_scales, steps = self.couple(noise)
         mean, scale_tril = self.affine.moments()
         value = mean + coupled @ scale_tril.T
@@ -104,8 +86,13 @@ class CouplingFlow(GaussianFamily):
         y, log_det, steps = couple(flat, self.permutations, *self._networks())
         return y.reshape(x.shape), log_det.reshape(x.shape[:-1]), steps
 
-    def uncouple(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Back through the layers: `[..., D]`, and the log determinant of `couple` there, `[...]`."""
+    def bend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Flow.bend`."""
+        y, log_det, _ = self.couple(x)
+        return y, log_det
+
+    def trace_back(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Flow.trace_back`; here it is always known."""
         if not len(self.weights):
             return y, y.new_zeros(y.shape[:-1])
         flat = y.reshape(-1, self._dim)
@@ -129,15 +116,6 @@ class CouplingFlow(GaussianFamily):
         weights = [*self.weights[:-1], self.weights[-1] * self.unit]
         return weights, [*self.biases[:-1], self.biases[-1] * self.unit]
 
-    def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Take this Gaussian as the frame; parameters go back to zero."""
-        self.affine.start_from(loc, scale_tril)
-        self._to_identity()
-
-    def centre_on(self, loc: Tensor) -> None:
-        """Move the mean of the affine map."""
-        self.affine.centre_on(loc)
-
     @torch.no_grad()
     def extend(self, smaller: CouplingFlow) -> None:
         """Become the same distribution as a flow of fewer layers, or of narrower networks.
@@ -149,7 +127,7 @@ class CouplingFlow(GaussianFamily):
             smaller: With as many hidden layers, and an even number of layers fewer.
         """
         self.affine.load_state_dict(smaller.affine.state_dict())
-        self._to_identity()
+        self.to_identity()
         new = len(self.permutations) - len(smaller.permutations)
         self.permutations[new:].copy_(smaller.permutations)
         for own, known in zip(self.weights, smaller.weights, strict=True):
@@ -171,36 +149,7 @@ class CouplingFlow(GaussianFamily):
             bias.normal_()
 
     @torch.no_grad()
-    def _to_identity(self) -> None:
+    def to_identity(self) -> None:
         """Zero the last layer of each network: shift 0 and log scale 0, whatever goes in."""
         for last in (*self.weights[-1:], *self.biases[-1:]):
             last.zero_()
-
-
-class _Coupling(dist.transforms.Transform):
-    """The layers of a flow as a transform that remembers its last pair, for stock Pyro."""
-
-    domain = constraints.real_vector
-    codomain = constraints.real_vector
-    bijective = True
-
-    def __init__(self, flow: CouplingFlow) -> None:
-        super().__init__(cache_size=1)
-        self._flow = flow
-        self._log_det: tuple[Any, Any, Any] = (None, None, None)
-
-    def _call(self, x: Tensor) -> Tensor:
-        y, log_det, _ = self._flow.couple(x)
-        self._log_det = x, y, log_det
-        return y
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        x, log_det = self._flow.uncouple(y)
-        self._log_det = x, y, log_det
-        return x
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Sum of the log scales at x, `[...]`."""
-        if self._log_det[0] is x and self._log_det[1] is y:
-            return self._log_det[2]
-        return self._flow.couple(x)[1]

@@ -49,16 +49,32 @@ class Family(nn.Module, ABC):
             mirrored: Make the second half of an even number of draws the mirror image of the first,
                 where the distribution is symmetric.
         """
-        distribution = self(context)
-        if mirrored and _is_symmetric(distribution):
-            half = distribution.rsample((shape[0] // 2, *shape[1:]))
-            value = torch.cat([half, 2.0 * distribution.mean - half])
-        else:
-            draw = distribution.rsample if self.reparameterised else distribution.sample
-            value = draw(shape)
-        # The copy shares no cache with the original, whose way back to the noise knows parameters.
-        density = detach(distribution) if detached else distribution
-        return value, density.log_prob(value)
+        return drawn_from(
+            self(context),
+            shape,
+            detached=detached,
+            mirrored=mirrored,
+            reparameterised=self.reparameterised,
+        )
+
+
+def drawn_from(
+    distribution: TorchDistribution,
+    shape: tuple[int, ...],
+    *,
+    detached: bool = False,
+    mirrored: bool = False,
+    reparameterised: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Draws of a distribution and its log density at them, nats; see `Family.draw`."""
+    if mirrored and _is_symmetric(distribution):
+        half = distribution.rsample((shape[0] // 2, *shape[1:]))
+        value = torch.cat([half, 2.0 * distribution.mean - half])
+    else:
+        value = (distribution.rsample if reparameterised else distribution.sample)(shape)
+    # The copy shares no cache with the original, whose way back to the noise knows parameters.
+    density = detach(distribution) if detached else distribution
+    return value, density.log_prob(value)
 
 
 def _is_symmetric(distribution: TorchDistribution) -> bool:

@@ -24,8 +24,6 @@ _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 # An optimiser like Adam moves every weight of a last layer at once, and their effects add up. In this
 # unit a step means about as much for a network's output as it does for the affine map.
 OUTPUT_UNIT = 0.25
-# A layer scales by at most e^2: unbounded scales blow up where the flow has not been yet.
-MAX_LOG_SCALE = 2.0
 
 
 class Step(NamedTuple):
@@ -74,7 +72,59 @@ class Layer(nn.Module, ABC):
         """Become the identity, from where gradients lead away."""
 
 
-class LayeredFlow(GaussianFamily):
+class Flow(GaussianFamily):
+    """Standard normals that are bent, under an affine map.
+
+    Args:
+        dim: D.
+        scale: Initial standard deviation.
+    """
+
+    def __init__(self, dim: int, scale: float) -> None:
+        super().__init__()
+        self.affine = DenseNormal(dim, scale)
+        self._dim = dim
+
+    @abstractmethod
+    def bend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Through the layers: `[..., D]`, and the log determinant `[...]`."""
+
+    @abstractmethod
+    def trace_back(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Back through the layers, `[..., D]`; the log determinant of `bend` there, if it is known."""
+
+    @abstractmethod
+    def to_identity(self) -> None:
+        """Become the Gaussian of the affine map."""
+
+    def unbend(self, y: Tensor) -> Tensor:
+        """Back through the layers: `[..., D]`."""
+        return self.trace_back(y)[0]
+
+    def forward(self, context: Tensor | None = None) -> TorchDistribution:
+        """The distribution, event shape `[D]`."""
+        base = dist.Normal(self.affine.loc.new_zeros(self._dim), 1.0).to_event(1)
+        affine = dist.transforms.LowerCholeskyAffine(*self.affine.moments(), cache_size=1)
+        return dist.TransformedDistribution(base, [_Bend(self), affine])
+
+    def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Take this Gaussian as the frame; parameters go back to zero."""
+        self.affine.start_from(loc, scale_tril)
+        self.to_identity()
+
+    def centre_on(self, loc: Tensor) -> None:
+        """Move the mean of the affine map."""
+        self.affine.centre_on(loc)
+
+    def noise(self, shape: tuple[int, ...], *, mirrored: bool) -> Tensor:
+        """Standard normals `[*shape, D]`; where ``mirrored`` the second half negates the first."""
+        loc = self.affine.loc
+        count = shape[0] // 2 if mirrored else shape[0]
+        noise = torch.randn(count, *shape[1:], self._dim, dtype=loc.dtype, device=loc.device)
+        return torch.cat([noise, -noise]) if mirrored else noise
+
+
+class LayeredFlow(Flow):
     """Layers under an affine map.
 
     Args:
@@ -84,17 +134,9 @@ class LayeredFlow(GaussianFamily):
     """
 
     def __init__(self, dim: int, layers: Sequence[Layer], scale: float) -> None:
-        super().__init__()
-        self.affine = DenseNormal(dim, scale)
+        super().__init__(dim, scale)
         self.layers = nn.ModuleList(layers)
-        self._dim = dim
-        self._to_identity()
-
-    def forward(self, context: Tensor | None = None) -> TorchDistribution:
-        """The distribution, event shape `[D]`."""
-        base = dist.Normal(self.affine.loc.new_zeros(self._dim), 1.0).to_event(1)
-        affine = dist.transforms.LowerCholeskyAffine(*self.affine.moments(), cache_size=1)
-        return dist.TransformedDistribution(base, [_Layers(self), affine])
+        self.to_identity()
 
     def draw(
         self,
@@ -105,10 +147,7 @@ class LayeredFlow(GaussianFamily):
         mirrored: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See `Family.draw`; in one pass, with no way back through the layers."""
-        loc = self.affine.loc
-        count = shape[0] // 2 if mirrored else shape[0]
-        noise = torch.randn(count, *shape[1:], self._dim, dtype=loc.dtype, device=loc.device)
-        noise = torch.cat([noise, -noise]) if mirrored else noise
+        noise = self.noise(shape, mirrored=mirrored)
         flat = noise.reshape(-1, self._dim)
         # Where no gradient is recorded none of log q can be asked for.
         detached = detached and torch.is_grad_enabled()
@@ -128,17 +167,17 @@ class LayeredFlow(GaussianFamily):
         return value, log_q.detach() + ((value - value.detach()) * slope).sum(-1)
 
     def bend(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Through the layers: `[..., D]`, and the log determinant `[...]`."""
+        """See `Flow.bend`."""
         steps = self._steps(x.reshape(-1, self._dim))
         log_det = torch.stack([step.log_det for step in steps]).sum(0)
         return steps[-1].y.reshape(x.shape), log_det.reshape(x.shape[:-1])
 
-    def unbend(self, y: Tensor) -> Tensor:
-        """Back through the layers: `[..., D]`."""
+    def trace_back(self, y: Tensor) -> tuple[Tensor, None]:
+        """See `Flow.trace_back`."""
         x = y.reshape(-1, self._dim)
         for layer in reversed(self._layers()):
             x = layer.inverse(x)
-        return x.reshape(y.shape)
+        return x.reshape(y.shape), None
 
     def _layers(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type]
@@ -158,29 +197,21 @@ class LayeredFlow(GaussianFamily):
         tril = scale_tril.detach()
         return torch.linalg.solve_triangular(tril, slope, upper=False, left=False)
 
-    def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Take this Gaussian as the frame; parameters go back to zero."""
-        self.affine.start_from(loc, scale_tril)
-        self._to_identity()
-
-    def centre_on(self, loc: Tensor) -> None:
-        """Move the mean of the affine map."""
-        self.affine.centre_on(loc)
-
     @torch.no_grad()
-    def _to_identity(self) -> None:
+    def to_identity(self) -> None:
+        """See `Flow.to_identity`."""
         for layer in self._layers():
             layer.to_identity()
 
 
-class _Layers(dist.transforms.Transform):
+class _Bend(dist.transforms.Transform):
     """The layers of a flow as a transform that remembers its last pair, for stock Pyro."""
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
     bijective = True
 
-    def __init__(self, flow: LayeredFlow) -> None:
+    def __init__(self, flow: Flow) -> None:
         super().__init__(cache_size=1)
         self._flow = flow
         self._log_det: tuple[Any, Any, Any] = (None, None, None)
@@ -191,7 +222,10 @@ class _Layers(dist.transforms.Transform):
         return y
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._flow.unbend(y)
+        x, log_det = self._flow.trace_back(y)
+        if log_det is not None:
+            self._log_det = x, y, log_det
+        return x
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """Sum of the layers' log determinants at x, `[...]`."""

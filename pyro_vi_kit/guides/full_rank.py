@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
+from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
 from pyro_vi_kit.guides.families import DenseNormal, Family
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.options import require_dense, require_positive
 from pyro_vi_kit.registry import About
-
-# A dense factor, its gradient and Adam's two moments take 0.5 GB at 4,000 dimensions.
-MAX_DENSE = 4000
 
 
 @dataclass(frozen=True)
@@ -22,6 +19,9 @@ class FullRank:
 
     Args:
         init_scale: Initial standard deviation, in unconstrained units.
+        discrete: Discrete sites in a data plate that are not summed out: ``"score"``, trained by the
+            score function, ``"relaxed"`` or a `Relaxed`, for all of them; or a dict by site, the others
+            being summed out. Each gets a table of logits, one row per datum.
 
     Raises:
         OptionError: If `init_scale` is not positive.
@@ -36,8 +36,10 @@ class FullRank:
     )
 
     init_scale: float = 0.1
+    discrete: Discrete | None = None
 
     def __post_init__(self) -> None:
+        require_discrete(self.name, self.discrete)
         require_positive(self.name, "init_scale", self.init_scale)
 
     def build(self, density: Density) -> Guide:
@@ -46,7 +48,7 @@ class FullRank:
         Raises:
             OptionError: If the model has too many latents for a dense covariance.
         """
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
+        return with_tables(self, density, self.init_scale)
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.
@@ -56,13 +58,3 @@ class FullRank:
         """
         require_dense(self.name, dim)
         return DenseNormal(dim, self.init_scale)
-
-
-def require_dense(name: str, dim: int) -> None:
-    """Refuse a dense covariance that would fill gigabytes."""
-    if dim > MAX_DENSE:
-        raise OptionError(
-            f"guide {name!r} holds a dense covariance, and this model has {dim:,} unconstrained "
-            f"dimensions (at most {MAX_DENSE:,}): use guide='mean_field', or guide='amortized' where "
-            "the latents lie in a data plate"
-        )

@@ -14,13 +14,11 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.affine_coupling import is_count
 from pyro_vi_kit.guides.families import Family, GaussianFamily
-from pyro_vi_kit.guides.mean_field import require_positive
 from pyro_vi_kit.guides.normal_mixture import NormalMixture
+from pyro_vi_kit.guides.one_block import OneBlock
+from pyro_vi_kit.guides.options import require_count, require_positive
 from pyro_vi_kit.registry import About
 
 Covariance = Literal["full", "diagonal"]
@@ -33,7 +31,7 @@ _APART = 0.8
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(OneBlock):
     """A mixture of Gaussians: covers several modes, which every one-mode guide keeps one of.
 
     Args:
@@ -60,23 +58,13 @@ class Mixture:
 
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
-        if self.components is not None and not is_count(self.components):
-            raise OptionError(
-                f"{self.name}: components must be a positive integer, got {self.components!r}"
-            )
+        if self.components is not None:
+            require_count(self.name, "components", self.components)
         if self.covariance not in get_args(Covariance):
             known = ", ".join(get_args(Covariance))
             raise OptionError(
                 f"{self.name}: covariance must be one of {known}, got {self.covariance!r}"
             )
-
-    def build(self, density: Density) -> Guide:
-        """The guide for this model; means of the components from torch's random state.
-
-        Raises:
-            OptionError: If the model has too many latents.
-        """
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

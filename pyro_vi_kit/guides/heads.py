@@ -22,9 +22,13 @@ class Head(nn.Module, ABC):
 
     Attributes:
         size: p.
+        scored: Whether some of the latents are discrete and trained by the score function.
+        relaxed: Whether some are discrete, and softened while training.
     """
 
     size: int
+    scored: bool = False
+    relaxed: bool = False
 
     def __init__(self, dim: int) -> None:
         super().__init__()

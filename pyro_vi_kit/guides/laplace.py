@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import DenseNormal, Family
-from pyro_vi_kit.guides.full_rank import require_dense
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.one_block import OneBlock
+from pyro_vi_kit.guides.options import require_dense, require_positive
 from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
-class Laplace:
+class Laplace(OneBlock):
     """The Gaussian of the log density's curvature at its mode in unconstrained space.
 
     A fit searches for the mode and maximises no bound. Of several modes it takes the one of the highest
@@ -39,14 +37,6 @@ class Laplace:
 
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
-
-    def build(self, density: Density) -> Guide:
-        """The guide for this model, centred on the origin of unconstrained space.
-
-        Raises:
-            OptionError: If the model has too many latents for a dense covariance.
-        """
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

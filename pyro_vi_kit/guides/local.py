@@ -11,17 +11,13 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pyro_vi_kit.density import Plate
 from pyro_vi_kit.errors import OptionError, UnknownNameError
 from pyro_vi_kit.guides.conditional import CouplingHead
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.heads import DenseHead, Head, NormalHead, PointHead
 from pyro_vi_kit.guides.mixture import MixtureHead
-
-
-def _require_counts(name: str, **counts: object) -> None:
-    for option, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise OptionError(f"{name}: {option} must be a positive integer, got {value!r}")
+from pyro_vi_kit.guides.options import require_count
 
 
 @runtime_checkable
@@ -51,7 +47,7 @@ class LocalMixture:
     components: int = 4
 
     def __post_init__(self) -> None:
-        _require_counts(self.name, components=self.components)
+        require_count(self.name, "components", self.components)
 
     def head(self, dim: int) -> Head:
         """See `HeadSpec.head`."""
@@ -79,7 +75,8 @@ class LocalFlow:
 
     def __post_init__(self) -> None:
         counts = {"layers": self.layers, "hidden": self.hidden, "features": self.features}
-        _require_counts(self.name, **counts)
+        for option, value in counts.items():
+            require_count(self.name, option, value)
 
     def head(self, dim: int) -> Head:
         """See `HeadSpec.head`."""
@@ -112,6 +109,11 @@ def head_for(local: str | HeadSpec, dim: int) -> Head:
             f"vi.guides.LocalFlow(layers=4), got {local!r}"
         )
     return local.head(dim)
+
+
+def local_name(plate: Plate, plates: int) -> str:
+    """What a guide calls the block of a plate, of so many."""
+    return "local" if plates == 1 else f"local_{plate.name.replace('.', '_')}"
 
 
 class Table(nn.Module):
@@ -155,6 +157,16 @@ class LocalFamily(Family):
         self.source = source
         self.head = head
         self.conditioned = conditioned
+
+    @property
+    def scored(self) -> bool:
+        """Whether some of the latents are discrete and trained by the score function."""
+        return self.head.scored
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether some are discrete, and softened while training."""
+        return self.head.relaxed
 
     @property
     def table(self) -> Table | None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
+from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
 from pyro_vi_kit.guides.families import Family, GaussianFamily
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.options import require_positive
 from pyro_vi_kit.registry import About
 
 
@@ -27,6 +28,10 @@ class LowRank:
         rank: Directions of correlation, at most D; by default about the square root of D, as in Pyro's
             AutoLowRankMultivariateNormal: parameters and cost then grow as D^1.5.
         init_scale: Initial standard deviation, in unconstrained units.
+
+        discrete: Discrete sites in a data plate that are not summed out: ``"score"``, trained by the
+            score function, ``"relaxed"`` or a `Relaxed`, for all of them; or a dict by site, the others
+            being summed out. Each gets a table of logits, one row per datum.
 
     Raises:
         OptionError: If an option is not positive, or `rank` is no integer.
@@ -42,8 +47,10 @@ class LowRank:
 
     rank: int | None = None
     init_scale: float = 0.1
+    discrete: Discrete | None = None
 
     def __post_init__(self) -> None:
+        require_discrete(self.name, self.discrete)
         require_positive(self.name, "init_scale", self.init_scale)
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank > 0
         if self.rank is not None and not whole:
@@ -51,7 +58,7 @@ class LowRank:
 
     def build(self, density: Density) -> Guide:
         """The guide for this model, centred on the origin of unconstrained space."""
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
+        return with_tables(self, density, self.init_scale)
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`."""

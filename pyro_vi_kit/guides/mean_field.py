@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
+from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
 from pyro_vi_kit.guides.families import DiagonalNormal, Family
+from pyro_vi_kit.guides.options import require_positive
+from pyro_vi_kit.guides.support_family import SupportFamily
 from pyro_vi_kit.registry import About
+
+Families = Literal["normal", "support"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,17 @@ class MeanField:
 
     Args:
         init_scale: Initial standard deviation, in unconstrained units.
+        families: ``normal``: all latents are normal in unconstrained space. ``support``: by the support
+            of each site, Gamma on a half-line, Beta on an interval, Dirichlet on a simplex, von Mises
+            where the prior is one, normal elsewhere (Figurnov et al. 2018). Supports that no family
+            fits, or that move with other latents or the data, keep the normal; the status of a fit
+            names them.
+        discrete: Discrete sites in a data plate that are not summed out: ``"score"``, trained by the
+            score function, ``"relaxed"`` or a `Relaxed`, for all of them; or a dict by site, the others
+            being summed out. Each gets a table of logits, one row per datum.
 
     Raises:
-        OptionError: If `init_scale` is not positive.
+        OptionError: If `init_scale` is not positive or `families` not known.
     """
 
     name: ClassVar[str] = "mean_field"
@@ -33,20 +45,38 @@ class MeanField:
     )
 
     init_scale: float = 0.1
+    families: Families = "normal"
+    discrete: Discrete | None = None
 
     def __post_init__(self) -> None:
+        require_discrete(self.name, self.discrete)
         require_positive(self.name, "init_scale", self.init_scale)
+        if self.families not in get_args(Families):
+            known = ", ".join(get_args(Families))
+            raise OptionError(
+                f"{self.name}: families must be one of {known}, got {self.families!r}"
+            )
+        if self.families == "support" and self.discrete is not None:
+            raise OptionError(
+                f"{self.name}: discrete= goes with families='normal': leave one of them out"
+            )
 
     def build(self, density: Density) -> Guide:
         """The guide for this model, centred on the origin of unconstrained space."""
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
+        if self.families == "support":
+            family = SupportFamily(density.block, self.init_scale)
+            return Guide(self.name, density, {density.block: family})
+        return with_tables(self, density, self.init_scale)
 
     def family(self, dim: int) -> Family:
-        """The family over `[D]`."""
+        """The family over `[D]`, where sites are not told apart.
+
+        Raises:
+            OptionError: If families are to follow the supports of sites.
+        """
+        if self.families == "support":
+            raise OptionError(
+                f"{self.name}: families='support' is for latents that are held for all rows at once; "
+                "leave batch_size= out, or use families='normal'"
+            )
         return DiagonalNormal(dim, self.init_scale)
-
-
-def require_positive(name: str, option: str, value: object) -> None:
-    """Refuse an option that is no positive, finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < inf:
-        raise OptionError(f"{name}: {option} must be a positive number, got {value!r}")

@@ -11,11 +11,12 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_vi_kit.guides.heads import Head
+from pyro_vi_kit.guides.implicit import ImplicitMixture, gumbel
 
 _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 
 
-class MixtureNormal(TorchDistribution):
+class MixtureNormal(ImplicitMixture):
     """A mixture of C normals with diagonal covariances over `[d]`.
 
     Draws carry implicit gradients: with the conditional distribution functions F_i of coordinate i
@@ -28,8 +29,6 @@ class MixtureNormal(TorchDistribution):
         scales: `[..., C, d]`.
     """
 
-    has_rsample = True
-
     def __init__(
         self, logits: Tensor, locs: Tensor, scales: Tensor, validate_args: bool | None = None
     ) -> None:
@@ -41,11 +40,6 @@ class MixtureNormal(TorchDistribution):
         """What the parameters may be."""
         real, positive = constraints.real, constraints.positive
         return {"logits": real, "locs": real, "scales": positive}
-
-    @property
-    def support(self) -> Any:
-        """Vectors of real numbers."""
-        return constraints.real_vector
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> MixtureNormal:
         """The same distribution for each of a batch."""
@@ -74,28 +68,13 @@ class MixtureNormal(TorchDistribution):
         parts = -0.5 * standard.square() - self.scales.log() - _LOG_ROOT
         return torch.logsumexp(self.logits.log_softmax(-1) + parts.sum(-1), -1)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws `[*sample_shape, ..., d]`, differentiable in all parameters."""
-        with torch.no_grad():
-            value = self._drawn(torch.Size(sample_shape))
-        tensors = (self.logits, self.locs, self.scales)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-            return value
-        return self._with_gradient(value)
-
     def _shares(self) -> Tensor:
         return self.logits.softmax(-1).unsqueeze(-1)
 
     def _drawn(self, sample_shape: torch.Size) -> Tensor:
         shape = sample_shape + self.batch_shape
-        # The largest of logits with Gumbel noise: its noise is that of no parameter, so that a step can
-        # be replayed, which `torch.multinomial` would not allow.
-        uniform = torch.rand(
-            shape + self.logits.shape[-1:], dtype=self.logits.dtype, device=self.logits.device
-        )
-        tiny = torch.finfo(uniform.dtype).tiny
-        gumbel = -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
-        chosen = (self.logits + gumbel).argmax(-1)[..., None, None]
+        noise = gumbel(shape + self.logits.shape[-1:], self.logits)
+        chosen = (self.logits + noise).argmax(-1)[..., None, None]
         chosen = chosen.expand((*shape, 1, *self.event_shape))
         locs, scales = (t.expand(shape + t.shape[-2:]) for t in (self.locs, self.scales))
         noise = torch.randn(shape + self.event_shape, dtype=locs.dtype, device=locs.device)

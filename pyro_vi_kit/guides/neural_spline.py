@@ -15,19 +15,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.affine_coupling import require_count, require_widths
+from pyro_vi_kit.guides.coupling_layers import MAX_LOG_SCALE
 from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.flows import MAX_LOG_SCALE, OUTPUT_UNIT, Layer, LayeredFlow, Step
-from pyro_vi_kit.guides.full_rank import require_dense
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.flows import OUTPUT_UNIT, Layer, LayeredFlow, Step
+from pyro_vi_kit.guides.one_block import OneBlock
+from pyro_vi_kit.guides.options import (
+    require_count,
+    require_dense,
+    require_positive,
+    require_widths,
+)
 from pyro_vi_kit.guides.spline import Knots, knots, numbers, spline, unspline
 from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)
-class NeuralSpline:
+class NeuralSpline(OneBlock):
     """Neural spline flow over a Gaussian: bends each coordinate as it needs, by splines.
 
     Args:
@@ -59,14 +62,6 @@ class NeuralSpline:
         require_count(self.name, "layers", self.layers)
         require_count(self.name, "bins", self.bins)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
-
-    def build(self, density: Density) -> Guide:
-        """The guide for this model; weights and permutations from torch's random state.
-
-        Raises:
-            OptionError: If the model has too many latents for a dense covariance.
-        """
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
+
+from pyro_vi_kit.guides.implicit import ImplicitMixture
 
 _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 
 
-class NormalMixture(TorchDistribution):
+class NormalMixture(ImplicitMixture):
     """A mixture of C normals over `[D]`, with diagonal or with any covariances.
 
     Args:
@@ -27,8 +28,6 @@ class NormalMixture(TorchDistribution):
         scales: Standard deviations `[C, D]`, or Cholesky factors `[C, D, D]`.
         batch_shape: Of equal copies.
     """
-
-    has_rsample = True
 
     def __init__(
         self,
@@ -48,11 +47,6 @@ class NormalMixture(TorchDistribution):
         return {"logits": constraints.real, "locs": constraints.real, "scales": scales}
 
     @property
-    def support(self) -> Any:
-        """Vectors of real numbers."""
-        return constraints.real_vector
-
-    @property
     def dense(self) -> bool:
         """Whether covariances have anything beside their diagonals."""
         return self.scales.dim() == 3
@@ -60,7 +54,7 @@ class NormalMixture(TorchDistribution):
     def expand(self, batch_shape: Any, _instance: Any = None) -> NormalMixture:
         """The same distribution for each of a batch."""
         shape = torch.Size(batch_shape)
-        return NormalMixture(self.logits, self.locs, self.scales, shape, validate_args=False)
+        return type(self)(self.logits, self.locs, self.scales, shape, validate_args=False)
 
     @property
     def mean(self) -> Tensor:
@@ -84,15 +78,6 @@ class NormalMixture(TorchDistribution):
         parts = self._by_coordinate(self._standardised(value)).sum(-1)
         log_shares = self.logits.log_softmax(-1)[:, None]
         return (log_shares + parts).reshape(-1, *value.shape[:-1])
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """Draws `[*sample_shape, ..., D]`, differentiable in all parameters."""
-        with torch.no_grad():
-            value = self._drawn(torch.Size(sample_shape))
-        tensors = (self.logits, self.locs, self.scales)
-        if not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-            return value
-        return self._with_gradient(value)
 
     def _drawn(self, sample_shape: torch.Size) -> Tensor:
         shape, (count, dim) = sample_shape + self.batch_shape, self.locs.shape

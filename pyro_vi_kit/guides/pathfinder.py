@@ -6,23 +6,18 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.affine_coupling import require_count
 from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.full_rank import require_dense
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.normal_mixture import NormalMixture
+from pyro_vi_kit.guides.one_block import OneBlock
+from pyro_vi_kit.guides.options import require_count, require_dense, require_positive
 from pyro_vi_kit.registry import About
-
-_LOG_TWO_PI = 1.8378770664093453
 
 
 @dataclass(frozen=True)
-class Pathfinder:
+class Pathfinder(OneBlock):
     """Multi-path Pathfinder: searches for modes, and the best Gaussian along each search's way.
 
     The distribution is the mixture of these Gaussians, weighted by their evidence as their ELBOs tell
@@ -55,14 +50,6 @@ class Pathfinder:
         require_count(self.name, "paths", self.paths)
         require_count(self.name, "history", self.history)
 
-    def build(self, density: Density) -> Guide:
-        """The guide for this model; centres from torch's random state.
-
-        Raises:
-            OptionError: If the model has too many latents for dense covariances.
-        """
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
-
     def family(self, dim: int) -> Family:
         """The family over `[D]`.
 
@@ -73,39 +60,12 @@ class Pathfinder:
         return PathMixture(dim, self.paths, self.history, self.init_scale)
 
 
-class DenseMixture(TorchDistribution):
+class DenseMixture(NormalMixture):
     """A mixture of multivariate normals whose weights are no parameters.
 
     A draw is a reparameterised one of a component chosen by the weights. As these are constant, its
     gradient is that of the mixture.
-
-    Args:
-        log_weights: Normalised, `[K]`.
-        locs: `[K, D]`.
-        scale_trils: `[K, D, D]`.
-        batch_shape: Of the distribution.
     """
-
-    arg_constraints: ClassVar[Any] = {}
-    support: ClassVar[Any] = constraints.real_vector
-    has_rsample = True
-
-    def __init__(
-        self,
-        log_weights: Tensor,
-        locs: Tensor,
-        scale_trils: Tensor,
-        batch_shape: Any = (),
-        validate_args: bool | None = None,
-    ) -> None:
-        self.log_weights = log_weights
-        self.locs = locs
-        self.scale_trils = scale_trils
-        super().__init__(torch.Size(batch_shape), locs.shape[-1:], validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> DenseMixture:
-        """The same distribution with this batch shape."""
-        return DenseMixture(self.log_weights, self.locs, self.scale_trils, batch_shape)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Reparameterised draws `[*sample_shape, *batch, D]`."""
@@ -114,36 +74,13 @@ class DenseMixture(TorchDistribution):
         noise, choice = torch.randn(shape, dtype=self.locs.dtype, device=self.locs.device).split(
             [dim, 1], -1
         )
-        bounds = self.log_weights.exp().cumsum(-1)[:-1]
+        bounds = self.logits.exp().cumsum(-1)[:-1]
         chosen = (torch.special.ndtr(choice) > bounds).sum(-1, keepdim=True)
         # One component after the other: a factor for each draw would not fit into memory.
         value = torch.zeros_like(noise)
-        for k, (loc, tril) in enumerate(zip(self.locs, self.scale_trils, strict=True)):
+        for k, (loc, tril) in enumerate(zip(self.locs, self.scales, strict=True)):
             value = torch.where(chosen == k, loc + noise @ tril.T, value)
         return value
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density at `[..., D]`, nats."""
-        parts = []
-        for loc, tril in zip(self.locs, self.scale_trils, strict=True):
-            offset = (value - loc).reshape(-1, len(loc))
-            noise = torch.linalg.solve_triangular(tril, offset.T, upper=False)
-            log_norm = tril.diagonal().log().sum() + 0.5 * len(loc) * _LOG_TWO_PI
-            parts.append((-0.5 * noise.square().sum(0) - log_norm).reshape(value.shape[:-1]))
-        found = (torch.stack(parts, -1) + self.log_weights).logsumexp(-1)
-        return found.expand(torch.broadcast_shapes(found.shape, self.batch_shape))
-
-    @property
-    def mean(self) -> Tensor:
-        """`[*batch, D]`."""
-        return (self.log_weights.exp() @ self.locs).expand(self._extended_shape())
-
-    @property
-    def variance(self) -> Tensor:
-        """`[*batch, D]`."""
-        weights = self.log_weights.exp()
-        second = weights @ (self.scale_trils.square().sum(-1) + self.locs.square())
-        return (second - (weights @ self.locs).square()).expand(self._extended_shape())
 
 
 class PathMixture(Family):

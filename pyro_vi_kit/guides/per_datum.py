@@ -12,10 +12,11 @@ from torch import nn
 from pyro_vi_kit.density import Block, Density, Plate
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.amortized import GlobalSpec, local_name
+from pyro_vi_kit.guides.amortized import GlobalSpec
+from pyro_vi_kit.guides.discrete import arranged, by_plate, drawing, head_of
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.held import mean_of_globals
-from pyro_vi_kit.guides.local import LocalFamily, Table, head_for
+from pyro_vi_kit.guides.local import LocalFamily, Table, local_name
 
 # What a guide is for a single datum.
 _LOCAL = {
@@ -54,10 +55,16 @@ def per_datum(spec: object, density: Density, plates: Sequence[Plate]) -> Guide:
             f"batch_size= with latents inside plate {plates[0].name!r} needs guide='amortized' or one "
             f"of {', '.join(_LOCAL)}, which have a form for a single datum; got {name!r}"
         )
+    discrete = getattr(spec, "discrete", None)
+    if discrete is not None:
+        density = drawing(density, discrete)
     inside = {
         plate: tuple(s for s in density.latents if s.plates and s.plates[0] == plate)
         for plate in plates
     }
+    spec.family(1)  # refuses, before all else, what it cannot be without knowing sites
+    # Drawn discrete sites have tables wherever they are.
+    inside |= {plate: sites for plate, sites in by_plate(density).items() if plate not in inside}
     local = {site.name for sites in inside.values() for site in sites}
     outside = tuple(site for site in density.latents if site.name not in local)
     blocks: dict[Block, Family] = {}
@@ -66,8 +73,8 @@ def per_datum(spec: object, density: Density, plates: Sequence[Plate]) -> Guide:
         blocks[shared] = spec.family(shared.dim)
     scale = getattr(spec, "init_scale", _INIT_SCALE)
     for plate, sites in inside.items():
-        block = Block(local_name(plate, len(inside)), sites, plate)
-        head = head_for(_LOCAL[name], block.dim)
+        block = Block(local_name(plate, len(inside)), arranged(sites), plate)
+        head = head_of(_LOCAL[name], block, discrete)
         numbers = head.initial(scale).expand(plate.size, -1)
         blocks[block] = LocalFamily(Table(numbers), head)
     return Guide(name, density, blocks, point=name == "delta")

@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.affine_coupling import require_count
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows import Layer, LayeredFlow, Step
-from pyro_vi_kit.guides.full_rank import require_dense
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.one_block import OneBlock
+from pyro_vi_kit.guides.options import require_count, require_dense, require_positive
 from pyro_vi_kit.registry import About
 
 # softplus of it is 1.
@@ -25,7 +22,7 @@ _HALVINGS = 60
 
 
 @dataclass(frozen=True)
-class Planar:
+class Planar(OneBlock):
     """Planar flow over a Gaussian: each layer moves draws along one direction by a tanh of another.
 
     Args:
@@ -50,14 +47,6 @@ class Planar:
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
         require_count(self.name, "layers", self.layers)
-
-    def build(self, density: Density) -> Guide:
-        """The guide for this model; directions from torch's random state.
-
-        Raises:
-            OptionError: If the model has too many latents for a dense covariance.
-        """
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

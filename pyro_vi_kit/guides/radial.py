@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.guides.adaptor import Guide
-from pyro_vi_kit.guides.affine_coupling import require_count
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows import Layer, LayeredFlow, Step
-from pyro_vi_kit.guides.full_rank import require_dense
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.one_block import OneBlock
+from pyro_vi_kit.guides.options import require_count, require_dense, require_positive
 from pyro_vi_kit.guides.planar import ONE
 from pyro_vi_kit.registry import About
 
@@ -24,7 +21,7 @@ _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class Radial:
+class Radial(OneBlock):
     """Radial flow over a Gaussian: each layer draws in or pushes out around a point.
 
     Args:
@@ -49,14 +46,6 @@ class Radial:
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
         require_count(self.name, "layers", self.layers)
-
-    def build(self, density: Density) -> Guide:
-        """The guide for this model; centres from torch's random state.
-
-        Raises:
-            OptionError: If the model has too many latents for a dense covariance.
-        """
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

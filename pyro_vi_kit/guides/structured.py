@@ -16,8 +16,7 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import GaussianFamily
-from pyro_vi_kit.guides.full_rank import require_dense
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.options import require_dense, require_positive
 from pyro_vi_kit.registry import About
 
 Between = Literal["independent", "first", "linear"]

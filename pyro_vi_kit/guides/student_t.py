@@ -11,13 +11,11 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import DenseNormal, Family, GaussianFamily
-from pyro_vi_kit.guides.full_rank import require_dense
 from pyro_vi_kit.guides.gamma_draws import NOISE, gamma_draws
-from pyro_vi_kit.guides.mean_field import require_positive
+from pyro_vi_kit.guides.one_block import OneBlock
+from pyro_vi_kit.guides.options import require_dense, require_positive
 from pyro_vi_kit.registry import About
 
 # Below, a t has no variance, and summaries no sds.
@@ -26,7 +24,7 @@ _FIRST_DF = 10.0
 
 
 @dataclass(frozen=True)
-class StudentT:
+class StudentT(OneBlock):
     """One multivariate t: a full scale matrix, and tails that keep importance weights bounded.
 
     Args:
@@ -57,14 +55,6 @@ class StudentT:
             raise OptionError(
                 f"{self.name}: df must be above {MIN_DF:g}, where a t has a variance, got {self.df!r}"
             )
-
-    def build(self, density: Density) -> Guide:
-        """The guide for this model, centred on the origin of unconstrained space.
-
-        Raises:
-            OptionError: If the model has too many latents for a dense scale matrix.
-        """
-        return Guide(self.name, density, {density.block: self.family(density.dim)})
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

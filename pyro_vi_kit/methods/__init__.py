@@ -1,3 +1,3 @@
 """How parameters move."""
 
-NAMES = ("auto", "lbfgs", "moments", "stochastic")
+NAMES = ("auto", "cavi", "lbfgs", "moments", "stochastic")

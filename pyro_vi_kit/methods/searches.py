@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from torch import Tensor
+from collections.abc import Callable
 
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.laplace import ModeNormal
 from pyro_vi_kit.guides.pathfinder import PathMixture
-from pyro_vi_kit.methods import expansion, fixed_draws, pathfinder
+from pyro_vi_kit.methods import expansion, fixed_draws, mixtures, pathfinder
 from pyro_vi_kit.methods.result import Outcome
-from pyro_vi_kit.methods.shapes import Gaussian
-from pyro_vi_kit.progress import Progress
 
-
-class Fit(Protocol):
-    """Fits a guide in place; see `fixed_draws.fit`."""
-
-    def __call__(
-        self,
-        guide: Guide,
-        *,
-        seed: int,
-        tolerance: float,
-        deadline: float | None,
-        progress: Progress,
-        start: Tensor | Gaussian | None = None,
-    ) -> Outcome:
-        """How the fit went."""
-        ...
+Fit = Callable[..., Outcome]
+"""Fits a guide in place; see `fixed_draws.fit`, and `mixtures.fit` for what that takes beside."""
 
 
 def is_searched(guide: Guide) -> bool:
@@ -39,6 +21,8 @@ def is_searched(guide: Guide) -> bool:
 
 def search_for(guide: object) -> Fit | None:
     """What fits this guide without stochastic steps; None where nothing does."""
+    if mixtures.applies_to(guide):
+        return mixtures.fit
     if not isinstance(guide, Guide) or not is_searched(guide):
         return fixed_draws.fit if fixed_draws.applies_to(guide) else None
     if guide.density.params or guide.density.dim > fixed_draws.MAX_DIM:

@@ -18,6 +18,9 @@ turned out well, compared with the other draws of the same step (Williams 1992; 
 the leave-one-out baseline of Kool, van Hoof & Welling 2019, for multi-sample bounds VIMCO, Mnih &
 Rezende 2016). It is for guides whose draws have no derivative; elsewhere it is by far the noisiest.
 What an objective multiplies log q by is its own business: `Bound.score`.
+
+Discrete sites that a guide holds itself (``discrete=``) are trained by the score function, or relaxed,
+beside any of these: ``pathwise`` and ``dreg`` are then of the other latents.
 """
 
 from __future__ import annotations
@@ -51,8 +54,14 @@ class Drawable(Protocol):
         share: bool = False,
         detached: bool = False,
         mirrored: bool = False,
+        relaxed: bool = False,
+        updates: Tensor | None = None,
     ) -> Any:
         """K reparameterised draws and their log density."""
+        ...
+
+    def rows_apart(self) -> bool:
+        """Whether each row's latents enter the terms of that row alone, given the globals."""
         ...
 
     def weigh(
@@ -115,7 +124,14 @@ def surrogate(
         return _score(guide, objective, particles, params, index, share, data, updates)
     detached = estimator == "dreg"
     draw = guide.draw(
-        particles, index, data=data, share=share, detached=detached, mirrored=mirrored
+        particles,
+        index,
+        data=data,
+        share=share,
+        detached=detached,
+        mirrored=mirrored,
+        relaxed=True,
+        updates=updates,
     )
     weights = objective.weights(guide, draw, params, index, data=data, updates=updates)
     bound = evaluate(objective, weights)
@@ -128,7 +144,7 @@ def surrogate(
                 _scale_gradient(draw.flat[block.name], objective, weights.shared)
             elif block.plate is not None:
                 _scale_gradient(draw.flat[block.name], objective, weights.local[block.plate.name])
-    return bound.detach(), -carrier
+    return bound.detach(), -_with_scores(carrier, guide, objective, weights, draw.scored)
 
 
 def obstacle(guide: Drawable, objective: Objective, estimator: str) -> str | None:
@@ -136,6 +152,9 @@ def obstacle(guide: Drawable, objective: Objective, estimator: str) -> str | Non
     defined = objective.estimators
     if estimator not in defined:
         return f"objective {objective.name!r} is trained by {_either(defined)}"
+    missing = _missing(guide, objective, estimator)
+    if missing is not None:
+        return missing
     fixed = any(not getattr(f, "reparameterised", True) for f in guide.families.values())
     if fixed and estimator != "score":
         return "draws of this guide have no derivative in its parameters: use estimator='score'"
@@ -183,14 +202,58 @@ def _score(
     joint = objective.score(weights.joint().detach())
     if any(block.plate is None for block in guide.blocks):
         gain = gain + (joint * shared).sum()
+    gain = _with_scores(gain, guide, objective, weights, local)
+    return evaluate(objective, weights).detach(), -gain
+
+
+def _with_scores(
+    gain: Tensor,
+    guide: Drawable,
+    objective: Objective,
+    weights: LogWeights,
+    local: Mapping[str, Tensor],
+) -> Tensor:
+    """What is to rise, and the score function's part of local latents.
+
+    Args:
+        gain: The rest.
+        guide: What is trained.
+        objective: The bound.
+        weights: Log weights of the draws.
+        local: Log q of the latents at the draws held fixed, `[K, B]` by plate.
+    """
     for plate, log_q in local.items():
-        if len(local) == 1 or objective.multi_sample:
+        if guide.rows_apart():
             # Given the globals no other row depends on what was drawn for this one.
             own = objective.score(weights.local[plate].detach())
             gain = gain + weights.scale[plate] * (own * log_q).sum()
         else:
+            joint = objective.score(weights.joint().detach())
             gain = gain + (joint.unsqueeze(-1) * log_q).sum()
-    return evaluate(objective, weights).detach(), -gain
+    return gain
+
+
+def _missing(guide: Drawable, objective: Objective, estimator: str) -> str | None:
+    """What local latents without a derivative, or with that of another bound, stand in the way of."""
+    scored = any(getattr(family, "scored", False) for family in guide.families.values())
+    relaxed = any(getattr(family, "relaxed", False) for family in guide.families.values())
+    if relaxed and estimator == "score":
+        return "relaxed draws have a derivative, which it does not use: give discrete='score'"
+    if relaxed and estimator == "dreg" and objective.order != 1.0:
+        pathwise = "pathwise" in objective.estimators
+        remedy = "estimator='pathwise'" if pathwise else "discrete='score'"
+        return f"relaxed draws are those of no density, and have no weights to correct by: use {remedy}"
+    if scored and objective.particles < 2:
+        return "discrete='score' compares draws of the same step: give the objective particles=2"
+    local = estimator == "score" and any(block.plate is not None for block in guide.blocks)
+    # Asked before steps are recorded, for which it is a constant.
+    apart = guide.rows_apart() if scored or local else True
+    if objective.multi_sample and not apart:
+        return (
+            "what is drawn for one row of a data plate changes the terms of others, so that there is no "
+            "bound per datum: use objective='elbo'"
+        )
+    return None
 
 
 def _either(names: Sequence[str]) -> str:

@@ -92,7 +92,7 @@ def _find(density: Density) -> tuple[list[NormalPrior], dict[str, str]]:
     priors, reasons = [], {}
     discrete_before = False
     for name, visit in visits.items():
-        discrete_before = discrete_before or visit.kind == "discrete"
+        discrete_before = discrete_before or visit.has_states
         if visit.kind != "latent":
             continue
         reason = "comes behind a discrete site" if discrete_before else _obstacle(visit)

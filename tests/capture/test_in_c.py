@@ -19,13 +19,6 @@ needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="there is
 MANY = 10**6
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRO_VI_KIT_CACHE", str(tmp_path))
-    monkeypatch.delenv("PYRO_VI_KIT_COMPILE", raising=False)
-    return tmp_path
-
-
 def function(x, matrix):
     x = x.detach().requires_grad_()
     noise = torch.randn(x.shape, dtype=x.dtype)

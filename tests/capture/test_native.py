@@ -29,13 +29,6 @@ def inputs(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x, half @ half.T + torch.eye(3, dtype=torch.float64)
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRO_VI_KIT_CACHE", str(tmp_path))
-    monkeypatch.delenv("PYRO_VI_KIT_COMPILE", raising=False)
-    return tmp_path
-
-
 def program() -> Program:
     return capture(function, inputs(0), [inputs(1)])
 

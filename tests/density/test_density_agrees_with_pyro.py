@@ -21,6 +21,8 @@ NAMES = sorted(path.stem for path in MODELS.glob("*.py"))
 # A dense factor of the covariance has D^2 numbers.
 DENSE = set(guides.names()) - {"delta", "mean_field", "low_rank", "amortized"}
 LARGEST_DENSE = 500
+# With full covariances for each component.
+LARGEST_MIXTURE = 200
 
 
 def load(name):
@@ -62,6 +64,8 @@ def guides_for(density):
     """The registry's guides that fit the model, untrained."""
     for name in guides.names():
         if name in DENSE and density.dim > LARGEST_DENSE:
+            continue
+        if name == "mixture" and density.dim > LARGEST_MIXTURE:
             continue
         if name == "amortized" and not any(site.plates for site in density.latents):
             continue

@@ -17,13 +17,6 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C compil
 MANY = 10**6
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYRO_VI_KIT_CACHE", str(tmp_path))
-    monkeypatch.delenv("PYRO_VI_KIT_COMPILE", raising=False)
-    return tmp_path
-
-
 def held_in_c(model: vi.Model) -> tuple[Density, Gradients]:
     """A model's gradients in C, and at one point by the model itself."""
     density = Density(model, dtype=torch.float64)

@@ -609,6 +609,14 @@ def test_permutations(permutations):
         assert orders[0].tolist() == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("permutations", ["random", "reverse", "none"])
+def test_two_coordinates_are_moved_in_turn(permutations):
+    """Each layer moves the half that the one before has not."""
+    guide = guides.make("affine_coupling", gaussian(2)[0], permutations=permutations, layers=6)
+    orders = guide.families["latent"].permutations
+    assert orders.tolist() == 3 * [[0, 1]]
+
+
 def test_an_unknown_name_lists_the_choices_and_the_nearest():
     with pytest.raises(UnknownNameError, match=r"Did you mean 'full_rank'\?.*mean_field"):
         guides.make("fullrank", gaussian(2)[0])

@@ -1,0 +1,167 @@
+"""Discrete latents that a guide holds itself: a categorical for each, trained by its score or relaxed.
+
+``"score"``: draws are discrete, and log q moves up where they turned out well, compared with the other
+draws of the same step (`objectives.estimators`). ``"relaxed"``: while training, draws are softened by
+Gumbel noise and a temperature (Jang, Gu & Poole 2017; Maddison, Mnih & Teh 2017), so that they have a
+derivative; it is that of another bound, the nearer the lower the temperature. Everywhere else draws are
+discrete, and the density of both is that of the categorical.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from pyro_vi_kit.density import Block, Density, Drawn, Plate, Site
+from pyro_vi_kit.density.relaxing import require_smooth
+from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.guides.adaptor import Guide
+from pyro_vi_kit.guides.families import Family
+from pyro_vi_kit.guides.heads import Head
+from pyro_vi_kit.guides.local import LocalFamily, Table, head_for, local_name
+from pyro_vi_kit.guides.mixed import DiscreteHead, Part, Relaxed
+
+NAMES = ("score", "relaxed")
+
+
+How = str | Relaxed
+Discrete = How | Mapping[str, How]
+
+
+class DiscreteSpec(Protocol):
+    """A guide that can hold discrete sites."""
+
+    name: ClassVar[str]
+
+    @property
+    def discrete(self) -> Discrete | None:
+        """What is not summed out, and how it is trained."""
+        ...
+
+    def family(self, dim: int) -> Family:
+        """The family over `[D]`."""
+        ...
+
+
+def require_discrete(guide: str, discrete: object) -> None:
+    """Refuse a value of ``discrete=`` that means nothing.
+
+    Raises:
+        OptionError: Or UnknownNameError, with what can be given.
+    """
+    for how in discrete.values() if isinstance(discrete, Mapping) else [discrete]:
+        if isinstance(how, str) and how not in NAMES:
+            raise UnknownNameError("discrete", how, list(NAMES))
+        if how is not None and not isinstance(how, str | Relaxed):
+            raise OptionError(
+                f"{guide}: discrete= takes 'score', 'relaxed', vi.guides.Relaxed(temperature=0.3), or a "
+                f"dict of these by site, got {how!r}"
+            )
+    if isinstance(discrete, Mapping) and (not discrete or None in discrete.values()):
+        raise OptionError(
+            f"{guide}: discrete= names the sites that are not summed out, each with 'score' or "
+            "'relaxed'; leave the others out of the dict"
+        )
+
+
+def drawn_of(spec: object) -> Drawn | None:
+    """The discrete latents that a configured guide holds; None where it holds none."""
+    discrete = getattr(spec, "discrete", None)
+    if discrete is None:
+        return None
+    if isinstance(discrete, Mapping):
+        return Drawn({name: _how(how) is not None for name, how in discrete.items()})
+    return Drawn({}, _how(discrete) is not None)
+
+
+def drawing(density: Density, discrete: Discrete) -> Density:
+    """The density in which these sites are not summed out; itself where it is that.
+
+    Raises:
+        OptionError: If a site is in no data plate, or the model rounds its relaxed values.
+    """
+    drawn = drawn_of(_Named(discrete))
+    if density.drawn != drawn:
+        params = density.params
+        density = Density(density.model, dtype=density.dtype, device=density.device, drawn=drawn)
+        density.params = params
+    for site in density.latents:
+        if site.states and not site.plates:
+            raise OptionError(
+                f"discrete= keeps a distribution for each row of a data plate, and {site.name!r} is "
+                "in none: leave it to be summed out, with a dict of the other sites as discrete="
+            )
+    require_smooth(density)
+    return density
+
+
+def by_plate(density: Density) -> dict[Plate, tuple[Site, ...]]:
+    """The drawn discrete sites by the outermost plate around them."""
+    found: dict[Plate, list[Site]] = {}
+    for site in density.latents:
+        if site.states:
+            found.setdefault(density.structure.plates[site.plates[0].name], []).append(site)
+    return {plate: tuple(sites) for plate, sites in found.items()}
+
+
+def with_tables(spec: DiscreteSpec, density: Density, scale: float) -> Guide:
+    """A guide of one block for the continuous latents, and a table of logits for each plate of others.
+
+    Args:
+        spec: The configured guide.
+        density: The model.
+        scale: Initial standard deviation of the continuous latents.
+
+    Raises:
+        OptionError: If a site cannot be held.
+    """
+    if spec.discrete is None:
+        return Guide(spec.name, density, {density.block: spec.family(density.dim)})
+    density = drawing(density, spec.discrete)
+    blocks: dict[Block, Family] = {}
+    outside = tuple(site for site in density.latents if not site.states)
+    if outside:
+        shared = Block("global", outside)
+        blocks[shared] = spec.family(shared.dim)
+    plates = by_plate(density)
+    for plate, sites in plates.items():
+        block = Block(local_name(plate, len(plates)), sites, plate)
+        head = head_of("mean_field", block, spec.discrete)
+        blocks[block] = LocalFamily(Table(head.initial(scale).expand(plate.size, -1)), head)
+    return Guide(spec.name, density, blocks)
+
+
+def arranged(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites of a local block in the order of a `DiscreteHead`: discrete ones last."""
+    return tuple(sorted(sites, key=lambda site: bool(site.states)))
+
+
+def head_of(local: Any, block: Block, discrete: Discrete | None) -> Head:
+    """The head of a local block: that of its continuous latents, beside a categorical for each other.
+
+    Args:
+        local: What ``local=`` names, for the continuous latents.
+        block: The block, its sites `arranged`.
+        discrete: The guide's option.
+    """
+    parts = []
+    for site in block.sites:
+        if site.states and discrete is not None:
+            how = discrete[site.name] if isinstance(discrete, Mapping) else discrete
+            parts.append(Part(math.prod(block.rest(site)) // site.states, site.states, _how(how)))
+    if not parts:
+        return head_for(local, block.dim)
+    rest = block.dim - sum(part.size * part.states for part in parts)
+    return DiscreteHead(head_for(local, rest) if rest else None, parts)
+
+
+class _Named(NamedTuple):
+    discrete: Discrete
+
+
+def _how(how: How) -> Relaxed | None:
+    """What a name stands for; None for the score function."""
+    if isinstance(how, Relaxed):
+        return how
+    return Relaxed() if how == "relaxed" else None

@@ -1,0 +1,59 @@
+"""A fitted posterior, of its parts, and how it is read from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyro_vi_kit import storage
+from pyro_vi_kit.device import Device
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.guides import GuideSpec
+from pyro_vi_kit.model import Model
+from pyro_vi_kit.posterior.against_data import AgainstData
+from pyro_vi_kit.posterior.by_row import ByRow
+from pyro_vi_kit.posterior.corrected import Corrected
+from pyro_vi_kit.posterior.drawn import Drawn
+from pyro_vi_kit.posterior.exported import Exported
+
+
+class Posterior(Drawn, Corrected, AgainstData, ByRow, Exported):
+    """What `vi.fit` returns.
+
+    Args:
+        model: The model.
+        approximation: The trained guide.
+        record: How it was trained.
+        density: The model's Density; None where the model has none.
+        spec: The guide's options, where it was named or configured.
+    """
+
+
+def load(
+    path: str | Path,
+    model: Model,
+    *,
+    guide: GuideSpec | Callable[..., Any] | None = None,
+    device: Device | None = None,
+) -> Posterior:
+    """Read a posterior that `Posterior.save` wrote. Nothing in the file is ever run.
+
+    Args:
+        path: The file.
+        model: The model it is a posterior of, with its data.
+        guide: The configured guide or Pyro guide, where the file cannot name it: one with an encoder
+            of the user's, or a Pyro guide callable.
+        device: Where to put it, as ``fit`` has it; where the model's data are when None.
+
+    Raises:
+        FileError: If the file cannot be read or holds no posterior of this package.
+        ModelError: If the model's latents are not those of the file.
+        OptionError: If ``guide=`` is needed, or `model` is no `Model`.
+    """
+    if not isinstance(model, Model):
+        raise OptionError(f"load takes the vi.Model of the posterior, got {type(model).__name__}")
+    restored = storage.restore(path, model, guide, device)
+    return Posterior(
+        model, restored.approximation, restored.record, restored.density, restored.spec
+    )
