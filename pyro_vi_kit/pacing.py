@@ -9,7 +9,7 @@ from typing import Any
 from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.engines import BatchSource, EagerEngine, PyroEngine, StreamedBatches
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.methods import by_epochs, fixed_draws, stochastic
+from pyro_vi_kit.methods import by_epochs, covering, fixed_draws, stochastic
 from pyro_vi_kit.methods.course import laid_out
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.progress import Progress
@@ -91,6 +91,9 @@ def by_themselves(
             deadline=request.deadline,
             progress=progress,
             checkpoint=checkpoint,
+            behind_warmup=_rounds(request, guide, schedule)
+            if annealed and batches is None
+            else None,
         )
 
 
@@ -111,6 +114,24 @@ def by_course(
         return by_epochs.fit(
             engine, course, deadline=request.deadline, progress=progress, checkpoint=checkpoint
         )
+
+
+def _rounds(
+    request: Request, guide: Guide | PyroGuide, schedule: stochastic.Schedule
+) -> Callable[[], int] | None:
+    """What an annealed fit does when its target has its own temperature; None for most guides."""
+    if not isinstance(guide, Guide) or not covering.applies_to(guide):
+        return None
+
+    def improve() -> int:
+        return covering.improve(
+            guide,
+            seed=request.seed,
+            tolerance=schedule.tolerance,
+            deadline=request.deadline,
+        )
+
+    return improve
 
 
 def _encoded(guide: Guide) -> bool:

@@ -21,6 +21,7 @@ from torch.quasirandom import SobolEngine
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
+from pyro_vi_kit.methods.draws import normals_at
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.progress import Progress
@@ -167,8 +168,7 @@ def _proposed(gaussian: Gaussian, draws: int, seed: int) -> tuple[Tensor, Tensor
     dim = len(gaussian.loc)
     # A coordinate of their own says which points are wide: their order knows where they lie.
     sobol = SobolEngine(dim + 1, scramble=True, seed=seed).draw(draws, dtype=torch.float64)
-    tiny = 2.0**-32
-    noise = torch.special.ndtri(sobol[:, 1:].clamp(tiny, 1.0 - tiny))
+    noise = normals_at(sobol[:, 1:])
     noise = torch.where(sobol[:, :1] < _WIDE_SHARE, _WIDE * noise, noise).to(gaussian.loc)
     z = gaussian.loc + noise @ gaussian.scale_tril.T
     narrow = _log_prob_of(gaussian, z) + math.log(1.0 - _WIDE_SHARE)

@@ -15,6 +15,7 @@ Andersen, Vehtari & Huggins 2022). The fit has converged when that is below the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -105,6 +106,7 @@ class _Search:
         steps: Made with this rate, in stretches that have ended.
         history: The best behind each of them, and how many steps that was.
         bad: Stretches in a row that failed.
+        extra: Gradient evaluations behind the warm-up that were no steps.
         status: How it ended.
     """
 
@@ -116,6 +118,7 @@ class _Search:
     steps: int = 0
     history: list[tuple[int, Tensor]] = field(default_factory=list)
     bad: int = 0
+    extra: int = 0
     status: Status | None = None
 
     @property
@@ -148,6 +151,7 @@ class _Search:
             "steps": self.steps,
             "history": list(self.history),
             "bad": self.bad,
+            "extra": self.extra,
             "status": None if self.status is None else asdict(self.status),
         }
 
@@ -158,7 +162,7 @@ class _Search:
         self.best = _Best(state["values"], state["bounds"])
         self.decays, self.before = state["decays"], state["before"]
         self.steps, self.history = state["steps"], [(at, bounds) for at, bounds in state["history"]]
-        self.bad = state["bad"]
+        self.bad, self.extra = state["bad"], state.get("extra", 0)
         self.status = None if state["status"] is None else Status(**state["status"])
 
 
@@ -169,6 +173,7 @@ def fit(
     deadline: float | None,
     progress: Progress,
     checkpoint: Checkpoint | None = None,
+    behind_warmup: Callable[[], int] | None = None,
 ) -> tuple[Outcome, float]:
     """Train the engine's parameters; leave the best average in them.
 
@@ -178,6 +183,8 @@ def fit(
         deadline: `time.monotonic` second at which to stop.
         progress: Told each run of steps.
         checkpoint: Where to keep the state of the fit, and to go on from.
+        behind_warmup: Called once when the warm-up is over: changes the engine's parameters in place,
+            and returns the per-sample gradient evaluations that it took.
 
     Returns:
         How the fit went, and the bound at its end in nats.
@@ -186,7 +193,7 @@ def fit(
     if checkpoint is not None and checkpoint.state is not None:
         search.restore(checkpoint.state)
     try:
-        status = search.status or _run(search, checkpoint)
+        status = search.status or _run(search, checkpoint, behind_warmup)
     except KeyboardInterrupt:
         on = "" if checkpoint is None else f" The same call goes on from {checkpoint.path}."
         status = Status(
@@ -197,7 +204,8 @@ def fit(
     if checkpoint is not None:
         _keep(search, status, checkpoint)
     losses = search.runs.losses
-    outcome = Outcome(NAME, status, losses, len(losses) * engine.particles, engine.skipped)
+    evaluations = len(losses) * engine.particles + search.extra
+    outcome = Outcome(NAME, status, losses, evaluations, engine.skipped)
     return outcome, search.best.bound
 
 
@@ -210,11 +218,15 @@ def _keep(search: _Search, status: Status, checkpoint: Checkpoint) -> None:
     checkpoint.mark(search.state, search.runs.losses, now=True)
 
 
-def _run(search: _Search, checkpoint: Checkpoint | None) -> Status:
+def _run(
+    search: _Search, checkpoint: Checkpoint | None, behind_warmup: Callable[[], int] | None
+) -> Status:
     """Levels of ever smaller rates, each of stretches of steps."""
     schedule, runs = search.schedule, search.runs
     if search.decays < 0:
         _warm_up(search, checkpoint)
+        if behind_warmup is not None:
+            search.extra = behind_warmup()
         _look(search)
         if schedule.tight and _spread(search) <= search.tolerance:
             return Status(
