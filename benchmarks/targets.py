@@ -60,6 +60,7 @@ def one(s: float, objective: str, seed: int) -> dict[str, Any]:
     cpu = time.process_time() - started
     log_w = posterior.log_weights(DRAWS, seed=1)
     x = posterior.sample(DRAWS, seed=2)["x"]
+    # The nearest mode of four at the corners of a square is the one in the same quadrant.
     right, up = x[:, 0] > 0, x[:, 1] > 0
     shares = [(a & b).mean() for a in (right, ~right) for b in (up, ~up)]
     trained = posterior.approximation.guide.families["latent"]  # type: ignore[attr-defined]
@@ -70,11 +71,11 @@ def one(s: float, objective: str, seed: int) -> dict[str, Any]:
         "steps": len(posterior.losses),
         "cpu": cpu,
         "status": posterior.status.reason,
-        "lines": _mapped_lines(trained) if objective == "annealed" else None,
+        "lines": mapped_lines(trained) if objective == "annealed" else None,
     }
 
 
-def _mapped_lines(flow: Any) -> list[list[list[list[float]]]]:
+def mapped_lines(flow: Any) -> list[list[list[list[float]]]]:
     """A grid of straight lines and what a flow makes of it: pairs of polylines `[n, 2]`."""
     import torch
 
@@ -118,7 +119,7 @@ def requirements(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def report(rows: Sequence[Mapping[str, Any]]) -> str:
     """All of it as Markdown."""
     fine = [dict(row) | {"ok": within(row)} for row in rows if not row["error"]]
-    fine = [r | {"weights": " ".join(f"{share:.2f}" for share in r["shares"])} for r in fine]
+    fine = [r | {"weights": _in_words(r["shares"])} for r in fine]
     failed = [f"- {r['objective']}, seed {r['seed']}: {r['error']}" for r in rows if r["error"]]
     return "\n\n".join(
         [
@@ -130,6 +131,11 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
             *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
         ]
     )
+
+
+def _in_words(shares: Any) -> str:
+    """Weights of the modes, in one cell of a table."""
+    return " ".join(f"{share:.2f}" for share in shares)
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> bool:
@@ -178,12 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = words.parse_args(argv)
     records = Records(asked.out, NAME, asked.resume)
     seeds = asked.seeds or list(range(5))
-    cells, rows = _cells(seeds, quick=asked.quick), []
-    for i, cell in enumerate(cells, 1):
+    wanted, rows = cells(seeds, quick=asked.quick), []
+    for i, cell in enumerate(wanted, 1):
         row = records.measure(cell, "benchmarks.targets:one", cell, cap=asked.cap or 600.0)
         rows.append(row)
         said = row["error"] or f"KL {row['kl']:.3f} nats in {row['cpu']:.0f} CPU seconds"
-        options.say(f"[{i}/{len(cells)}] {cell}: {said}")
+        options.say(f"[{i}/{len(wanted)}] {cell}: {said}")
     picture = asked.out / f"{NAME}.png"
     if plot(rows, picture):
         options.say(f"written: {picture}")
@@ -191,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _cells(seeds: Sequence[int], *, quick: bool = False) -> list[dict[str, Any]]:
+def cells(seeds: Sequence[int], *, quick: bool = False) -> list[dict[str, Any]]:
     """What is fitted: by the plain ELBO once for each distance."""
     seeds = seeds[:1] if quick else seeds
     return [

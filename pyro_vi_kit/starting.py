@@ -17,6 +17,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.guides.coupling import CouplingFlow
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal, GaussianFamily
+from pyro_vi_kit.guides.flows import Flow
 from pyro_vi_kit.guides.gaussian_mixture import GaussianMixture, Mixture
 from pyro_vi_kit.guides.low_rank import LowRankNormal
 from pyro_vi_kit.methods import fixed_draws, mixtures
@@ -192,7 +193,7 @@ def _initialise(
     if isinstance(request.objective, Annealed) and batches is None:
         gaussian = _flattened(request, density, gaussian)
         family.start_from(gaussian.loc, gaussian.scale_tril)
-        if isinstance(family, CouplingFlow):
+        if isinstance(family, Flow):
             with RandomStream(request.seed):
                 family.break_symmetry()
         return Start(True, peaks)

@@ -37,7 +37,8 @@ from pyro_vi_kit.runtime import default_dtype
 from pyro_vi_kit.types import Status
 
 _SCORE_PARTICLES = 16
-_ANNEALED_PARTICLES = 1024
+# The most, and numbers of data that they may meet in a step.
+_ANNEALED_PARTICLES, _ANNEALED_NUMBERS = 1024, 2**20
 # Nats that two estimates of the moments may lie apart: a hundredth of an sd in each direction.
 _MOMENTS_TOLERANCE = 1e-4
 
@@ -250,9 +251,10 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
         particles = 16 if any(block.plate for block in guide.blocks) else 4
     else:
         particles = 64 if is_small(density) and density.dim <= fixed_draws.MAX_DIM else 16
-    if request.objective.warmup and is_small(density):
+    if request.objective.warmup and request.batch_size is None and not density.params:
         # How mass is shared among modes is settled by the few draws between them.
-        particles = max(particles, _ANNEALED_PARTICLES)
+        numbers = density.dim + sum(t.numel() for t in density.data)
+        particles = max(particles, min(_ANNEALED_PARTICLES, _ANNEALED_NUMBERS // numbers))
     scored = any(getattr(family, "scored", False) for family in guide.families.values())
     if scored or estimator_of(request, guide) == "score":
         # Each draw is compared with the others, and the noise is many times that of other estimators.

@@ -25,6 +25,7 @@ from benchmarks import (
     speed_steps,
     speed_svi,
     streaming,
+    targets,
     verdicts,
 )
 from benchmarks.lib import machine, race, references, wasserstein
@@ -678,6 +679,34 @@ def test_one_fit_of_the_families(posteriordb):
     assert row["kl"] == pytest.approx(0.08, abs=0.05)
 
 
+def test_a_fit_of_four_modes_has_them_all_and_evenly():
+    row = {"s": 2.0, "objective": "annealed", "seed": 0, "error": None}
+    row |= {"kl": 0.09, "kl_se": 0.002, "shares": [0.21, 0.29, 0.25, 0.25], "steps": 9, "cpu": 1.0}
+    row |= {"status": "converged", "lines": None}
+    assert targets.within(row)
+    assert not targets.within(row | {"kl": 0.11})
+    assert not targets.within(row | {"shares": [0.19, 0.31, 0.25, 0.25]})
+    failed = {"s": 2.0, "objective": "annealed", "seed": 1, "error": "too long"}
+    assert targets.requirements([row])[0]["passed"]
+    assert not targets.requirements([row, failed])[0]["passed"]
+    plain = row | {"objective": "elbo", "kl": 1.386}
+    assert targets.requirements([row, plain])[0]["shown"] == "1 of 1 seeds"
+    assert "too long" in targets.report([row, failed])
+
+
+def test_an_untrained_flow_draws_lines_as_they_are(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = load_model_file(ROOT / "models" / "gaussian_mixture_target.py")
+    guide = guides.make("affine_coupling", model, layers=4, init_scale=1.0)
+    lines = targets.mapped_lines(guide.families["latent"].double())
+    assert len(lines) == 2 * targets.LINES
+    assert all(before == after for before, after in lines)
+    row = {"s": 2.0, "objective": "annealed", "error": None, "lines": lines}
+    assert targets.plot([row], tmp_path / "lines.png")
+    assert not targets.plot([row | {"lines": None}], tmp_path / "none.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["lines.png"]
+
+
 def test_quick_is_a_part_of_the_whole():
     assert set(references.QUICK) <= set(references.names())
     named = [
@@ -685,6 +714,7 @@ def test_quick_is_a_part_of_the_whole():
     ]
     assert set(named) <= set(references.names())
     assert set(corrections.EVIDENCE) | set(corrections.PSIS_ON) <= set(references.names())
+    assert all(cell in targets.cells([0, 1]) for cell in targets.cells([0, 1], quick=True))
     assert set(accuracy.NEAR_GAUSSIAN) | set(accuracy.FLOW_ON) <= set(references.names())
     for axis, sizes in growth.QUICK.items():
         assert all(a < b for a, b in pairwise(sizes))

@@ -139,16 +139,6 @@ class CouplingFlow(Flow):
             own[-layers:, :below] = known
 
     @torch.no_grad()
-    def break_symmetry(self) -> None:
-        """Draw the hidden biases, from torch's random state; the identity stays the identity.
-
-        Without biases a tanh network is an odd function. Over a target that is its own mirror image
-        nothing then leads away from the best Gaussian, a saddle.
-        """
-        for bias in self.biases[:-1]:
-            bias.normal_()
-
-    @torch.no_grad()
     def to_identity(self) -> None:
         """Zero the last layer of each network: shift 0 and log scale 0, whatever goes in."""
         for last in (*self.weights[-1:], *self.biases[-1:]):

@@ -97,6 +97,17 @@ class Flow(GaussianFamily):
     def to_identity(self) -> None:
         """Become the Gaussian of the affine map."""
 
+    @torch.no_grad()
+    def break_symmetry(self) -> None:
+        """Draw the hidden biases of all networks, from torch's random state; what they give stays.
+
+        Without biases a tanh network is an odd function. Over a target that is its own mirror image
+        nothing then leads away from the best Gaussian, a saddle.
+        """
+        for module in self.modules():
+            for bias in list(getattr(module, "biases", ()))[:-1]:
+                bias.normal_()
+
     def unbend(self, y: Tensor) -> Tensor:
         """Back through the layers: `[..., D]`."""
         return self.trace_back(y)[0]

@@ -26,6 +26,8 @@ _DRAWS = 8192
 _MAX_DRAWS = 32_768
 _DRAWS_PER_PARAMETER = 16
 _MAX_DIM = 50
+# Draws times data: numbers that one evaluation may meet.
+_MAX_NUMBERS = 2**24
 # Of the draws, that weights must leave: with less they say more of themselves than of the target.
 _LEAST_SHARE = 0.05
 _ROUNDS = 6
@@ -35,13 +37,15 @@ _LEFT = 1e-5
 
 
 def applies_to(guide: object) -> bool:
-    """Whether a guide is one flow of few parameters, over a model without parameters of its own."""
+    """Whether a guide is one flow of few parameters, over few data and no learned parameters."""
     if not isinstance(guide, Guide) or len(guide.blocks) > 1:
         return False
     density, family = guide.density, guide.families[guide.blocks[0].name]
     fixed = not density.params and density.streamed is None and density.drawn is None
-    small = sum(p.numel() for p in family.parameters()) * _DRAWS_PER_PARAMETER <= _MAX_DRAWS
-    return isinstance(family, Flow) and fixed and small and density.dim <= _MAX_DIM
+    if not isinstance(family, Flow) or not fixed or density.dim > _MAX_DIM:
+        return False
+    draws, numbers = _draws_for(family), density.dim + sum(t.numel() for t in density.data)
+    return draws <= _MAX_DRAWS and draws * numbers <= _MAX_NUMBERS
 
 
 def improve(guide: Guide, *, seed: int, tolerance: float, deadline: float | None) -> int:
@@ -92,8 +96,7 @@ class _Rounds:
     def __init__(self, search: Search, flow: Flow) -> None:
         self._search, self._flow = search, flow
         self._parameters = list(flow.parameters())
-        wanted = _DRAWS_PER_PARAMETER * sum(p.numel() for p in self._parameters)
-        self._draws = max(_DRAWS, 2 ** (wanted - 1).bit_length())
+        self._draws = _draws_for(flow)
 
     def read(self) -> Tensor:
         """A copy of the parameters, `[P]`."""
@@ -163,6 +166,12 @@ class _Rounds:
         seed = self._search.seed + 1_000_003 * (which + 1)
         loc = self._flow.affine.loc
         return sobol_normals(self._draws, len(loc), seed).to(loc)
+
+
+def _draws_for(flow: Flow) -> int:
+    """Enough not to be fitted one by one, a power of two."""
+    wanted = _DRAWS_PER_PARAMETER * sum(p.numel() for p in flow.parameters())
+    return max(_DRAWS, 2 ** (wanted - 1).bit_length())
 
 
 def _entropy(noise: Tensor) -> float:

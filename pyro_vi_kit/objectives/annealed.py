@@ -32,7 +32,8 @@ class Annealed(Elbo):
     E_q[t log p(x, z) - log q(z)] in unconstrained space, where t rises from ``first`` to 1 in ``steps``
     steps and stays there: it ends as the ELBO. No look at the bound is taken before. Guides that start
     from a Gaussian start from the best one of the target at the first t, which covers all modes where
-    ``first`` is small enough; the learning rate falls while t rises.
+    ``first`` is small enough; the learning rate falls while t rises. Behind these steps a small flow
+    over few data is improved by rounds of forward and reverse KL on fixed draws.
 
     Args:
         schedule: How t rises: ``linear``, ``geometric``, ``cosine`` or ``sigmoid``.

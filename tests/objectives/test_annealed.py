@@ -125,6 +125,7 @@ def test_it_starts_from_a_gaussian_of_the_flattened_target():
     assert float(flat.scale_tril.diagonal().min()) > 2.5
 
 
+@pytest.mark.slow
 def test_an_annealed_flow_has_both_modes_where_a_plain_one_has_one():
     guide = guides.AffineCoupling(layers=2, hidden=(8,))
     plain = vi.fit(vi.Model(two_modes), guide, seed=0)
