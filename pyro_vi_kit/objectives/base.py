@@ -50,8 +50,9 @@ class Bound:
 
     @property
     def estimators(self) -> tuple[str, ...]:
-        """All of them."""
-        return ("pathwise", "dreg", "score")
+        """All of them; ``stratified`` for a bound of the Rényi family."""
+        everywhere = ("pathwise", "dreg", "score")
+        return everywhere if self.order is None else (*everywhere, "stratified")
 
     @property
     def order(self) -> float | None:

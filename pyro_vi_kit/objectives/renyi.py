@@ -69,7 +69,7 @@ class Renyi(Bound):
     @property
     def estimators(self) -> tuple[str, ...]:
         """All; but ``dreg`` not for VR-max, whose draws change places where their weights are equal."""
-        return ("pathwise", "score") if self.order is None else ("pathwise", "dreg", "score")
+        return ("pathwise", "score") if self.order is None else super().estimators
 
     def bound(self, log_w: Tensor) -> Tensor:
         """The Rényi bound over the first dimension, `[K, ...] -> [...]`, nats."""
