@@ -16,6 +16,7 @@ from pyro_vi_kit.objectives.estimators import surrogate
 from pyro_vi_kit.objectives.forward_kl import ForwardKl
 from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
+from pyro_vi_kit.objectives.tail_adaptive import TailAdaptive
 from pyro_vi_kit.registry import About, first_line, resolve
 from pyro_vi_kit.types import LogWeights, Objective
 
@@ -33,6 +34,7 @@ REGISTRY: dict[str, type[ListedObjective]] = {
     "renyi": Renyi,
     "forward_kl": ForwardKl,
     "chi_square": ChiSquare,
+    "tail_adaptive": TailAdaptive,
     "beta": Beta,
     "annealed": Annealed,
 }
@@ -52,6 +54,7 @@ __all__ = [
     "LogWeights",
     "Objective",
     "Renyi",
+    "TailAdaptive",
     "about",
     "describe",
     "estimators_of",

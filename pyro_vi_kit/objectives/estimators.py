@@ -152,7 +152,7 @@ def surrogate(
     )
     weights = objective.weights(guide, draw, params, index, data=data, updates=updates)
     bound = evaluate(objective, weights)
-    carrier = reduced(objective.carrier, weights) if objective.upper else bound
+    carrier = reduced(objective.carrier, weights) if objective.carried else bound
     if detached:
         for block in guide.blocks:
             # Given the globals, the bound is per datum: of its particles' common globals it is the

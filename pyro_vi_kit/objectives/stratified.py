@@ -1,7 +1,7 @@
 """The stratified estimator of mixtures: draws of every component, their weights as exact factors.
 
 Of q = sum_c pi_c q_c no component is picked at random (Morningstar, Vikram, Ham, Gallagher & Dillon
-2021; Roeder, Wu & Duvenaud 2017, section 4). With T draws z_tc of each, the bound of Rényi order alpha is
+2021; Roeder, Wu & Duvenaud 2017). With T draws z_tc of each, the bound of Rényi order alpha is
 
     1 / (1 - alpha) log 1/T sum_t sum_c pi_c (p(x, z_tc) / q(z_tc))^(1 - alpha),
 
