@@ -35,9 +35,36 @@ from torch import Tensor
 
 from pyro_vi_kit.objectives import stratified
 from pyro_vi_kit.objectives.bounds import evaluate, reduced
+from pyro_vi_kit.registry import About
 from pyro_vi_kit.types import LogWeights, Objective
 
-NAMES = ("auto", "pathwise", "dreg", "score", "stratified")
+ABOUT = {
+    "pathwise": About(
+        does="the derivative of the bound as it stands, through the draws",
+        cost="K",
+        use="where dreg is not defined: elbo_analytic, VR-max, a point",
+        paper="Kingma & Welling 2014",
+    ),
+    "dreg": About(
+        does="the same less what log q's own parameters add: no noise where q is exact",
+        cost="K",
+        use="the default; for the ELBO it is stick-the-landing (Roeder, Wu & Duvenaud 2017)",
+        paper="Tucker, Lawson, Gu & Maddison 2019",
+    ),
+    "score": About(
+        does="log q moved up at draws that are better than the others (RLOO, VIMCO)",
+        cost="K, at least 2; by far the noisiest",
+        use="draws without a derivative",
+        paper="Mnih & Rezende 2016; Kool, van Hoof & Welling 2019",
+    ),
+    "stratified": About(
+        does="draws of every component of a mixture, the weights as exact factors",
+        cost="K x components",
+        use="mixtures with small components, or whose weights matter",
+        paper="Morningstar et al. 2021",
+    ),
+}
+NAMES = ("auto", *ABOUT)
 
 
 class Drawable(Protocol):

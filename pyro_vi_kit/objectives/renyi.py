@@ -34,7 +34,7 @@ class Renyi(Bound):
 
     name: ClassVar[str] = "renyi"
     about: ClassVar[About] = About(
-        does="between ELBO (alpha 1) and IWAE (alpha 0); below 0 q covers more mass",
+        does="between elbo (alpha 1) and iwae (alpha 0); from above for alpha < 0: q covers more",
         cost="K; needs many",
         use="a choice between narrow and wide q",
         paper="Li & Turner 2016",

@@ -40,9 +40,9 @@ class TailAdaptive(Bound):
 
     name: ClassVar[str] = "tail_adaptive"
     about: ClassVar[About] = About(
-        does="log evidence less a divergence whose f follows the weights' tail: q covers more",
+        does="log evidence from below, by a divergence that ranks the weights: q covers tails",
         cost="K, and a sort",
-        use="a wide q where weights are too heavy-tailed for forward_kl and chi_square",
+        use="a wide q where the tails of weights are too heavy for forward_kl and chi_square",
         paper="Wang, Liu & Liu 2018",
     )
 

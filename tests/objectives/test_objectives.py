@@ -299,6 +299,13 @@ def test_a_registered_objective_keeps_the_contract(name):
     assert name in objectives.names()
 
 
+def test_estimators_are_listed_with_their_papers():
+    about = objectives.about_estimators()
+    assert ("auto", *about) == objectives.ESTIMATORS
+    assert all(map(all, about.values()))
+    assert {name for each in objectives.estimators_of().values() for name in each} == set(about)
+
+
 @pytest.mark.parametrize("name", REGISTRY)
 @pytest.mark.parametrize("particles", [0, -1, True, 1.5, "3"])
 def test_particles_must_be_a_positive_integer(name, particles):
