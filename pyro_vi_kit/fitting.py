@@ -81,8 +81,9 @@ def fit(
             ``"auto"`` captures wherever the model and guide allow it.
         estimator: Of the gradient in stochastic steps: ``"pathwise"``; ``"dreg"``, doubly
             reparameterised (for the ELBO: stick-the-landing), which has no variance where the guide is
-            exact; or ``"score"``, the score function with the other draws as its baseline, for guides
-            whose draws have no derivative. ``"auto"`` takes ``"dreg"`` wherever it is defined.
+            exact; ``"score"``, the score function with the other draws as its baseline, for guides
+            whose draws have no derivative; or ``"stratified"``, for mixtures: draws of every component,
+            with the weights as exact factors. ``"auto"`` takes ``"dreg"`` wherever it is defined.
         tol: Nats that the bound may fall short by. By default 0.01, and for stochastic steps 0.001 a
             dimension if that is more; where parameters are learned or latents lie in a data plate,
             0.1 % of the bound if that is more.
@@ -128,7 +129,7 @@ def fit(
         objective = resuming.objective_of(record) if objective is None else objective
         method = "stochastic" if (method, record.method) == ("auto", "stochastic") else method
         engine = "pyro" if (engine, record.engine) == ("auto", "pyro") else engine
-        if estimator == "auto" and record.estimator in ("pathwise", "score"):
+        if estimator == "auto" and record.estimator not in (None, "dreg"):
             estimator = record.estimator
         batch_size = record.batch_size if batch_size is None else batch_size
         seed = resuming.seed_after(earlier) if seed is None else seed

@@ -59,7 +59,7 @@ class Record:
         seed: What the fit's random numbers started from.
         bound: The trained objective's value at the end, nats; None where it is the ELBO.
         skipped: Steps whose gradient was not finite.
-        estimator: Of the gradient, where steps were stochastic: ``pathwise``, ``dreg`` or ``score``.
+        estimator: Of the gradient, where steps were stochastic: one of `objectives.ESTIMATORS`.
         batch_size: Rows of the data plate in each step; all when None.
         history: What is told of each epoch, columns of equal length; empty where there were none.
         refined: Whether it is of the numbers of each row alone, which an encoder had given before.

@@ -256,7 +256,12 @@ def _with_particles(request: Request, guide: Guide, density: Density) -> Request
         numbers = density.dim + sum(t.numel() for t in density.data)
         particles = max(particles, min(_ANNEALED_PARTICLES, _ANNEALED_NUMBERS // numbers))
     scored = any(getattr(family, "scored", False) for family in guide.families.values())
-    if scored or estimator_of(request, guide) == "score":
+    estimator = estimator_of(request, guide)
+    if estimator == "stratified":
+        # As many draws in all.
+        strata = max(family.strata for family in guide.families.values())  # type: ignore[operator]
+        particles = max(1, particles // strata // 2 * 2)
+    if scored or estimator == "score":
         # Each draw is compared with the others, and the noise is many times that of other estimators.
         particles = max(particles, _SCORE_PARTICLES)
     objective = dataclasses.replace(request.objective, particles=particles)  # type: ignore[type-var]

@@ -45,6 +45,7 @@ class Objective(Protocol):
         upper: Whether it is an upper bound, and is brought down.
         is_elbo: Whether what is trained in the end is the ELBO.
         warmup: Steps before what is trained is the bound itself.
+        carried: Whether the loss differentiates a `carrier` that is not the bound.
         estimators: Gradient estimators that are defined for it.
     """
 
@@ -90,6 +91,11 @@ class Objective(Protocol):
     @property
     def warmup(self) -> int:
         """Steps before what is trained is the bound itself."""
+        ...
+
+    @property
+    def carried(self) -> bool:
+        """Whether the loss differentiates something else than the bound."""
         ...
 
     @property

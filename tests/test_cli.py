@@ -101,7 +101,7 @@ def test_help_is_light():
     assert "--guide-option" in run.stdout
 
 
-@pytest.mark.parametrize("command", ["guides", "objectives"])
+@pytest.mark.parametrize("command", ["guides", "objectives", "estimators"])
 def test_listings(command):
     printed = vi_kit(command).stdout.splitlines()
     rule = next(i for i, line in enumerate(printed) if set(line) == {"-", " "})
@@ -113,7 +113,7 @@ def test_listings(command):
     assert max(map(len, lines)) <= 96
     words = " ".join(lines).split()
     for about in described.values():
-        more = {"estimators"} if command == "objectives" else set()
+        more = {"objectives": {"estimators"}, "estimators": {"objectives"}}.get(command, set())
         assert set(about) == {"description", "does", "cost", "use", "paper"} | more
         assert all(about.values())
         # A narrow column breaks long names.

@@ -14,7 +14,7 @@ import click
 
 from pyro_vi_kit import __version__
 from pyro_vi_kit.cli.calibrating import calibrate_command
-from pyro_vi_kit.cli.listing import guides_command, objectives_command
+from pyro_vi_kit.cli.listing import estimators_command, guides_command, objectives_command
 from pyro_vi_kit.cli.many import bench_command, compare_command
 from pyro_vi_kit.cli.options import common_options, debugging
 from pyro_vi_kit.cli.output import warnings_as_messages
@@ -85,5 +85,6 @@ for _command in (
     calibrate_command,
     guides_command,
     objectives_command,
+    estimators_command,
 ):
     main.add_command(_command)

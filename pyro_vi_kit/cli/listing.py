@@ -1,4 +1,4 @@
-"""``guides`` and ``objectives``: what can be named, as a table to choose from."""
+"""``guides``, ``objectives`` and ``estimators``: what can be named, as tables to choose from."""
 
 from __future__ import annotations
 
@@ -43,6 +43,23 @@ def objectives_command(as_json: bool) -> None:
     heads = (*heads, "gradients")
     gradients = {name: ", ".join(each) for name, each in objectives.estimators_of().items()}
     _print(objectives.describe(), objectives.about(), heads, as_json, {"estimators": gradients})
+
+
+@click.command("estimators")
+@json_option
+@common_options
+def estimators_command(as_json: bool) -> None:
+    """List the estimators of a gradient: what each does, its cost, when to use it, its paper."""
+    from pyro_vi_kit import objectives
+
+    about = objectives.about_estimators()
+    heads = ("estimator", "what it is", "cost of a step", "when to use it", "paper")
+    trained = {
+        name: ", ".join(o for o, each in objectives.estimators_of().items() if name in each)
+        for name in about
+    }
+    described = {name: each.does for name, each in about.items()}
+    _print(described, about, (*heads, "objectives"), as_json, {"objectives": trained})
 
 
 def _print(

@@ -58,7 +58,10 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
     "--engine", default="auto", show_default=True, help="auto, captured, compiled, eager or pyro."
 )
 @click.option(
-    "--estimator", default="auto", show_default=True, help="auto, pathwise, dreg or score."
+    "--estimator",
+    default="auto",
+    show_default=True,
+    help="auto, pathwise, dreg, score or stratified.",
 )
 @click.option(
     "--tol", type=float, show_default="0.01", help="Nats that the bound may fall short by."

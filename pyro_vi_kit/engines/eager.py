@@ -24,6 +24,7 @@ from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.streamed import weigh_all
 from pyro_vi_kit.objectives import surrogate
 from pyro_vi_kit.objectives.bounds import reduced
+from pyro_vi_kit.objectives.stratified import combined
 from pyro_vi_kit.runtime import RandomStream, isolated
 from pyro_vi_kit.types import LogWeights, Objective
 
@@ -47,7 +48,7 @@ class EagerEngine:
         seed: Of the noise.
         batches: Minibatches of the data plate; the full data when None.
         optimizer: Makes a torch optimiser from parameters; Adam when None.
-        estimator: Of the gradient: ``pathwise``, ``dreg`` or ``score``.
+        estimator: Of the gradient: one of `objectives.ESTIMATORS` but ``auto``.
         clip: Length of the gradient at the most.
         precision: ``bfloat16`` for mixed precision (`torch.autocast`) in the model and the guide; None
             for none. Parameters and updates keep their own.
@@ -351,8 +352,10 @@ class EagerEngine:
         share: bool = False,
     ) -> LogWeights:
         """The objective's log weights of fresh draws."""
-        draw = self.guide.draw(draws, index, data=data, share=share)
-        return self.objective.weights(self.guide, draw, self.params, index, data=data)
+        stratified = self.estimator == "stratified"
+        draw = self.guide.draw(draws, index, data=data, share=share, stratified=stratified)
+        found = self.objective.weights(self.guide, draw, self.params, index, data=data)
+        return combined(self.objective, found, draw.strata) if stratified else found
 
 
 def _flattened(parameters: Mapping[str, Tensor], density: Density) -> Tensor:

@@ -14,6 +14,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import detach
 from torch import Tensor, nn
 
 from pyro_vi_kit.density import Block, Density, Plate, Site, rows_apart
@@ -23,6 +24,22 @@ from pyro_vi_kit.guides.local import LocalFamily, Table
 from pyro_vi_kit.types import LogWeights
 
 _SERIAL = itertools.count()
+
+
+class Strata(NamedTuple):
+    """What draws of each component of a mixture need, to be averaged.
+
+    Attributes:
+        block: The name of the block that is the mixture.
+        plate: Its plate; None for the globals.
+        q: The mixture.
+        log_shares: Logs of its weights, `[C]`, or `[C, B]` for one mixture a row.
+    """
+
+    block: str
+    plate: str | None
+    q: Any
+    log_shares: Tensor
 
 
 class Draw(NamedTuple):
@@ -36,6 +53,7 @@ class Draw(NamedTuple):
             all particles share them, or `[K, B, d]`.
         scored: The part of `local` that is of discrete sites trained by the score function, at these
             draws held fixed: it is a constant in `local`, and differentiable here.
+        strata: Where K stands for T of each component, T C in all, draw by draw.
     """
 
     z: dict[str, Tensor]
@@ -43,6 +61,7 @@ class Draw(NamedTuple):
     local: dict[str, Tensor]
     flat: Mapping[str, Tensor] = MappingProxyType({})
     scored: Mapping[str, Tensor] = MappingProxyType({})
+    strata: Strata | None = None
 
 
 class Guide(nn.Module):
@@ -97,6 +116,7 @@ class Guide(nn.Module):
         given: Draw | None = None,
         relaxed: bool = False,
         updates: Tensor | None = None,
+        stratified: bool = False,
     ) -> Draw:
         """K reparameterised draws, from torch's global random state; discrete sites as they are.
 
@@ -112,7 +132,17 @@ class Guide(nn.Module):
             given: An earlier draw of as many particles, whose globals are taken again.
             relaxed: Soften the draws of discrete sites that are trained so.
             updates: Steps taken so far, a scalar, for their temperature.
+            stratified: Take K draws of each component of the guide's one `mixture`, and as many of all
+                else.
         """
+        mixture = self.mixture() if stratified else None
+        strata: Strata | None = None
+        apart: Any = None
+        if mixture is not None:
+            strata, apart = self._stratified(
+                mixture, particles, index, data, detached=detached, mirrored=mirrored
+            )
+            particles = len(apart[0])
         values: dict[str, Tensor] = {}
         local: dict[str, Tensor] = {}
         flats: dict[str, Tensor] = {}
@@ -122,15 +152,19 @@ class Guide(nn.Module):
             family: Any = self.families[block.name]
             if block.plate is None:
                 count = 1 if share else particles
-                if given is not None:
+                if block is mixture:
+                    flat, log_q = apart
+                elif given is not None:
                     flat, log_q = given.flat[block.name], given.shared
                 else:
                     flat, log_q = family.draw((count,), detached=detached, mirrored=mirrored)
                 shared = shared + log_q
                 values.update(block.unpack(flat.expand(particles, -1)))
             else:
-                rows = self.rows(block, index, data)
-                if family.conditioned:
+                rows = None if block is mixture else self.rows(block, index, data)
+                if rows is None:
+                    flat, log_q = apart
+                elif family.conditioned:
                     shape, rows = self._beside(self._global(flats), rows, particles)
                     # Given shared globals log q is of the local draws alone.
                     flat, log_q = family.draw_given(shape, rows, detached=detached, live=not share)
@@ -150,7 +184,30 @@ class Guide(nn.Module):
                 local[block.plate.name] = log_q
                 values.update(block.unpack(flat))
             flats[block.name] = flat
-        return Draw(values, shared, local, flats, scored)
+        return Draw(values, shared, local, flats, scored, strata)
+
+    def mixture(self) -> Block | None:
+        """The one block whose family is a mixture; None where there is none, or more than one."""
+        found = [block for block in self.blocks if self.families[block.name].strata]
+        return found[0] if len(found) == 1 else None
+
+    def _stratified(
+        self,
+        block: Block,
+        draws: int,
+        index: Mapping[str, Tensor] | None,
+        data: Sequence[Tensor] | None,
+        *,
+        detached: bool,
+        mirrored: bool,
+    ) -> tuple[Strata, tuple[Tensor, Tensor]]:
+        """Draws of each component of a block, `[draws C, ...]`, and log q at them, nats; see `draw`."""
+        rows = None if block.plate is None else self.rows(block, index, data)
+        q: Any = self.families[block.name](rows)
+        flat = q.rsample_each(draws, mirrored=mirrored).flatten(0, 1)
+        density: Any = detach(q) if detached else q
+        plate = None if block.plate is None else block.plate.name
+        return Strata(block.name, plate, q, q.log_shares), (flat, density.log_prob(flat))
 
     def _global(self, flats: Mapping[str, Tensor]) -> Tensor:
         """What was drawn of the globals, `[K, D]`."""

@@ -28,6 +28,11 @@ class Family(nn.Module, ABC):
     reparameterised: bool = True
     searched: ClassVar[bool] = False
 
+    @property
+    def strata(self) -> int:
+        """Components of a mixture, each of which has draws of its own; 0 for no mixture."""
+        return 0
+
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
         """The distribution, event shape `[D]`."""

@@ -121,6 +121,11 @@ class GaussianMixture(GaussianFamily):
         """K."""
         return len(self.logits)
 
+    @property
+    def strata(self) -> int:
+        """K."""
+        return self.components
+
     def forward(self, context: Tensor | None = None) -> NormalMixture:
         """The distribution, event shape `[D]`."""
         own = self.log_diagonal.exp()

@@ -24,11 +24,13 @@ class Head(nn.Module, ABC):
         size: p.
         scored: Whether some of the latents are discrete and trained by the score function.
         relaxed: Whether some are discrete, and softened while training.
+        strata: Components of each distribution, where it is a mixture; 0 for any other.
     """
 
     size: int
     scored: bool = False
     relaxed: bool = False
+    strata: int = 0
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -37,6 +37,30 @@ class ImplicitMixture(TorchDistribution):
             return value
         return self._with_gradient(value)
 
+    @property
+    def log_shares(self) -> Tensor:
+        """Logs of the components' weights, `[C, ...]`."""
+        return self.logits.log_softmax(-1).movedim(-1, 0)
+
+    def rsample_each(self, draws: int, *, mirrored: bool = False) -> Tensor:
+        """Draws of every component by itself, `[draws, C, ..., D]`, each reparameterised.
+
+        They know nothing of the weights, which are factors of whatever is averaged (Morningstar et al.
+        2021).
+
+        Args:
+            draws: Of each component.
+            mirrored: Make the second half of an even number the mirror image of the first.
+        """
+        count = draws // 2 if mirrored else draws
+        locs, spread = self._apart(count)
+        half = [spread, -spread] if mirrored else [spread]
+        return locs + torch.cat(half)
+
+    @abstractmethod
+    def _apart(self, draws: int) -> tuple[Tensor, Tensor]:
+        """Means of the components, `[C, ..., D]`, and draws less these, `[draws, C, ..., D]`."""
+
     @abstractmethod
     def _drawn(self, sample_shape: torch.Size) -> Tensor:
         """Draws without a gradient."""

@@ -169,6 +169,11 @@ class LocalFamily(Family):
         return self.head.relaxed
 
     @property
+    def strata(self) -> int:
+        """Components of each datum's mixture; 0 where it is none."""
+        return self.head.strata
+
+    @property
     def table(self) -> Table | None:
         """The table, where each datum has numbers of its own."""
         return self.source if isinstance(self.source, Table) else None

@@ -71,6 +71,11 @@ class MixtureNormal(ImplicitMixture):
     def _shares(self) -> Tensor:
         return self.logits.softmax(-1).unsqueeze(-1)
 
+    def _apart(self, draws: int) -> tuple[Tensor, Tensor]:
+        locs, scales = self.locs.movedim(-2, 0), self.scales.movedim(-2, 0)
+        noise = torch.randn((draws, *locs.shape), dtype=locs.dtype, device=locs.device)
+        return locs, noise * scales
+
     def _drawn(self, sample_shape: torch.Size) -> Tensor:
         shape = sample_shape + self.batch_shape
         noise = gumbel(shape + self.logits.shape[-1:], self.logits)
@@ -111,12 +116,12 @@ class MixtureHead(Head):
 
     def __init__(self, dim: int, components: int) -> None:
         super().__init__(dim)
-        self.components = components
+        self.strata = components
         self.size = components * (1 + 2 * dim)
 
     def forward(self, numbers: Tensor) -> TorchDistribution:
         """The mixture of each datum."""
-        count, dim = self.components, self.dim
+        count, dim = self.strata, self.dim
         logits, locs, log_scales = numbers.split([count, count * dim, count * dim], -1)
         locs = self.centre + self.unit * locs.unflatten(-1, (count, dim))
         scales = self.unit * log_scales.unflatten(-1, (count, dim)).exp()
@@ -124,14 +129,14 @@ class MixtureHead(Head):
 
     def initial(self, scale: float) -> Tensor:
         """Equal shares of components that lie apart: alike, they would stay alike."""
-        count, dim = self.components, self.dim
+        count, dim = self.strata, self.dim
         spread = scale * torch.randn(count * dim, dtype=self.centre.dtype, device="cpu")
         spread = spread.to(self.centre.device)
         log_scales = torch.full_like(spread, scale).log()
         return torch.cat([spread.new_zeros(count), spread, log_scales])
 
     def _converted(self, numbers: Tensor, shift: Tensor, factor: Tensor) -> Tensor:
-        count, dim = self.components, self.dim
+        count, dim = self.strata, self.dim
         logits, locs, log_scales = numbers.split([count, count * dim, count * dim], -1)
         locs = shift.repeat(count) + factor.repeat(count) * locs
         return torch.cat([logits, locs, log_scales + factor.log().repeat(count)], -1)

@@ -79,6 +79,15 @@ class NormalMixture(ImplicitMixture):
         log_shares = self.logits.log_softmax(-1)[:, None]
         return (log_shares + parts).reshape(-1, *value.shape[:-1])
 
+    def _apart(self, draws: int) -> tuple[Tensor, Tensor]:
+        batch = (1,) * len(self.batch_shape)
+        locs = self.locs.reshape(len(self.locs), *batch, -1)
+        shape = (draws, len(self.locs), *self.batch_shape, *self.event_shape)
+        noise = torch.randn(shape, dtype=locs.dtype, device=locs.device)
+        if not self.dense:
+            return locs, noise * self.scales.reshape(locs.shape)
+        return locs, torch.einsum("cij,tc...j->tc...i", self.scales, noise)
+
     def _drawn(self, sample_shape: torch.Size) -> Tensor:
         shape, (count, dim) = sample_shape + self.batch_shape, self.locs.shape
         # All noise of a draw comes together, so that K draws at once are K single ones. The component

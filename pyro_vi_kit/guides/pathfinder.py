@@ -105,6 +105,11 @@ class PathMixture(Family):
         self.log_diagonals = nn.Parameter(torch.full((paths, dim), scale).log())
         self.lowers = nn.Parameter(torch.zeros(paths, dim, dim))
 
+    @property
+    def strata(self) -> int:
+        """K."""
+        return len(self.log_weights)
+
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
         """The distribution, event shape `[D]`."""
         trils = self.lowers.tril(-1) + self.log_diagonals.exp().diag_embed()

@@ -11,11 +11,13 @@ from pyro_vi_kit.objectives.bounds import evaluate
 from pyro_vi_kit.objectives.chi_square import ChiSquare
 from pyro_vi_kit.objectives.elbo import Elbo
 from pyro_vi_kit.objectives.elbo_analytic import ElboAnalytic
+from pyro_vi_kit.objectives.estimators import ABOUT as _ABOUT_ESTIMATORS
 from pyro_vi_kit.objectives.estimators import NAMES as ESTIMATORS
 from pyro_vi_kit.objectives.estimators import surrogate
 from pyro_vi_kit.objectives.forward_kl import ForwardKl
 from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
+from pyro_vi_kit.objectives.tail_adaptive import TailAdaptive
 from pyro_vi_kit.registry import About, first_line, resolve
 from pyro_vi_kit.types import LogWeights, Objective
 
@@ -33,6 +35,7 @@ REGISTRY: dict[str, type[ListedObjective]] = {
     "renyi": Renyi,
     "forward_kl": ForwardKl,
     "chi_square": ChiSquare,
+    "tail_adaptive": TailAdaptive,
     "beta": Beta,
     "annealed": Annealed,
 }
@@ -52,7 +55,9 @@ __all__ = [
     "LogWeights",
     "Objective",
     "Renyi",
+    "TailAdaptive",
     "about",
+    "about_estimators",
     "describe",
     "estimators_of",
     "evaluate",
@@ -80,6 +85,11 @@ def about() -> dict[str, About]:
 def estimators_of() -> dict[str, tuple[str, ...]]:
     """The gradient estimators of each objective, as ``estimator=`` names them."""
     return {name: cls().estimators for name, cls in REGISTRY.items()}
+
+
+def about_estimators() -> dict[str, About]:
+    """What each estimator of the gradient does, what it costs, when to use it, and its paper."""
+    return dict(_ABOUT_ESTIMATORS)
 
 
 def make(objective: str | Objective, **options: Any) -> Objective:

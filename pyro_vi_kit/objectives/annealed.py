@@ -48,7 +48,7 @@ class Annealed(Elbo):
 
     name: ClassVar[str] = "annealed"
     about: ClassVar[About] = About(
-        does="the ELBO, reached from a flattened target",
+        does="as elbo, reached from a flattened target",
         cost="K, and the steps of the schedule",
         use="several modes, with a guide that can hold them",
         paper="Rezende & Mohamed 2015",

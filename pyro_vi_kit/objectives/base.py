@@ -28,6 +28,7 @@ class Bound:
         upper: Whether it is an upper bound on the log evidence, and is brought down.
         is_elbo: Whether what is trained in the end is the ELBO.
         warmup: Steps before what is trained is the bound itself.
+        carried: Whether the loss differentiates a `carrier` that is not the bound.
         estimators: Gradient estimators that are defined for it; see `objectives.estimators`.
     """
 
@@ -49,9 +50,15 @@ class Bound:
         return 0
 
     @property
+    def carried(self) -> bool:
+        """Whether the loss differentiates something else than the bound: for an upper one."""
+        return self.upper
+
+    @property
     def estimators(self) -> tuple[str, ...]:
-        """All of them."""
-        return ("pathwise", "dreg", "score")
+        """All of them; ``stratified`` for a bound of the Rényi family."""
+        everywhere = ("pathwise", "dreg", "score")
+        return everywhere if self.order is None else (*everywhere, "stratified")
 
     @property
     def order(self) -> float | None:

@@ -34,7 +34,7 @@ class Beta(Bound):
 
     name: ClassVar[str] = "beta"
     about: ClassVar[About] = About(
-        does="the ELBO with beta KL in place of one",
+        does="the elbo with beta times the KL to the prior",
         cost="K",
         use="learned models: more disentangled, or fewer idle, latents; no posterior",
         paper="Higgins et al. 2017",

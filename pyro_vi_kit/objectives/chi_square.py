@@ -32,7 +32,7 @@ class ChiSquare(UpperBound):
 
     name: ClassVar[str] = "chi_square"
     about: ClassVar[About] = About(
-        does="log evidence from above: q covers tails as well",
+        does="log evidence from above, by the chi-square divergence: q covers tails as well",
         cost="K; noisy in many dimensions",
         use="a bound on the evidence from the other side, a heavy-tailed q",
         paper="Dieng et al. 2017",

@@ -26,7 +26,7 @@ class Elbo(Bound):
 
     name: ClassVar[str] = "elbo"
     about: ClassVar[About] = About(
-        does="log evidence minus KL(q || p): q covers one mode, too narrow",
+        does="log evidence from below, by KL(q || p): q covers one mode, too narrow",
         cost="K",
         use="the default",
         paper="Jordan et al. 1999",

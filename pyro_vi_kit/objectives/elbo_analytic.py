@@ -35,7 +35,7 @@ class ElboAnalytic(Elbo):
 
     name: ClassVar[str] = "elbo_analytic"
     about: ClassVar[About] = About(
-        does="the ELBO, the KL to normal priors in closed form",
+        does="as elbo, with the KL to normal priors in closed form",
         cost="K",
         use="less noise where the data say little",
         paper="Kingma & Welling 2014",

@@ -19,6 +19,8 @@ the leave-one-out baseline of Kool, van Hoof & Welling 2019, for multi-sample bo
 Rezende 2016). It is for guides whose draws have no derivative; elsewhere it is by far the noisiest.
 What an objective multiplies log q by is its own business: `Bound.score`.
 
+``stratified`` is for mixtures, and draws from each component: see `objectives.stratified`.
+
 Discrete sites that a guide holds itself (``discrete=``) are trained by the score function, or relaxed,
 beside any of these: ``pathwise`` and ``dreg`` are then of the other latents.
 """
@@ -31,10 +33,38 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.objectives import stratified
 from pyro_vi_kit.objectives.bounds import evaluate, reduced
+from pyro_vi_kit.registry import About
 from pyro_vi_kit.types import LogWeights, Objective
 
-NAMES = ("auto", "pathwise", "dreg", "score")
+ABOUT = {
+    "pathwise": About(
+        does="the derivative of the bound as it stands, through the draws",
+        cost="K",
+        use="where dreg is not defined: elbo_analytic, VR-max, a point",
+        paper="Kingma & Welling 2014",
+    ),
+    "dreg": About(
+        does="the same less what log q's own parameters add: no noise where q is exact",
+        cost="K",
+        use="the default; for the ELBO it is stick-the-landing (Roeder, Wu & Duvenaud 2017)",
+        paper="Tucker, Lawson, Gu & Maddison 2019",
+    ),
+    "score": About(
+        does="log q moved up at draws that are better than the others (RLOO, VIMCO)",
+        cost="K, at least 2; by far the noisiest",
+        use="draws without a derivative",
+        paper="Mnih & Rezende 2016; Kool, van Hoof & Welling 2019",
+    ),
+    "stratified": About(
+        does="draws of every component of a mixture, the weights as exact factors",
+        cost="K x components",
+        use="mixtures with small components, or whose weights matter",
+        paper="Morningstar et al. 2021",
+    ),
+}
+NAMES = ("auto", *ABOUT)
 
 
 class Drawable(Protocol):
@@ -108,11 +138,11 @@ def surrogate(
     Args:
         guide: What is trained.
         objective: The bound; an upper one is brought down.
-        particles: K.
+        particles: K; of each component where ``stratified``.
         params: Unconstrained learned parameters of the model.
         index: Rows of each local plate; all when None.
         share: Give all particles the same draw of the globals, as a bound per datum needs.
-        estimator: ``pathwise``, ``dreg`` or ``score``, one for which there is no `obstacle`.
+        estimator: One of `NAMES` but ``auto``, for which there is no `obstacle`.
         mirrored: Draw in pairs of mirror images; for bounds that are means over particles.
         data: Tensors in the place of the density's own, where data are streamed.
         updates: Steps taken so far, a scalar, for an objective that changes with them.
@@ -122,6 +152,20 @@ def surrogate(
     """
     if estimator == "score":
         return _score(guide, objective, particles, params, index, share, data, updates)
+    if estimator == "stratified":
+        weights, control = stratified.gain_of(
+            guide,
+            objective,
+            particles,
+            params,
+            index,
+            share=share,
+            mirrored=mirrored,
+            data=data,
+            updates=updates,
+        )
+        bound = evaluate(objective, weights)
+        return bound.detach(), -(bound + control)
     detached = estimator == "dreg"
     draw = guide.draw(
         particles,
@@ -135,7 +179,7 @@ def surrogate(
     )
     weights = objective.weights(guide, draw, params, index, data=data, updates=updates)
     bound = evaluate(objective, weights)
-    carrier = reduced(objective.carrier, weights) if objective.upper else bound
+    carrier = reduced(objective.carrier, weights) if objective.carried else bound
     if detached:
         for block in guide.blocks:
             # Given the globals, the bound is per datum: of its particles' common globals it is the
@@ -152,6 +196,8 @@ def obstacle(guide: Drawable, objective: Objective, estimator: str) -> str | Non
     defined = objective.estimators
     if estimator not in defined:
         return f"objective {objective.name!r} is trained by {_either(defined)}"
+    if estimator == "stratified":
+        return stratified.obstacle(guide, objective)
     missing = _missing(guide, objective, estimator)
     if missing is not None:
         return missing

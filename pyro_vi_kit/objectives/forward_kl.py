@@ -29,7 +29,7 @@ class ForwardKl(UpperBound):
 
     name: ClassVar[str] = "forward_kl"
     about: ClassVar[About] = About(
-        does="KL(p || q) by self-normalised weights: q covers all of p",
+        does="log evidence from above, by KL(p || q): q covers all of p",
         cost="K; weights must not be too uneven",
         use="a proposal for importance sampling; error bars that are never too short",
         paper="Bornschein & Bengio 2015",

@@ -29,7 +29,7 @@ class Iwae(Bound):
 
     name: ClassVar[str] = "iwae"
     about: ClassVar[About] = About(
-        does="log evidence, the tighter the more particles",
+        does="log evidence from below, the tighter the more particles",
         cost="K; needs many",
         use="a tight bound, learned models, q as a proposal",
         paper="Burda, Grosse & Salakhutdinov 2016",

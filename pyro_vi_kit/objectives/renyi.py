@@ -34,7 +34,7 @@ class Renyi(Bound):
 
     name: ClassVar[str] = "renyi"
     about: ClassVar[About] = About(
-        does="between ELBO (alpha 1) and IWAE (alpha 0); below 0 q covers more mass",
+        does="between elbo (alpha 1) and iwae (alpha 0); from above for alpha < 0: q covers more",
         cost="K; needs many",
         use="a choice between narrow and wide q",
         paper="Li & Turner 2016",
@@ -69,7 +69,7 @@ class Renyi(Bound):
     @property
     def estimators(self) -> tuple[str, ...]:
         """All; but ``dreg`` not for VR-max, whose draws change places where their weights are equal."""
-        return ("pathwise", "score") if self.order is None else ("pathwise", "dreg", "score")
+        return ("pathwise", "score") if self.order is None else super().estimators
 
     def bound(self, log_w: Tensor) -> Tensor:
         """The Rényi bound over the first dimension, `[K, ...] -> [...]`, nats."""

@@ -79,13 +79,7 @@ class UpperBound(Bound):
 
     def require(self, guide: Any) -> None:
         """Refuse a guide whose globals meet local latents."""
-        local = [block.plate.name for block in guide.blocks if block.plate is not None]
-        if local and len(local) < len(guide.blocks):
-            raise OptionError(
-                f"objective {self.name!r} weighs draws against each other, and all draws of plate "
-                f"{local[0]!r} share one draw of the globals: use objective='iwae', or a guide with one "
-                "block for all latents, such as 'full_rank'"
-            )
+        require_apart(self.name, guide)
 
     def stock_loss(self, *, vectorize: bool = False) -> ELBO:
         """There is none.
@@ -100,6 +94,17 @@ class UpperBound(Bound):
         """1, or (n - 1) / n where w^n is not the posterior's own weight."""
         n = self.power
         return 1.0 if n == 1.0 else (n - 1.0) / n
+
+
+def require_apart(name: str, guide: Any) -> None:
+    """Refuse a guide whose globals meet local latents: draws are weighed against each other."""
+    local = [block.plate.name for block in guide.blocks if block.plate is not None]
+    if local and len(local) < len(guide.blocks):
+        raise OptionError(
+            f"objective {name!r} weighs draws against each other, and all draws of plate "
+            f"{local[0]!r} share one draw of the globals: use objective='iwae', or a guide with one "
+            "block for all latents, such as 'full_rank'"
+        )
 
 
 def require_several(name: str, particles: object) -> None:

@@ -59,6 +59,24 @@ def test_replayed_steps_are_the_eager_steps(name, objective, estimator):
     assert captured.name == "captured", captured.note
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=repr)
+@pytest.mark.parametrize("local", [False, True])
+def test_replayed_steps_are_the_eager_steps_of_strata(local, objective):
+    guide = guides.Amortized(local="mixture") if local else guides.Mixture(3)
+    model = local_model() if local else two_scales_model()
+    eager, captured = pair(guide, model, objective, estimator="stratified")
+    assert_same_run(eager, captured)
+    assert captured.name == "captured", captured.note
+
+
+def test_strata_of_minibatches_come_in_mirror_images():
+    guide = guides.Amortized(local="mixture")
+    engines = pair(guide, local_model(), Elbo(2), batch_size=3, estimator="stratified")
+    assert_same_run(*engines)
+    assert engines[1].mirrored
+    assert engines[1].name == "captured", engines[1].note
+
+
 @pytest.mark.parametrize("batch_size", [None, 3])
 @pytest.mark.parametrize("objective", [Elbo(2), Iwae(3)], ids=repr)
 def test_minibatches_are_inputs(objective, batch_size):

@@ -27,7 +27,7 @@ from pyro_vi_kit.objectives import REGISTRY, Elbo, Iwae, LogWeights, Objective, 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 
 ALPHAS = (0.0, 0.5, 1.0, 2.0, -1.0, -math.inf)
-NEED_SEVERAL = ("forward_kl", "chi_square")
+NEED_SEVERAL = ("forward_kl", "chi_square", "tail_adaptive")
 
 
 def configured(particles):
@@ -120,12 +120,32 @@ def test_with_every_site_in_one_plate_the_stock_loss_is_the_bound_per_datum(obje
 # -- formulas ---------------------------------------------------------------------------------
 
 
+def f_divergence(t):
+    """Mean of f at weights t of mean 1, f(1) = f'(1) = 0, f''(u) = K / #{t_j >= u} / u^2, normalised.
+
+    ``f(t)`` is the integral of (t - u) f''(u) from 1 to t, of which each step is in closed form.
+    """
+    K = len(t)
+    steps = np.sort(np.append(t, 1.0))
+    total = 0.0
+    for low, high in itertools.pairwise(steps):
+        gamma = K / (t >= high).sum() if (t >= high).any() else K
+        for each in t:
+            inside = int(1.0 < high <= each) - int(each <= low < 1.0)
+            piece = each * (1.0 / low - 1.0 / high) - np.log(high / low)
+            total += inside * gamma * piece
+    return total / sum(K / (t >= each).sum() for each in t)
+
+
 def by_hand(objective, w):
     """The definitions of the papers, in NumPy."""
     K = len(w)
     if objective.name == "forward_kl":
         shares = np.exp(w - logsumexp(w, axis=0))
         return (shares * w).sum(0)
+    if objective.name == "tail_adaptive":
+        level = logsumexp(w, axis=0) - np.log(K)
+        return np.array([c - f_divergence(np.exp(x - c)) for x, c in zip(w.T, level, strict=True)])
     orders = {"iwae": 0.0, "chi_square": 1.0 - getattr(objective, "n", 2.0)}
     alpha = orders.get(objective.name, getattr(objective, "alpha", 1.0))
     if alpha == 1.0:
@@ -277,6 +297,13 @@ def test_a_registered_objective_keeps_the_contract(name):
     assert objectives.describe()[name]
     assert all(objectives.about()[name])
     assert name in objectives.names()
+
+
+def test_estimators_are_listed_with_their_papers():
+    about = objectives.about_estimators()
+    assert ("auto", *about) == objectives.ESTIMATORS
+    assert all(map(all, about.values()))
+    assert {name for each in objectives.estimators_of().values() for name in each} == set(about)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
