@@ -39,6 +39,7 @@ SCRIPTS = (
     "calibration",
     "estimators",
     "kl_direction",
+    "funnel",
 )
 NEED_REFERENCES = ("accuracy", "verdicts", "corrections", "families", "auto", "speed_svi")
 

@@ -106,7 +106,9 @@ class SplineCoupling(Layer):
     def forward(self, x: Tensor) -> Step:
         """See `Layer.forward`."""
         y, log_det, done = couple(x.mT.contiguous(), self._setters())
-        return Step(x, y.index_select(0, self.order).mT, log_det, done)
+        # Of many draws it is large, and without a gradient nobody asks.
+        kept = done if torch.is_grad_enabled() else None
+        return Step(x, y.index_select(0, self.order).mT, log_det, kept)
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `Layer.inverse`."""
