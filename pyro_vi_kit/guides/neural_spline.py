@@ -46,7 +46,7 @@ class NeuralSpline(OneBlock):
     name: ClassVar[str] = "neural_spline"
     about: ClassVar[About] = About(
         does="nearly any bump: bent, skewed, flat, several humps along a coordinate",
-        cost="layers x D x (hidden + bins) + D^2, several times affine_coupling's",
+        cost="layers x D x (hidden + bins) + D^2, two or three times affine_coupling's",
         use="where affine_coupling is not good enough, or in one or two dimensions",
         paper="Durkan et al. 2019",
     )
