@@ -40,6 +40,7 @@ SCRIPTS = (
     "estimators",
     "kl_direction",
     "targets",
+    "funnel",
 )
 NEED_REFERENCES = ("accuracy", "verdicts", "corrections", "families", "auto", "speed_svi")
 

@@ -19,6 +19,7 @@ from benchmarks import (
     accuracy,
     corrections,
     families,
+    funnel,
     growth,
     imports,
     speed_nuts,
@@ -50,6 +51,7 @@ SCRIPTS = (
     "engines_table",
     "estimators",
     "families",
+    "funnel",
     "growth",
     "imports",
     "kl_direction",
@@ -707,7 +709,49 @@ def test_an_untrained_flow_draws_lines_as_they_are(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["lines.png"]
 
 
+def test_of_the_flows_on_the_funnel_the_one_with_the_best_elbo_counts():
+    def row(guide, seed, elbo, log_z, error=None):
+        return {
+            "guide": guide,
+            "seed": seed,
+            "elbo": elbo,
+            "elbo_se": 0.001,
+            "log_z": log_z,
+            "log_z_se": 0.002,
+            "khat": 0.5,
+            "verdict": "good",
+            "seconds": 9.0,
+            "status": "converged",
+            "error": error,
+        }
+
+    rows = [
+        row("affine_coupling", 0, -0.02, -0.051),
+        row("planar", 0, -0.9, 0.0),
+        row("affine_coupling", 1, -0.03, 0.2),
+        row("autoregressive", 1, -0.01, 0.049),
+        {"guide": "affine_coupling", "seed": 2, "error": "stopped"},
+    ]
+    found = funnel.requirements(rows)
+    assert [line["guide"] for line in found] == ["affine_coupling", "autoregressive", "none"]
+    assert [line["passed"] for line in found] == [False, True, False]
+    text = funnel.report(rows, 1000)
+    assert "- affine_coupling, seed 2: stopped" in text
+    assert "**no**" in text
+
+
+def test_one_fit_of_the_funnel():
+    # A Gaussian, which takes no time: what is read off a flow is the same.
+    row = funnel.one("mean_field", seed=0, draws=2000)
+    assert row["status"] == "converged"
+    assert row["verdict"] == "reject"
+    # The log evidence is 0, so the ELBO is minus the KL.
+    assert row["elbo"] < -10 * row["elbo_se"] < 0.0
+    assert set(funnel.COLUMNS) - {"guide", "seed"} <= set(row)
+
+
 def test_quick_is_a_part_of_the_whole():
+    assert set(funnel.QUICK) <= set(families.FLOWS)
     assert set(references.QUICK) <= set(references.names())
     named = [
         name for part in (verdicts.GOOD, verdicts.NEVER_GOOD) for name in sum(part.values(), ())

@@ -45,9 +45,6 @@ class Step(NamedTuple):
 class Layer(nn.Module, ABC):
     """An invertible map of `[N, D]`."""
 
-    # Whether `carry` differentiates what `forward` gave, which then has to hang together.
-    by_autograd = False
-
     @abstractmethod
     def forward(self, x: Tensor) -> Step:
         """Through the layer, from `[N, D]`."""
@@ -162,8 +159,6 @@ class LayeredFlow(Flow):
         flat = noise.reshape(-1, self._dim)
         # Where no gradient is recorded none of log q can be asked for.
         detached = detached and torch.is_grad_enabled()
-        if detached and any(layer.by_autograd for layer in self._layers()):
-            flat = flat.detach().requires_grad_()
         steps = self._steps(flat)
         mean, scale_tril = self.affine.moments()
         bent = steps[-1].y

@@ -15,7 +15,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pyro_vi_kit.guides.coupling_layers import MAX_LOG_SCALE
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows import OUTPUT_UNIT, Layer, LayeredFlow, Step
 from pyro_vi_kit.guides.one_block import OneBlock
@@ -25,7 +24,7 @@ from pyro_vi_kit.guides.options import (
     require_positive,
     require_widths,
 )
-from pyro_vi_kit.guides.spline import Knots, knots, numbers, spline, unspline
+from pyro_vi_kit.guides.spline_layers import Setters, couple, numbers_of, slope_behind, uncouple
 from pyro_vi_kit.registry import About
 
 
@@ -47,7 +46,7 @@ class NeuralSpline(OneBlock):
     name: ClassVar[str] = "neural_spline"
     about: ClassVar[About] = About(
         does="nearly any bump: bent, skewed, flat, several humps along a coordinate",
-        cost="layers x D x (hidden + bins) + D^2, several times affine_coupling's",
+        cost="layers x D x (hidden + bins) + D^2, two or three times affine_coupling's",
         use="where affine_coupling is not good enough, or in one or two dimensions",
         paper="Durkan et al. 2019",
     )
@@ -83,84 +82,44 @@ class SplineCoupling(Layer):
         hidden: Widths of the network.
     """
 
-    by_autograd = True
-
     def __init__(self, dim: int, bins: int, hidden: Sequence[int]) -> None:
         super().__init__()
-        self._given, self._bins = dim // 2, bins
-        self._each = numbers(bins) + 2
+        self._given, each = dim // 2, numbers_of(bins)
         self.order: Tensor
         self.register_buffer("order", torch.randperm(dim))
-        moved = dim - self._given
-        widths = [self._given, *hidden, moved * self._each]
+        widths = [self._given, *hidden, each * (dim - self._given)]
         shapes = list(pairwise(widths)) if dim > 1 else []
         self.weights = nn.ParameterList(torch.randn(i, o) / math.sqrt(i) for i, o in shapes)
         # With one dimension there is nothing to look at, and the last bias is all.
         self.biases = nn.ParameterList(
             torch.zeros(o) for o in (widths[1:] if dim > 1 else widths[-1:])
         )
-        self.own = nn.Parameter(torch.zeros(self._given, self._each)) if dim > 1 else None
+        self.own = nn.Parameter(torch.zeros(each, self._given))
 
-    def _raw(self, given: Tensor) -> Tensor:
-        """Free numbers of all coordinates, `[N, D, p]`, for the first half `[N, D // 2]`."""
-        x = given
-        if self.own is None:
-            return (self.biases[-1] * OUTPUT_UNIT).expand(len(x), 1, -1)
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            x = torch.addmm(bias, x, weight).tanh()
-        moved = torch.addmm(self.biases[-1], x, self.weights[-1]).unflatten(-1, (-1, self._each))
-        raw = torch.cat([self.own.expand(len(x), -1, -1), moved], 1)
-        return raw * OUTPUT_UNIT
-
-    def _parts(self, raw: Tensor) -> tuple[Knots, Tensor, Tensor]:
-        """Splines, log scales and shifts."""
-        log_scale = MAX_LOG_SCALE * (raw[..., -2] / MAX_LOG_SCALE).tanh()
-        return knots(raw[..., :-2], self._bins), log_scale, raw[..., -1]
+    def _setters(self) -> Setters:
+        """What sets the splines, the last of them in its unit."""
+        weights = [*self.weights]
+        weights[-1:] = [weight * OUTPUT_UNIT for weight in weights[-1:]]
+        biases = [*self.biases[:-1], self.biases[-1] * OUTPUT_UNIT]
+        return Setters(self.own * OUTPUT_UNIT, weights, biases)
 
     def forward(self, x: Tensor) -> Step:
         """See `Layer.forward`."""
-        at, log_scale, shift = self._parts(self._raw(x[:, : self._given]))
-        bent, log_slope = spline(x, at)
-        y = torch.addcmul(shift, bent, log_scale.exp())
-        log_stretch = log_slope + log_scale
-        log_det = log_stretch.sum(-1)
-        return Step(x, y.index_select(-1, self.order), log_det, log_stretch.detach().exp())
+        y, log_det, done = couple(x.mT.contiguous(), self._setters())
+        # Of many draws it is large, and without a gradient nobody asks.
+        kept = done if torch.is_grad_enabled() else None
+        return Step(x, y.index_select(0, self.order).mT, log_det, kept)
 
     def inverse(self, y: Tensor) -> Tensor:
         """See `Layer.inverse`."""
-        y = y.index_select(-1, self.order.argsort())
-        first = y[:, :0]
-        if self.own is not None:
-            own = self.own.expand(len(y), -1, -1) * OUTPUT_UNIT
-            first = self._unbent(y[:, : self._given], own)
-        second = self._unbent(y[:, self._given :], self._raw(first)[:, self._given :])
-        return torch.cat([first, second], -1)
-
-    def _unbent(self, y: Tensor, raw: Tensor) -> Tensor:
-        at, log_scale, shift = self._parts(raw)
-        return unspline((y - shift) * (-log_scale).exp(), at)
+        return uncouple(y.mT.index_select(0, self.order.argsort()), self._setters()).mT
 
     def carry(self, step: Step, slope: Tensor) -> Tensor:
-        """See `Layer.carry`; the second half first, which the first one looks at."""
-        slope = slope - _back(step.log_det, step.x, torch.ones_like(step.log_det))
-        weight = slope / step.kept
-        if self._given == 0:
-            return weight
-        weight[:, : self._given] = 0.0
-        # Through the network to what it was given, and through the splines that it sets.
-        looked_at = _back(step.y, step.x, weight.index_select(-1, self.order))
-        first = (slope - looked_at)[:, : self._given] / step.kept[:, : self._given]
-        behind = torch.cat([first, weight[:, self._given :]], -1)
-        return behind.index_select(-1, self.order)
+        """See `Layer.carry`."""
+        behind = slope_behind(step.kept, slope.mT.contiguous(), self._setters())
+        return behind.index_select(0, self.order).mT
 
     def to_identity(self) -> None:
         """See `Layer.to_identity`: up to the order of the coordinates."""
-        for last in (*self.weights[-1:], self.biases[-1]):
+        for last in (*self.weights[-1:], self.biases[-1], self.own):
             last.zero_()
-        if self.own is not None:
-            self.own.zero_()
-
-
-def _back(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of the weighted sum of `out` in x."""
-    return torch.autograd.grad(out, x, weight, retain_graph=True)[0]

@@ -13,7 +13,14 @@ import pyro_vi_kit as vi
 from pyro_vi_kit import guides
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.gamma_draws import NOISE, gamma_draws
-from pyro_vi_kit.guides.spline import BOUND, knots, numbers, spline, unspline
+from pyro_vi_kit.guides.spline import (
+    BOUND,
+    numbers,
+    pull,
+    slope_of_log_slope,
+    spline,
+    unspline,
+)
 from pyro_vi_kit.guides.structured import Layout
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
@@ -162,27 +169,43 @@ def test_a_structured_guide_comes_back_from_its_file(tmp_path):
 
 def test_a_spline_there_and_back():
     generator = torch.Generator().manual_seed(0)
-    bins = 6
-    at = knots(torch.randn(50, 3, numbers(bins), generator=generator), bins)
-    x = (3 * torch.randn(50, 3, generator=generator)).requires_grad_()
-    y, log_slope = spline(x, at)
-    torch.testing.assert_close(unspline(y, at), x, rtol=1e-9, atol=1e-9)
+    raw = torch.randn(numbers(6), 3, 50, generator=generator)
+    x = (3 * torch.randn(3, 50, generator=generator)).requires_grad_()
+    y, _, bent = spline(x, raw)
+    torch.testing.assert_close(unspline(y, raw), x, rtol=1e-9, atol=1e-9)
     (slope,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(log_slope.exp(), slope, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(bent.slope, slope, rtol=1e-9, atol=1e-9)
     outside = x.abs() >= BOUND
     assert bool(outside.any())
     assert torch.equal(y[outside], x[outside])
     # It meets the identity with the same slope.
-    edge = torch.full((50, 3), BOUND - 1e-9)
-    torch.testing.assert_close(spline(edge, at)[0], edge, rtol=0, atol=1e-8)
+    edge = torch.full((3, 50), BOUND - 1e-9)
+    torch.testing.assert_close(spline(edge, raw)[0], edge, rtol=0, atol=1e-8)
+
+
+def test_gradients_of_a_spline_are_those_of_autograd():
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(numbers(5), 2, 40, generator=generator).requires_grad_()
+    x = (3 * torch.randn(2, 40, generator=generator)).requires_grad_()
+    of_y, of_log_slope = torch.randn(2, 2, 40, generator=generator)
+    y, place, bent = spline(x, raw)
+    assert bool((x.abs() >= BOUND).any())
+    log_slope = bent.slope.log()
+    for weight in (of_log_slope, None):
+        total = (of_y * y).sum() + (0.0 if weight is None else (weight * log_slope).sum())
+        (expected,) = torch.autograd.grad(total, raw, retain_graph=True)
+        found = torch.cat(pull(place, bent, of_y, weight))
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    (expected,) = torch.autograd.grad(log_slope.sum(), x)
+    found = slope_of_log_slope(place, bent)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_zeros_give_the_identity():
-    at = knots(torch.zeros(4, 2, numbers(5)), 5)
-    x = torch.linspace(-6, 6, 8).reshape(4, 2)
-    y, log_slope = spline(x, at)
+    x = torch.linspace(-6, 6, 8).reshape(2, 4)
+    y, _, bent = spline(x, torch.zeros(numbers(5), 2, 4))
     torch.testing.assert_close(y, x)
-    torch.testing.assert_close(log_slope, torch.zeros(4, 2), rtol=0, atol=1e-12)
+    torch.testing.assert_close(bent.slope, torch.ones(2, 4), rtol=0, atol=1e-12)
 
 
 # -- options of the flows ---------------------------------------------------------------------
