@@ -10,6 +10,10 @@ They move in coordinates in which q is round: the base of a flow (Hoffman et al.
 https://arxiv.org/abs/1903.03704), else units of q's covariance. Where q is near p, so is p, and a few
 trajectories forget where they began; how much they forgot is measured, not assumed. What they cannot
 see are modes with nothing between them.
+
+From the tails of a q that is much too wide chains take long to come back. Where importance weights are
+trusted, and say otherwise than chains, these start again from draws under the weights, which are p's if
+the weights are right: then the chains stay where they are.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from torch import Tensor
 
 from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.gradients import Gradients
+from pyro_vi_kit.psis import psis, resample
 from pyro_vi_kit.runtime import RandomStream, isolated
 from pyro_vi_kit.shifts import Shifts, by_chains, scale_of
 from pyro_vi_kit.verdict import MAX_MEMORY
@@ -37,6 +42,8 @@ _WORK = 300_000_000
 _HELD = 20_000_000
 _MAX_DIM = 1000
 _TRAJECTORIES, _KEPT = 8, 5
+# Draws for each start under weights, so that few of them start more than one chain.
+_POOL = 4
 # Chains that remember are given twice as long, and once more.
 _ROUNDS = 3
 _LENGTH = math.pi / 2  # a quarter turn of a round normal: ends where the start says nothing
@@ -74,13 +81,20 @@ class _Run:
     acceptance: float = 0.0
 
 
-def run_chains(approximation: GuideApproximation, plain: np.ndarray, named: Named) -> Chains | None:
+def run_chains(
+    approximation: GuideApproximation,
+    plain: np.ndarray,
+    named: Named,
+    *,
+    weighted: bool = False,
+) -> Chains | None:
     """Run them; None where that would take too long, or is not possible.
 
     Args:
         approximation: The trained guide.
         plain: Draws of q of every reported number, `[S, n]`.
         named: Unconstrained values by site, `[C, ...]`, to the same numbers, `[C, n]`.
+        weighted: Start from draws of q under importance weights, not from draws of q.
     """
     density = approximation.density
     if density.dim > _MAX_DIM or density.streamed is not None or density.drawn is not None:
@@ -89,11 +103,16 @@ def run_chains(approximation: GuideApproximation, plain: np.ndarray, named: Name
     if count < _MIN_CHAINS:
         return None
     with RandomStream(_SEED), isolated(approximation.dtype, density.device):
+        draws = max(_POOL * count if weighted else count, 2 * density.dim)
         with torch.no_grad():
-            into, start = _coordinates(approximation, max(count, 2 * density.dim))
+            into, start, log_q = _coordinates(approximation, draws)
         target = _pulled_back(into, Gradients(density, approximation.params, patience=None))
-        start = start[:count]
         try:
+            if weighted:
+                start = _under_weights(
+                    start, torch.cat([target(x)[0] for x in start.split(count)]) - log_q
+                )
+            start = start[:count]
             run = _Run(target, (start, *target(start)), density.dim**-0.25)
             return _measured(run, into, approximation, plain, named)
         except RuntimeError:  # a factorisation that fails somewhere takes all chains with it
@@ -112,8 +131,12 @@ def _affordable(approximation: GuideApproximation, numbers: int) -> int:
 
 def _coordinates(
     approximation: GuideApproximation, draws: int
-) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
-    """A map from coordinates in which q is round to z, with its log determinant; and draws in them."""
+) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor, Tensor]:
+    """A map from coordinates in which q is round to z, with its log determinant; and draws in them.
+
+    Returns:
+        The map, draws of q `[draws, D]`, and their log density up to a constant, `[draws]`.
+    """
     guide, block = approximation.guide, approximation.density.block
     blocks = guide.blocks
     base, transforms = None, []
@@ -130,8 +153,11 @@ def _coordinates(
                 x = y
             return x, log_det
 
-        return through, base.sample((draws,))
-    z = block.pack(guide.draw(draws).z)
+        start = base.sample((draws,))
+        return through, start, base.log_prob(start).reshape(draws, -1).sum(-1)
+    drawn = guide.draw(draws)
+    z = block.pack(drawn.z)
+    log_q = drawn.shared + sum(rows.sum(-1) for rows in drawn.local.values())
     mean, covariance = z.mean(0), torch.cov(z.T).reshape(z.shape[1], -1)
     jitter = 1e-10 * covariance.diagonal().diag()
     tril = torch.linalg.cholesky(covariance + jitter)
@@ -139,7 +165,15 @@ def _coordinates(
     def affine(x: Tensor) -> tuple[Tensor, Tensor]:
         return mean + x @ tril.T, x.new_zeros(x.shape[:-1])
 
-    return affine, torch.linalg.solve_triangular(tril, (z - mean).T, upper=False).T
+    return affine, torch.linalg.solve_triangular(tril, (z - mean).T, upper=False).T, log_q
+
+
+def _under_weights(draws: Tensor, log_weights: Tensor) -> Tensor:
+    """Draws `[S, D]`, each as often as its importance weight says, in random order."""
+    generator = np.random.default_rng(_SEED)
+    smoothed = psis(log_weights.cpu().numpy()).log_weights
+    picks = resample(smoothed, len(draws), generator)
+    return draws[torch.as_tensor(picks, device=draws.device)]
 
 
 def _pulled_back(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_vi_kit import pointwise
 from pyro_vi_kit.advice import Cure
 from pyro_vi_kit.approximation import Approximation, GuideApproximation
-from pyro_vi_kit.chains import run_chains
+from pyro_vi_kit.chains import Chains, run_chains
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.hierarchy import centred_sites
 from pyro_vi_kit.errors import OptionError
@@ -126,30 +126,33 @@ def _found(
     labels, sites = labels_of(values, *names)
     flat = flattened(values)
     flat = np.where(np.isfinite(flat), flat, 0.0)
-    chains = None
-    if (
-        not overflowing
-        and isinstance(approximation, GuideApproximation)
-        and needs_chains(smoothed, evaluation.gap)
-    ):
-
-        def numbers(z: Mapping[str, Tensor]) -> np.ndarray:
-            return flattened(named(approximation.constrained(z, _SEED)))
-
-        chains = run_chains(approximation, flat, numbers)
     found = Findings(
         labels=labels,
         sites=sites,
         smoothed=smoothed,
         gap=evaluation.gap,
         weights=by_weights(flat, smoothed),
-        chains=None if chains is None else chains.shifts,
-        memory=0.0 if chains is None else chains.memory,
         overflowing=overflowing,
         khats=lambda: smoothed_khats(flat, smoothed),
         counts=(flat == np.rint(flat)).all(0),
     )
+    asked = not overflowing and needs_chains(smoothed, evaluation.gap)
+    if asked and isinstance(approximation, GuideApproximation):
+
+        def numbers(z: Mapping[str, Tensor]) -> np.ndarray:
+            return flattened(named(approximation.constrained(z, _SEED)))
+
+        found = _with_chains(found, run_chains(approximation, flat, numbers))
+        if found.contradicted[found.measured].any():
+            again = run_chains(approximation, flat, numbers, weighted=True)
+            found = _with_chains(found, again, restarted=True)
     return found, flat
+
+
+def _with_chains(found: Findings, chains: Chains | None, *, restarted: bool = False) -> Findings:
+    if chains is None:
+        return found
+    return replace(found, chains=chains.shifts, memory=chains.memory, restarted=restarted)
 
 
 def _cures(density: Density) -> list[Cure]:

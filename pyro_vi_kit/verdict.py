@@ -15,7 +15,8 @@ Each number (an element of a site) is judged by the more precise of the two:
 
 - **good**: no mean moves by over 0.1 sd and no sd by over 10 %, one standard error included.
 - **resample**: something moves, but the weights are trusted and lead where the chains lead.
-- **reject**: something moves and the weights cannot mend it, or the two contradict each other.
+- **reject**: something moves and the weights cannot mend it, or the two contradict each other. Before
+  that, chains start again from draws under the weights: they may not have come back from far out.
 
 What neither sees are modes that q leaves out. Those that the searches for a start have found are asked
 about (`Status.missed`); one that nobody found is not known to anybody.
@@ -101,6 +102,7 @@ class Findings:
         weights: How far the weights move each number.
         chains: How far the chains do; None where none were run.
         memory: Largest correlation of the chains' ends with their starts.
+        restarted: Whether the chains started from draws under the weights, not from draws of q.
         overflowing: Sites with draws that are not finite.
         khats: Makes the k-hat of each number, `[n]`: asked where nothing else is known.
         counts: Which numbers are whole numbers, `[n]`, and so drawn exactly given the others: moves of
@@ -114,6 +116,7 @@ class Findings:
     weights: Shifts
     chains: Shifts | None = None
     memory: float = 0.0
+    restarted: bool = False
     overflowing: tuple[str, ...] = ()
     khats: Callable[[], np.ndarray] | None = None
     counts: np.ndarray | None = None
@@ -144,6 +147,13 @@ class Findings:
     def mixed(self) -> bool:
         """Whether there are chains that have forgotten where they began."""
         return self.chains is not None and self.memory <= MAX_MEMORY
+
+    @property
+    def contradicted(self) -> np.ndarray:
+        """Of which numbers chains and trusted weights say different things, beyond noise, `[n]`."""
+        if not (self.trusted and self.mixed) or self.chains is None:
+            return np.zeros(len(self.labels), dtype=bool)
+        return self.weights.apart(self.chains, _z(len(self.labels))) > MAX_SHIFT
 
     @property
     def moves(self) -> Shifts | None:
@@ -219,12 +229,9 @@ def _levels(found: Findings) -> np.ndarray:
         well = (khats <= MAX_KHAT) & (found.weights.at_most(1.0) <= MAX_SHIFT)
         return np.where(well, "good", "reject").astype(object)
     good = moves.at_most(1.0) <= MAX_SHIFT
-    if found.trusted and found.mixed and found.chains is not None:
-        contradicted = found.weights.apart(found.chains, _z(good.size)) > MAX_SHIFT
-        rest = np.where(contradicted, "reject", "resample")
-        return np.where(good & ~contradicted, "good", rest).astype(object)
     if found.trusted:
-        return np.where(good, "good", "resample").astype(object)
+        rest = np.where(found.contradicted, "reject", "resample")
+        return np.where(good & ~found.contradicted, "good", rest).astype(object)
     # By chains alone. What may be their noise is no reason to reject.
     moved = moves.at_least(_z(good.size)) > HARMLESS_SHIFT
     return np.where(good, "good", np.where(moved, "reject", "resample")).astype(object)
@@ -254,7 +261,8 @@ def _reasons(found: Findings, status: Status) -> list[str]:
         if found.trusted:
             reasons.append(_moves_words("resampling moves", found, found.weights))
         if found.chains is not None and found.mixed:
-            reasons.append(_moves_words("short chains move", found, found.chains))
+            which = "short chains from resampled draws" if found.restarted else "short chains"
+            reasons.append(_moves_words(f"{which} move", found, found.chains))
         elif found.chains is not None:
             reasons.append(
                 "short chains did not forget where they began, so that they prove nothing"

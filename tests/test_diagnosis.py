@@ -182,12 +182,12 @@ def test_centred_eight_schools_is_never_good_and_says_why(guide):
         assert "site 'theta' depends on 'tau'".lower() in posterior.verdict.advice.lower()
 
 
-def chains_from(posterior):
+def chains_from(posterior, **options):
     named = posterior._named
     flat = flattened(posterior._evaluation.values)
     approximation = posterior.approximation
     return run_chains(
-        approximation, flat, lambda z: flattened(named(approximation.constrained(z, 0)))
+        approximation, flat, lambda z: flattened(named(approximation.constrained(z, 0))), **options
     )
 
 
@@ -211,6 +211,32 @@ def test_chains_find_the_moments_in_any_coordinates(guide):
     chains = chains_from(posterior_with(model, off, start, guide))
     shifts = chains.shifts
     assert np.all(np.abs(shifts.mean + 0.5) < 4 * shifts.mean_se + 0.02)
+
+
+@pytest.mark.parametrize("guide", ["full_rank", "affine_coupling"])
+def test_chains_from_draws_under_weights_find_the_moments(guide):
+    model, mean, covariance = gaussian(3)
+    off = mean + 0.3 * covariance.diagonal().sqrt()
+    start = 1.5 * torch.linalg.cholesky(covariance)
+    shifts = chains_from(posterior_with(model, off, start, guide), weighted=True).shifts
+    assert np.all(np.abs(shifts.mean + 0.3) < 4 * shifts.mean_se + 0.02)
+    assert np.all(np.abs(shifts.sd + math.log(1.5)) < 4 * shifts.sd_se + 0.02)
+
+
+def test_chains_from_draws_under_weights_leave_where_the_weights_are_wrong():
+    """A q of 0.4 of the sds has hardly a draw to give weight to where most of p's mass is."""
+    posterior = against_gaussian(factor=0.4)
+    shifts = chains_from(posterior, weighted=True).shifts
+    assert np.all(np.abs(shifts.sd - math.log(2.5)) < 4 * shifts.sd_se + 0.02)
+    assert posterior.verdict.level == "reject"
+
+
+def test_a_q_that_is_far_too_wide_is_mended_by_its_weights():
+    """Chains from its tails are not back in time; those from draws under the weights agree with these."""
+    model = load("eight_schools").MODEL
+    posterior = vi.fit(model, "full_rank", objective="iwae", seed=0, progress=False)
+    assert posterior.verdict.level == "resample"
+    assert "short chains from resampled draws move 'tau' most" in str(posterior.verdict)
 
 
 def test_chains_are_left_out_where_they_would_take_too_long(monkeypatch):
