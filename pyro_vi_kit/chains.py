@@ -11,16 +11,17 @@ https://arxiv.org/abs/1903.03704), else units of q's covariance. Where q is near
 trajectories forget where they began; how much they forgot is measured, not assumed. What they cannot
 see are modes with nothing between them.
 
-From the tails of a q that is much too wide chains take long to come back. Where importance weights are
-trusted, and say otherwise than chains, these start again from draws under the weights, which are p's if
-the weights are right: then the chains stay where they are.
+From the tails of a q that is much too wide chains take long to come back, and they step over a needle
+where q has few draws. Where importance weights say otherwise than chains, these start again from draws
+under the weights, which are p's if the weights are right: then the chains stay where they are. And some
+chains start from the heaviest draws: what these cannot leave the others have not seen.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,8 +43,10 @@ _WORK = 300_000_000
 _HELD = 20_000_000
 _MAX_DIM = 1000
 _TRAJECTORIES, _KEPT = 8, 5
-# Draws for each start under weights, so that few of them start more than one chain.
+# Draws for each chain: of those under weights few start more than one, and a needle is hit more often.
 _POOL = 4
+# Chains from the heaviest draws, as a share of the others.
+_WATCHED = 1 / 16
 # Chains that remember are given twice as long, and once more.
 _ROUNDS = 3
 _LENGTH = math.pi / 2  # a quarter turn of a round normal: ends where the start says nothing
@@ -62,22 +65,29 @@ class Chains:
         shifts: How far they moved each number.
         chains: How many.
         memory: Largest correlation of any direction between their start and their end.
+        stuck: Share of the weight of q's draws that is held by heavy ones which no chain could leave.
         acceptance: Share of trajectories that were accepted at last.
     """
 
     shifts: Shifts
     chains: int
     memory: float
+    stuck: float
     acceptance: float
 
 
 @dataclass
 class _Run:
-    """Chains under way, in coordinates x."""
+    """Chains under way, in coordinates x.
+
+    Behind the ``count`` that are averaged over come some from the heaviest draws, only to be watched.
+    """
 
     target: Callable[[Tensor], tuple[Tensor, Tensor]]
     at: Point
     step: float
+    count: int
+    moved: Tensor
     acceptance: float = 0.0
 
 
@@ -103,18 +113,19 @@ def run_chains(
     if count < _MIN_CHAINS:
         return None
     with RandomStream(_SEED), isolated(approximation.dtype, density.device):
-        draws = max(_POOL * count if weighted else count, 2 * density.dim)
         with torch.no_grad():
-            into, start, log_q = _coordinates(approximation, draws)
+            into, pool, log_q = _coordinates(approximation, max(_POOL * count, 2 * density.dim))
         target = _pulled_back(into, Gradients(density, approximation.params, patience=None))
         try:
-            if weighted:
-                start = _under_weights(
-                    start, torch.cat([target(x)[0] for x in start.split(count)]) - log_q
-                )
-            start = start[:count]
-            run = _Run(target, (start, *target(start)), density.dim**-0.25)
-            return _measured(run, into, approximation, plain, named)
+            log_w = torch.cat([target(x)[0] for x in pool.split(count)]) - log_q
+            start = (_under_weights(pool, log_w) if weighted else pool)[:count]
+            heavy = log_w.topk(math.ceil(count * _WATCHED)).indices
+            start = torch.cat([start, pool[heavy]])
+            moved = torch.zeros(len(start), dtype=torch.bool, device=start.device)
+            run = _Run(target, (start, *target(start)), density.dim**-0.25, count, moved)
+            chains = _measured(run, into, approximation, plain, named)
+            shares = log_w.softmax(0)[heavy]
+            return replace(chains, stuck=float(shares[~run.moved[count:]].sum()))
         except RuntimeError:  # a factorisation that fails somewhere takes all chains with it
             return None
 
@@ -203,7 +214,7 @@ def _measured(
     named: Named,
 ) -> Chains:
     """Trajectories until the chains have forgotten, and the averages over the last ones."""
-    start = run.at[0]
+    start = run.at[0][: run.count]
     block = approximation.density.block
     mean, sd = scale_of(plain)
     unit = np.where(sd > 0, sd, 1.0)
@@ -216,12 +227,12 @@ def _measured(
         first, second = np.zeros_like(first), np.zeros_like(second)
         for _ in range(_KEPT):
             _move(run)
-            x = (named(block.unpack(into(run.at[0])[0])) - mean) / unit
+            x = (named(block.unpack(into(run.at[0][: run.count])[0])) - mean) / unit
             first, second = first + x / _KEPT, second + x**2 / _KEPT
-        memory = _memory(start, run.at[0])
+        memory = _memory(start, run.at[0][: run.count])
         if memory <= MAX_MEMORY:
             break
-    return Chains(by_chains(first, second, plain), len(start), memory, run.acceptance)
+    return Chains(by_chains(first, second, plain), len(start), memory, 0.0, run.acceptance)
 
 
 def _move(run: _Run) -> None:
@@ -244,7 +255,8 @@ def _move(run: _Run) -> None:
         torch.where(taken, value, log_p),
         torch.where(taken[:, None], gradient, slope),
     )
-    run.acceptance = float(accept.mean())
+    run.moved |= taken
+    run.acceptance = float(accept[: run.count].mean())
     run.step *= 1.25 if run.acceptance > 0.9 else 0.6 if run.acceptance < 0.6 else 1.0
 
 

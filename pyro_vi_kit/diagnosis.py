@@ -152,7 +152,13 @@ def _found(
 def _with_chains(found: Findings, chains: Chains | None, *, restarted: bool = False) -> Findings:
     if chains is None:
         return found
-    return replace(found, chains=chains.shifts, memory=chains.memory, restarted=restarted)
+    return replace(
+        found,
+        chains=chains.shifts,
+        memory=chains.memory,
+        stuck=chains.stuck,
+        restarted=restarted,
+    )
 
 
 def _cures(density: Density) -> list[Cure]:

@@ -15,8 +15,10 @@ Each number (an element of a site) is judged by the more precise of the two:
 
 - **good**: no mean moves by over 0.1 sd and no sd by over 10 %, one standard error included.
 - **resample**: something moves, but the weights are trusted and lead where the chains lead.
-- **reject**: something moves and the weights cannot mend it, or the two contradict each other. Before
-  that, chains start again from draws under the weights: they may not have come back from far out.
+- **reject**: something moves and the weights cannot mend it, or the two contradict each other.
+
+Where the two say different things, chains start again from draws under the weights: they may not have
+come back from far out, or have stepped over a needle that the weights have seen.
 
 What neither sees are modes that q leaves out. Those that the searches for a start have found are asked
 about (`Status.missed`); one that nobody found is not known to anybody.
@@ -59,8 +61,8 @@ HARMLESS_SHIFT = 0.05
 MAX_MEMORY = 0.5
 # Moves are told from noise at about three standard errors where there are ten numbers or a hundred.
 _FALSE_ALARM = 0.01
-# Mass that searches have seen in modes that q leaves out: twice as much moves a mean by 0.1 sd where
-# they are two sds apart, and by more where they are further.
+# Mass that searches have seen in modes that q leaves out, or weights where chains do not get away: twice
+# as much moves a mean by 0.1 sd where they are two sds apart, and by more where they are further.
 MAX_MISSED = 0.02
 # Of many rows this share may be badly approximated, which is said, and fails none of the others.
 MAX_BAD_ROWS = 0.05
@@ -102,6 +104,7 @@ class Findings:
         weights: How far the weights move each number.
         chains: How far the chains do; None where none were run.
         memory: Largest correlation of the chains' ends with their starts.
+        stuck: Share of the weight that is held by draws which chains could not leave.
         restarted: Whether the chains started from draws under the weights, not from draws of q.
         overflowing: Sites with draws that are not finite.
         khats: Makes the k-hat of each number, `[n]`: asked where nothing else is known.
@@ -116,6 +119,7 @@ class Findings:
     weights: Shifts
     chains: Shifts | None = None
     memory: float = 0.0
+    stuck: float = 0.0
     restarted: bool = False
     overflowing: tuple[str, ...] = ()
     khats: Callable[[], np.ndarray] | None = None
@@ -145,15 +149,20 @@ class Findings:
 
     @property
     def mixed(self) -> bool:
-        """Whether there are chains that have forgotten where they began."""
-        return self.chains is not None and self.memory <= MAX_MEMORY
+        """Whether there are chains that have forgotten where they began, wherever there is mass."""
+        forgot = self.memory <= MAX_MEMORY and self.stuck <= MAX_MISSED
+        return self.chains is not None and forgot
 
     @property
     def contradicted(self) -> np.ndarray:
-        """Of which numbers chains and trusted weights say different things, beyond noise, `[n]`."""
-        if not (self.trusted and self.mixed) or self.chains is None:
+        """Of which numbers chains and weights say different things, beyond noise, `[n]`.
+
+        Weights that are not trusted may be right where chains are wrong: these step over a needle.
+        """
+        if self.chains is None or not self.mixed or self.smoothed.ess < MIN_ESS:
             return np.zeros(len(self.labels), dtype=bool)
-        return self.weights.apart(self.chains, _z(len(self.labels))) > MAX_SHIFT
+        apart = self.weights.apart(self.chains, _z(len(self.labels)))
+        return apart > (MAX_SHIFT if self.trusted else HARMLESS_SHIFT)
 
     @property
     def moves(self) -> Shifts | None:
@@ -263,6 +272,11 @@ def _reasons(found: Findings, status: Status) -> list[str]:
         if found.chains is not None and found.mixed:
             which = "short chains from resampled draws" if found.restarted else "short chains"
             reasons.append(_moves_words(f"{which} move", found, found.chains))
+        elif found.stuck > MAX_MISSED:
+            reasons.append(
+                f"short chains could not leave draws that hold {100 * found.stuck:.0f} % of the weight, "
+                "so that they prove nothing"
+            )
         elif found.chains is not None:
             reasons.append(
                 "short chains did not forget where they began, so that they prove nothing"

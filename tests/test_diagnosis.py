@@ -232,11 +232,19 @@ def test_chains_from_draws_under_weights_leave_where_the_weights_are_wrong():
 
 
 def test_a_q_that_is_far_too_wide_is_mended_by_its_weights():
-    """Chains from its tails are not back in time; those from draws under the weights agree with these."""
+    """Chains from its tails are not back in time; those from draws under the weights agree."""
     model = load("eight_schools").MODEL
     posterior = vi.fit(model, "full_rank", objective="iwae", seed=0, progress=False)
     assert posterior.verdict.level == "resample"
     assert "short chains from resampled draws move 'tau' most" in str(posterior.verdict)
+
+
+@pytest.mark.parametrize("init", [0.0, 0.5])
+def test_a_needle_that_chains_step_over_is_no_secret(init):
+    """A Gaussian on the hill of `kl_direction` misses a third of the mass, in a needle."""
+    model = load("kl_direction").MODEL
+    posterior = vi.fit(model, "full_rank", init={"z": init}, seed=0, progress=False)
+    assert posterior.verdict.level == "reject"
 
 
 def test_chains_are_left_out_where_they_would_take_too_long(monkeypatch):
