@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.lib import options
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "amortization"
 FAMILIES = ("mean_field", "full_rank", "mixture", "affine_coupling")
@@ -105,7 +105,6 @@ def _timed(function: Any) -> tuple[float, Any]:
 
 def report(rows: Sequence[dict[str, Any]], data: int, draws: int) -> str:
     """All of it as Markdown."""
-    failed = [f"- {r['family']}, {r['encoder']}: {r['error']}" for r in rows if r["error"]]
     return "\n\n".join(
         [
             "## Amortization",
@@ -114,7 +113,7 @@ def report(rows: Sequence[dict[str, Any]], data: int, draws: int) -> str:
             "*Worst z* is the largest error of a row's log evidence, in its standard errors, among rows "
             "with k-hat below 0.5.",
             markdown(COLUMNS, [row for row in rows if not row["error"]]),
-            *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
+            *failures(rows, lambda r: f"{r['family']}, {r['encoder']}"),
         ]
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.lib import options, references
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "auto"
 BUDGET = 120.0
@@ -117,9 +117,6 @@ def report(rows: Sequence[dict[str, Any]], budget: float) -> str:
     """All of it as Markdown."""
     done = [row for row in rows if not row["error"]]
     total, climb = (sum(row[key] for row in done) for key in ("seconds", "climb"))
-    failed = [
-        f"- {row['posterior']}, seed {row['seed']}: {row['error']}" for row in rows if row["error"]
-    ]
     parts = [
         '## guide="auto"',
         f"Fits with a budget of {budget:g} s each; moments on {DRAWS:,} draws of q. A star marks the "
@@ -128,7 +125,7 @@ def report(rows: Sequence[dict[str, Any]], budget: float) -> str:
         markdown(["required", "shown", "passed"], requirements(rows, budget)),
         f"All climbs together took {total:.0f} s, of which {climb:.0f} s went into rungs before the "
         "last ones.",
-        *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
+        *failures(rows, lambda r: f"{r['posterior']}, seed {r['seed']}"),
     ]
     return "\n\n".join(parts)
 

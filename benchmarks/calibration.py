@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.lib import options
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "calibration"
 ROWS, PRIOR_SD, NOISE_SD, SHIFT = 20, 1.0, 1.0, 0.5
@@ -170,16 +170,13 @@ def requirements(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def report(rows: Sequence[Mapping[str, Any]]) -> str:
     """All of it as Markdown."""
     shown = [{**row, "ok": as_required(row)} for row in rows]
-    failed = [
-        f"- {row['guide']}, seed {row['seed']}: {row['error']}" for row in rows if row["error"]
-    ]
     parts = [
         "## Calibration over simulated data sets",
         "`vi.calibrate`: latents from the prior, data given them, a fit, and the rank of the truth "
         "among 999 draws. A calibrated guide is called otherwise one time in a hundred.",
         markdown(COLUMNS, shown),
         markdown(["required", "shown", "passed"], requirements(rows)),
-        *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
+        *failures(rows, lambda r: f"{r['guide']}, seed {r['seed']}"),
     ]
     return "\n\n".join(parts)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.lib import options, references
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "corrections"
 TABLES = ("linear_response", "evidence", "psis", "wasserstein")
@@ -286,11 +286,6 @@ def report(rows: Sequence[dict[str, Any]], repeats: int) -> str:
     shown["evidence"] = evidence_rows(sound["evidence"])
     shown["psis"] = [row | {"ok": is_near(row)} for row in sound["psis"]]
     shown["wasserstein"] = [row | {"ok": is_below(row)} for row in sound["wasserstein"]]
-    failed = [
-        f"- {row['table']}, {row['posterior']}, seed {row['seed']}: {row['error']}"
-        for row in rows
-        if row["error"]
-    ]
     words = {
         "linear_response": "Sds by linear response of mean_field: the largest relative error of the "
         "reported parameters. The Gaussian is what `linear_response()` returns, transformed.",
@@ -306,7 +301,8 @@ def report(rows: Sequence[dict[str, Any]], repeats: int) -> str:
         if shown[table]:
             parts += [words[table], markdown(COLUMNS[table], shown[table])]
     parts.append(markdown(["required", "shown", "passed"], requirements(sound)))
-    return "\n\n".join(parts + (["Failed:\n\n" + "\n".join(failed)] if failed else []))
+    parts += failures(rows, lambda r: f"{r['table']}, {r['posterior']}, seed {r['seed']}")
+    return "\n\n".join(parts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.lib import options, references
 from benchmarks.lib.processes import ROOT
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "engines_table"
 POINTS = 10
@@ -111,7 +111,6 @@ def _first_line(error: BaseException) -> str:
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """All of it as Markdown."""
     fine = [row for row in rows if not row["error"]]
-    failed = [f"- {row['model']}: {row['error']}" for row in rows if row["error"]]
     captured = sum(row["step"] != "eager" for row in fine)
     reasons = [
         f"- {row['model']}, {part}: {why}"
@@ -129,7 +128,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
             f"until a capture pays, after {PATIENCE} calls with one number of points.",
             markdown(COLUMNS, fine),
             *(["Fallen back, and why:\n\n" + "\n".join(reasons)] if reasons else []),
-            *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
+            *failures(rows, lambda r: f"{r['model']}"),
         ]
     )
 

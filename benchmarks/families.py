@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.lib import options, references
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "families"
 # Each is contained in the next one.
@@ -129,7 +129,6 @@ def requirements(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def report(rows: Sequence[dict[str, Any]], draws: int) -> str:
     """All of it as Markdown."""
     shown = [row | {"elbo": f"{row['elbo']:.3f}"} for row in rows if not row["error"]]
-    failed = [f"- {r['posterior']}, {r['guide']}: {r['error']}" for r in rows if r["error"]]
     parts = [
         "## Guide families",
         f"ELBO, KL(q‖p) = log evidence − ELBO and moments on {draws:,} draws of q, with defaults.",
@@ -138,7 +137,7 @@ def report(rows: Sequence[dict[str, Any]], draws: int) -> str:
             ["posterior", "seed", "ELBO, nats above the family before", "ordered"], orderings(rows)
         ),
         markdown(["required", "shown", "passed"], requirements(rows)),
-        *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
+        *failures(rows, lambda r: f"{r['posterior']}, {r['guide']}"),
     ]
     return "\n\n".join(parts)
 

@@ -18,7 +18,7 @@ from benchmarks.families import FLOWS
 from benchmarks.lib import options
 from benchmarks.lib.processes import ROOT
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "funnel"
 QUICK = ("affine_coupling", "autoregressive")
@@ -88,7 +88,6 @@ def requirements(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def report(rows: Sequence[dict[str, Any]], draws: int) -> str:
     """All of it as Markdown."""
     shown = [row | {"elbo": f"{row['elbo']:.4f}"} for row in rows if not row["error"]]
-    failed = [f"- {r['guide']}, seed {r['seed']}: {r['error']}" for r in rows if r["error"]]
     parts = [
         "## Funnel",
         "Neal's funnel in 10 dimensions, log evidence 0. ELBO and log evidence by importance weights on "
@@ -96,7 +95,7 @@ def report(rows: Sequence[dict[str, Any]], draws: int) -> str:
         markdown(COLUMNS, shown),
         "Log evidence by importance weights from the best flow:",
         markdown(REQUIRED, requirements(rows)),
-        *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
+        *failures(rows, lambda r: f"{r['guide']}, seed {r['seed']}"),
     ]
     return "\n\n".join(parts)
 

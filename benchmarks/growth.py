@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.lib import options
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import DASH, markdown, number, slope
+from benchmarks.lib.tables import DASH, failures, markdown, number, slope
 
 NAME = "growth"
 WORKER = "benchmarks.peers.regression"
@@ -130,9 +130,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     for axis in dict.fromkeys(row["axis"] for row in rows):
         mine = [row for row in rows if row["axis"] == axis]
         parts += [f"### {WORDS[axis]}", table(axis, mine, "ms"), table(axis, mine, "peak_mib")]
-        failed = [f"- {label(r)} at {r['size']:,}: {r['error']}" for r in mine if r["error"]]
-        if failed:
-            parts.append("Failed:\n\n" + "\n".join(failed))
+        parts += failures(mine, lambda r: f"{label(r)} at {r['size']:,}")
     return "\n\n".join(parts)
 
 

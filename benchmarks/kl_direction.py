@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.lib import options
 from benchmarks.lib.processes import ROOT
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "kl_direction"
 OPTIMA = ("forward", "reverse, hill", "reverse, needle")
@@ -165,14 +165,13 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> bool:
 def report(rows: Sequence[dict[str, Any]]) -> str:
     """All of it as Markdown."""
     shown = [row | {"ok": within(row)} for row in rows if not row["error"]]
-    failed = [f"- {row['optimum']}: {row['error']}" for row in rows if row["error"]]
     return "\n\n".join(
         [
             "## Direction of the KL",
             "The best single Gaussian for 2/3 N(0, sd 1/4) + 1/3 N(1/2, sd 1/100), by fit; errors "
             "against the minimum of a trapezoid sum.",
             markdown(COLUMNS, shown),
-            *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
+            *failures(rows, lambda r: f"{r['optimum']}"),
         ]
     )
 

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.lib import options
 from benchmarks.lib.processes import call
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "streaming"
 WORKER = "benchmarks.peers.streaming"
@@ -55,9 +55,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         "are memory that does not grow with rows, and 0.1 sd.",
         markdown(FIT, [row for row in rows if row["what"] == "fit" and row["error"] is None]),
     ]
-    failed = [f"- {r['what']} at {r['rows']:,}: {r['error']}" for r in rows if r["error"]]
-    if failed:
-        parts.append("Failed:\n\n" + "\n".join(failed))
+    parts += failures(rows, lambda r: f"{r['what']} at {r['rows']:,}")
     return "\n\n".join(parts)
 
 

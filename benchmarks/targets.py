@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.lib import options
 from benchmarks.lib.processes import ROOT
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "targets"
 DISTANCES = (2.0, 3.0)
@@ -120,7 +120,6 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
     """All of it as Markdown."""
     fine = [dict(row) | {"ok": within(row)} for row in rows if not row["error"]]
     fine = [r | {"weights": _in_words(r["shares"])} for r in fine]
-    failed = [f"- {r['objective']}, seed {r['seed']}: {r['error']}" for r in rows if r["error"]]
     return "\n\n".join(
         [
             "## Four modes, one small flow",
@@ -128,7 +127,7 @@ def report(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{DRAWS:,} draws.",
             *([markdown(COLUMNS, fine)] if fine else []),
             markdown(["required", "shown", "passed"], requirements(rows)),
-            *(["Failed:\n\n" + "\n".join(failed)] if failed else []),
+            *failures(rows, lambda r: f"{r['objective']}, seed {r['seed']}"),
         ]
     )
 

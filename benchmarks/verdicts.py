@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.lib import options, references
 from benchmarks.lib.records import Records
-from benchmarks.lib.tables import markdown
+from benchmarks.lib.tables import failures, markdown
 
 NAME = "verdicts"
 GAUSSIAN = ("mean_field", "full_rank")
@@ -149,7 +149,6 @@ def _is_not(level: str) -> Callable[[dict[str, Any]], bool]:
 
 def report(rows: Sequence[dict[str, Any]], draws: int) -> str:
     """All of it as Markdown."""
-    failed = [row for row in rows if row["error"]]
     known = [row | {"truth": truth(row, draws)} for row in rows if not row["error"]]
     parts = [
         "## Verdicts against the truth",
@@ -161,12 +160,7 @@ def report(rows: Sequence[dict[str, Any]], draws: int) -> str:
         markdown(["required", "shown", "passed"], requirements(known)),
         markdown(COLUMNS, known),
     ]
-    if failed:
-        lines = "\n".join(
-            f"- {row['posterior']}, {row['guide']}, seed {row['seed']}: {row['error']}"
-            for row in failed
-        )
-        parts.append(f"Failed:\n\n{lines}")
+    parts += failures(rows, lambda r: f"{r['posterior']}, {r['guide']}, seed {r['seed']}")
     return "\n\n".join(parts)
 
 

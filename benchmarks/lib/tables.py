@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -116,3 +116,9 @@ def _numeric(text: str) -> bool:
     except ValueError:
         return text == DASH
     return True
+
+
+def failures(rows: Iterable[Mapping[str, Any]], label: Callable[[Any], str]) -> list[str]:
+    """The part of a report that names the rows that failed, and why: a list of one, or of none."""
+    lines = [f"- {label(row)}: {row['error']}" for row in rows if row["error"]]
+    return ["Failed:\n\n" + "\n".join(lines)] if lines else []
