@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -80,15 +80,20 @@ class Chains:
 class _Run:
     """Chains under way, in coordinates x.
 
-    Behind the ``count`` that are averaged over come some from the heaviest draws, only to be watched.
+    Behind the ``count`` that are averaged over come some from the heaviest draws, only to be watched:
+    ``shares`` is what these hold of the weight of all draws.
     """
 
     target: Callable[[Tensor], tuple[Tensor, Tensor]]
     at: Point
     step: float
     count: int
-    moved: Tensor
+    shares: Tensor
     acceptance: float = 0.0
+    moved: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.moved = torch.zeros_like(self.at[1], dtype=torch.bool)
 
 
 def run_chains(
@@ -117,15 +122,16 @@ def run_chains(
             into, pool, log_q = _coordinates(approximation, max(_POOL * count, 2 * density.dim))
         target = _pulled_back(into, Gradients(density, approximation.params, patience=None))
         try:
-            log_w = torch.cat([target(x)[0] for x in pool.split(count)]) - log_q
-            start = (_under_weights(pool, log_w) if weighted else pool)[:count]
+            # A piece is as large as what each trajectory evaluates.
+            value, slope = map(torch.cat, zip(*map(target, pool.split(count)), strict=True))
+            log_w = value - log_q
             heavy = log_w.topk(math.ceil(count * _WATCHED)).indices
-            start = torch.cat([start, pool[heavy]])
-            moved = torch.zeros(len(start), dtype=torch.bool, device=start.device)
-            run = _Run(target, (start, *target(start)), density.dim**-0.25, count, moved)
-            chains = _measured(run, into, approximation, plain, named)
+            picks = _under_weights(log_w) if weighted else torch.arange(len(pool)).to(heavy)
+            picks = torch.cat([picks[:count], heavy])
             shares = log_w.softmax(0)[heavy]
-            return replace(chains, stuck=float(shares[~run.moved[count:]].sum()))
+            at = pool[picks], value[picks], slope[picks]
+            run = _Run(target, at, density.dim**-0.25, count, shares)
+            return _measured(run, into, approximation, plain, named)
         except RuntimeError:  # a factorisation that fails somewhere takes all chains with it
             return None
 
@@ -179,12 +185,11 @@ def _coordinates(
     return affine, torch.linalg.solve_triangular(tril, (z - mean).T, upper=False).T, log_q
 
 
-def _under_weights(draws: Tensor, log_weights: Tensor) -> Tensor:
-    """Draws `[S, D]`, each as often as its importance weight says, in random order."""
-    generator = np.random.default_rng(_SEED)
+def _under_weights(log_weights: Tensor) -> Tensor:
+    """Which draws, each as often as its importance weight says, in random order: `[S] -> [S]`."""
     smoothed = psis(log_weights.cpu().numpy()).log_weights
-    picks = resample(smoothed, len(draws), generator)
-    return draws[torch.as_tensor(picks, device=draws.device)]
+    picks = resample(smoothed, len(smoothed), np.random.default_rng(_SEED))
+    return torch.as_tensor(picks, device=log_weights.device)
 
 
 def _pulled_back(
@@ -232,7 +237,8 @@ def _measured(
         memory = _memory(start, run.at[0][: run.count])
         if memory <= MAX_MEMORY:
             break
-    return Chains(by_chains(first, second, plain), len(start), memory, 0.0, run.acceptance)
+    stuck = float(run.shares[~run.moved[run.count :]].sum())
+    return Chains(by_chains(first, second, plain), len(start), memory, stuck, run.acceptance)
 
 
 def _move(run: _Run) -> None:

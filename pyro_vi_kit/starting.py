@@ -97,13 +97,12 @@ def gaussian_of(guide: Guide) -> Gaussian:
         return Gaussian(found.mean, found.stddev.diag() if scale_tril is None else scale_tril)
 
 
-def _flattened(request: Request, density: Density, best: Gaussian) -> Gaussian:
-    """The best Gaussian of the target at the first temperature of an annealed fit.
+def _flattened(request: Request, density: Density, best: Gaussian, first: float) -> Gaussian:
+    """The best Gaussian of the target raised to ``first``, as an annealed fit begins.
 
     The best one of the target itself sits on a single mode where there are several, and an annealed fit
     that starts there has lost the others before it begins.
     """
-    first = float(request.objective.first)  # type: ignore[attr-defined]
     wide = Gaussian(best.loc, best.scale_tril / first**0.5)
     return fixed_draws.prefit(density, request.seed, request.deadline, wide, power=first).best
 
@@ -190,14 +189,14 @@ def _initialise(
     else:
         found = fixed_draws.prefit(density, request.seed, request.deadline, start)
         gaussian, peaks = found.best, found.peaks
-    if isinstance(request.objective, Annealed) and batches is None:
-        gaussian = _flattened(request, density, gaussian)
-        family.start_from(gaussian.loc, gaussian.scale_tril)
-        if isinstance(family, Flow):
-            with RandomStream(request.seed):
-                family.break_symmetry()
-        return Start(True, peaks)
+    objective = request.objective
+    first = objective.first if isinstance(objective, Annealed) and batches is None else None
+    if first is not None:
+        gaussian = _flattened(request, density, gaussian, first)
     family.start_from(gaussian.loc, gaussian.scale_tril)
+    if first is not None and isinstance(family, Flow):
+        with RandomStream(request.seed):
+            family.break_symmetry()
     return Start(True, peaks)
 
 

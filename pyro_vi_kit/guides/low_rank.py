@@ -28,7 +28,6 @@ class LowRank:
         rank: Directions of correlation, at most D; by default about the square root of D, as in Pyro's
             AutoLowRankMultivariateNormal: parameters and cost then grow as D^1.5.
         init_scale: Initial standard deviation, in unconstrained units.
-
         discrete: Discrete sites in a data plate that are not summed out: ``"score"``, trained by the
             score function, ``"relaxed"`` or a `Relaxed`, for all of them; or a dict by site, the others
             being summed out. Each gets a table of logits, one row per datum.

@@ -151,3 +151,9 @@ def leave_one_out_mean(log_w: Tensor) -> Tensor:
     """`leave_one_out` of a mean, `[K, ...]`, without a table of K by K."""
     count = len(log_w)
     return (log_w - log_w.mean(0)) / (count - 1)
+
+
+def draws_discrete(guide: Any) -> bool:
+    """Whether a guide draws discrete sites itself, by the score function or relaxed."""
+    families = guide.families.values()
+    return any(getattr(f, "scored", False) or getattr(f, "relaxed", False) for f in families)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.objectives.base import draws_discrete
 from pyro_vi_kit.types import LogWeights, Objective
 
 
@@ -109,7 +110,7 @@ def obstacle(guide: Any, objective: Objective) -> str | None:
         )
         return f"the guide has {found}: use guide='mixture', or leave estimator= out"
     block = guide.mixture()
-    if any(getattr(f, "scored", False) or getattr(f, "relaxed", False) for f in families):
+    if draws_discrete(guide):
         return "the guide draws discrete sites too: leave estimator= out"
     if block.plate is None:
         if objective.multi_sample and len(guide.blocks) > 1:

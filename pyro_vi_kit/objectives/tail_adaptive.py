@@ -11,7 +11,7 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.objectives.base import Bound
+from pyro_vi_kit.objectives.base import Bound, draws_discrete
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.upper import require_apart, require_several
 from pyro_vi_kit.registry import About
@@ -116,13 +116,12 @@ class TailAdaptive(Bound):
 
     def require(self, guide: Any) -> None:
         """Refuse draws without a derivative, and globals that meet local latents."""
-        for family in guide.families.values():
-            discrete = getattr(family, "scored", False) or getattr(family, "relaxed", False)
-            if discrete or not getattr(family, "reparameterised", True):
-                raise OptionError(
-                    "objective 'tail_adaptive' goes along the derivatives of draws, which some of this "
-                    "guide's do not have: use objective='forward_kl', or leave discrete= out"
-                )
+        fixed = any(not getattr(f, "reparameterised", True) for f in guide.families.values())
+        if fixed or draws_discrete(guide):
+            raise OptionError(
+                "objective 'tail_adaptive' goes along the derivatives of draws, which some of this "
+                "guide's do not have: use objective='forward_kl', or leave discrete= out"
+            )
         require_apart(self.name, guide)
 
     def stock_loss(self, *, vectorize: bool = False) -> ELBO:
