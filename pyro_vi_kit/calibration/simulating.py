@@ -113,6 +113,11 @@ def require_generative(model: Model, density: Density) -> Observing:
 def _require_plain(visit: Visit, visits: Mapping[str, Visit]) -> None:
     """Refuse a site whose density is not that of what is drawn there."""
     if visit.kind == "deterministic":
+        if visit.counts and visit.unscaled().any():
+            raise ModelError(
+                f"site {visit.name!r} is a Delta with a log_density, which no draw of the model shows: "
+                "calibrate the model without it"
+            )
         return
     if not isinstance(visit.scale, int | float) or visit.scale != 1:
         raise ModelError(

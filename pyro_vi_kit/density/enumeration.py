@@ -101,7 +101,7 @@ class Enumerated:
         self.factors = {
             visit.name: self._factor(visit, nesting)
             for visit in visits.values()
-            if visit.kind != "deterministic" and self._depends(visit, nesting)
+            if visit.counts and self._depends(visit, nesting)
         }
 
     def marginals(self) -> list[Marginal]:
@@ -213,7 +213,7 @@ class Enumerated:
 
 def log_total(visits: Mapping[str, Visit]) -> Tensor:
     """The sum of these sites' log densities, without scale and log determinants, nats."""
-    parts = [v.unscaled().sum() for v in visits.values() if v.kind != "deterministic"]
+    parts = [v.unscaled().sum() for v in visits.values() if v.counts]
     return torch.stack(parts).sum() if parts else torch.zeros(())
 
 

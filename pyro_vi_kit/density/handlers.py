@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, Unit
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -51,6 +51,15 @@ class Visit:
     unconstrained: Tensor | None = None
     log_det: Tensor | None = None
     choice: Choice | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether its log density is part of the model's.
+
+        A `pyro.deterministic` has none; a `Delta` of something computed may be given one.
+        """
+        noted = self.infer.get("_deterministic") or _is_hidden_delta(self.fn)
+        return self.kind != "deterministic" or not noted
 
     @property
     def has_states(self) -> bool:
@@ -164,6 +173,8 @@ class Replay(Messenger):
             visit.value = given if fits and given is not None else visit.fn.sample()
         elif kind == "observed" and self.simulate:
             visit.value = visit.fn.sample()
+        elif visit.value is None:
+            visit.value = visit.fn()  # computed: what a Delta holds, with its ties to latents
         msg["value"] = visit.value
         msg["done"] = True
         self.visits[visit.name] = visit
@@ -258,17 +269,20 @@ def kind_of(msg: Any) -> Kind:
     """What a sample message stands for."""
     if msg["infer"].get("_deterministic"):
         return "deterministic"
+    base = _base(msg["fn"])
+    if isinstance(base, Unit):
+        # `pyro.factor`, whose value has no elements; `poutine.uncondition` calls it not observed.
+        return "factor"
     if msg["is_observed"]:
-        if _is_computed(msg["fn"]):
-            return "deterministic"
-        # `pyro.factor` is an observed Unit whose value has no elements.
-        return "factor" if type(_base(msg["fn"])).__name__ == "Unit" else "observed"
+        return "deterministic" if _is_hidden_delta(msg["fn"]) else "observed"
+    if isinstance(base, Delta):
+        return "deterministic"
     if getattr(msg["fn"].support, "is_discrete", False):
         return "discrete"
     return "latent"
 
 
-def _is_computed(fn: Any) -> bool:
+def _is_hidden_delta(fn: Any) -> bool:
     """Whether this is the Delta, masked away, that a reparameterised site leaves under its name."""
     hidden = False
     while isinstance(fn, TorchDistributionMixin) and hasattr(fn, "base_dist"):

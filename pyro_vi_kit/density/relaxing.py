@@ -56,6 +56,6 @@ def _others(density: Density, z: Mapping[str, Tensor], name: str) -> Tensor:
     parts = [
         visit.log_prob().sum()
         for site, visit in visits.items()
-        if site != name and visit.kind != "deterministic"
+        if site != name and visit.counts
     ]
     return torch.stack([density.cast(torch.zeros(())), *parts]).sum()

@@ -137,7 +137,7 @@ def _site_problem(
             f"{plates[0]!r}",
             f"make {plate!r} the outermost plate, with the lowest dim",
         )
-    if visit.kind == "deterministic":
+    if visit.kind == "deterministic" and not (visit.counts and visit.unscaled().any()):
         return None
     if plate not in plates:
         return _shared_problem(visit, other)

@@ -60,7 +60,7 @@ def add_up(
     for visit in visits.values():
         factors = _factors(visit.frames)
         total.scale.update(factors)
-        if visit.kind == "deterministic":
+        if not visit.counts:
             continue
         log_prob = None if visit.name in depends else visit.log_prob()
         if power != 1.0 and log_prob is not None and visit.kind in ("observed", "factor"):
