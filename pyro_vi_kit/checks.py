@@ -143,7 +143,8 @@ def _shapes(name: str, found: Examination) -> Check:
 def _data(name: str, found: Examination) -> Check:
     if found.data_problems:
         return _verdict(name, found.data_problems, "")
-    return _verdict(name, found.argument_problems, "no NaN, nothing infinite", "note")
+    notes = [*found.data_notes, *found.argument_problems]
+    return _verdict(name, notes, "no NaN, nothing infinite", "note")
 
 
 def _randomness(name: str, found: Examination) -> Check:

@@ -47,6 +47,10 @@ class UnknownNameError(OptionError, KeyError):
         return str(self.args[0])
 
 
+class ModelWarning(UserWarning):
+    """How a model is read, where that is not what its words say; the numbers are as in Pyro."""
+
+
 class FileError(ViError, OSError):
     """A file cannot be read or written as asked."""
 

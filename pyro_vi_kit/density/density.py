@@ -18,11 +18,13 @@ from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
 from pyro_vi_kit.density.layout import Block, global_block
 from pyro_vi_kit.density.problems import (
+    is_unchecked,
     require_inside,
     require_usable,
     slope_problem,
     sum_problem,
     sums,
+    unchecked_note,
 )
 from pyro_vi_kit.density.recordings import Recordings
 from pyro_vi_kit.density.runner import Runner
@@ -30,7 +32,7 @@ from pyro_vi_kit.density.streamed import Streamed, streamed
 from pyro_vi_kit.density.structure import Site, discover
 from pyro_vi_kit.density.terms import Terms, add_up
 from pyro_vi_kit.device import Device, checked
-from pyro_vi_kit.errors import ModelError, ViError
+from pyro_vi_kit.errors import ModelError, ModelWarning, ViError
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream
 
@@ -63,6 +65,7 @@ class Density:
         observed: Values of the observed sites.
         batching: How K points are evaluated: see `batching.batched`.
         streamed: How a batch stands for all data, where they are streamed: ``data`` is an example then.
+        notes: What to know of how the model is read; each is said as a `ModelWarning` when it is made.
         recordings: Where recordings are kept that serve other data too; shared with what `with_data`
             gives. None where nobody asked for other data.
 
@@ -102,6 +105,9 @@ class Density:
         if drawn is not None:
             drawn.require_known(name for name, visit in visits.items() if visit.has_states)
         require_usable(visits)
+        seen = [visit for visit in visits.values() if visit.kind == "observed"]
+        self._unchecked = frozenset(visit.name for visit in seen if is_unchecked(visit.fn))
+        self.notes: list[str] = [note for note in map(unchecked_note, seen) if note is not None]
         self.streamed: Streamed | None = (
             None if model.stream is None else streamed(self._runner, model.stream)
         )
@@ -118,6 +124,8 @@ class Density:
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
             self._require_true_sum(z)
+        for note in self.notes:
+            warnings.warn(note, ModelWarning, stacklevel=2)
 
     def cast(self, tensor: Tensor) -> Tensor:
         """A tensor in this precision and on this device, detached where it is a floating one.
@@ -221,7 +229,7 @@ class Density:
         replay = Replay(constrained=self._example)
         with other._runner.isolated(), torch.no_grad():
             other._run(replay)
-            require_usable(replay.visits)
+            require_usable(replay.visits, self._unchecked)
         other.observed = _observed(replay.visits)
         return other
 
@@ -486,7 +494,9 @@ class Density:
 
         args, kwargs = self.arguments()
         model = Model(some, *args, kwargs=kwargs)
-        density = Density(model, dtype=self.dtype, device=self.device, drawn=self.drawn)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ModelWarning)  # they were said of all rows
+            density = Density(model, dtype=self.dtype, device=self.device, drawn=self.drawn)
         density.params = self.params
         return density
 

@@ -25,6 +25,7 @@ from pyro_vi_kit.density.problems import (
     slope_problem,
     sum_problem,
     sums,
+    unchecked_note,
 )
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.streamed import streamed
@@ -153,6 +154,13 @@ class Examination:
         """Observed values that are no numbers, or that cannot occur."""
         problems = map(data_problem, self._of_kind("observed"))
         return [problem for problem in problems if problem is not None]
+
+    @property
+    def data_notes(self) -> list[Problem]:
+        """Data outside a support that the model asks not to check, with ``validate_args=False``."""
+        notes = map(unchecked_note, self._of_kind("observed"))
+        remedy = "a density on all that the data can be gives evidence and predictions a meaning"
+        return [Problem(note, remedy) for note in notes if note is not None]
 
     @property
     def argument_problems(self) -> list[Problem]:

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from pyro.distributions import Delta, Unit
-from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.distributions import Delta, MaskedDistribution, Unit
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor, nn
-from torch.distributions import constraints, transform_to
+from torch.distributions import Independent, constraints, transform_to
 
 from pyro_vi_kit.density.drawn import Choice, Drawn, hardened
 from pyro_vi_kit.density.modules import owner_of_param
@@ -269,7 +269,7 @@ def kind_of(msg: Any) -> Kind:
     """What a sample message stands for."""
     if msg["infer"].get("_deterministic"):
         return "deterministic"
-    base = _base(msg["fn"])
+    base = innermost(msg["fn"])
     if isinstance(base, Unit):
         # `pyro.factor`, whose value has no elements; `poutine.uncondition` calls it not observed.
         return "factor"
@@ -285,15 +285,15 @@ def kind_of(msg: Any) -> Kind:
 def _is_hidden_delta(fn: Any) -> bool:
     """Whether this is the Delta, masked away, that a reparameterised site leaves under its name."""
     hidden = False
-    while isinstance(fn, TorchDistributionMixin) and hasattr(fn, "base_dist"):
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         hidden = hidden or getattr(fn, "_mask", None) is False
         fn = fn.base_dist
     return hidden and isinstance(fn, Delta)
 
 
-def _base(fn: Any) -> Any:
-    """The distribution inside masks and expansions."""
-    while isinstance(fn, TorchDistributionMixin) and hasattr(fn, "base_dist"):
+def innermost(fn: Any) -> Any:
+    """The distribution inside masks, expansions and event dims."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
     return fn
 

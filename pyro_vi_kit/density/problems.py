@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyro
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_vi_kit.density.enumeration import Enumerated, is_enumerable, log_total
-from pyro_vi_kit.density.handlers import Replay, Visit
+from pyro_vi_kit.density.handlers import Replay, Visit, innermost
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.errors import ModelError
 
@@ -172,8 +174,14 @@ def latents_problem(visits: Mapping[str, Visit]) -> Problem | None:
     )
 
 
-def data_problem(visit: Visit) -> Problem | None:
-    """NaN at an observed site, or values that its distribution cannot produce."""
+def data_problem(visit: Visit, unchecked: bool | None = None) -> Problem | None:
+    """NaN at an observed site, or values that its distribution cannot produce.
+
+    Args:
+        visit: The site.
+        unchecked: Whether its distribution was made with ``validate_args=False``; read off it when None,
+            which it says in first runs only.
+    """
     value, fn = visit.value, visit.fn
     if value.is_floating_point():
         for word, found in (("NaN", value.isnan()), ("infinite value(s)", value.isinf())):
@@ -183,13 +191,39 @@ def data_problem(visit: Visit) -> Problem | None:
                     "drop the rows, or fill the values and hide them with poutine.mask or obs_mask=",
                 )
     outside = _outside(visit)
-    if outside:
-        return Problem(
-            f"the data at site {visit.name!r} hold {outside} value(s) outside the support of its "
-            f"{type(fn).__name__}, {fn.support}, so that their density is zero everywhere",
-            "correct the values, or choose a distribution that can produce them",
+    if outside is None or not bool(outside.any()):
+        return None
+    finite = _finite_at(visit, outside)
+    if finite and (is_unchecked(fn) if unchecked is None else unchecked):
+        return None
+    remedy = "correct the values, or choose a distribution that can produce them"
+    if finite:
+        remedy += (
+            "; where its formula is meant all the same, as a loss of gray pixels is, make it with "
         )
-    return None
+        remedy += "validate_args=False"
+    return Problem(
+        f"the data at site {visit.name!r} hold {int(outside.sum())} value(s) outside the support of its "
+        f"{type(innermost(fn)).__name__}, {fn.support}, so that their density is zero everywhere",
+        remedy,
+    )
+
+
+def is_unchecked(fn: Any) -> bool:
+    """Whether a distribution was made with ``validate_args=False``; of one that a first run met."""
+    return vars(innermost(fn)).get("_validate_args") is False
+
+
+def unchecked_note(visit: Visit) -> str | None:
+    """What to say of data outside a support that the model asks not to check."""
+    outside = _outside(visit) if is_unchecked(visit.fn) else None
+    if outside is None or not bool(outside.any()):
+        return None
+    return (
+        f"the data at site {visit.name!r} hold {int(outside.sum())} value(s) outside the support of its "
+        f"{type(innermost(visit.fn)).__name__}; with validate_args=False its formula is taken as it is, "
+        "though it is no density there: evidence and predictions are not those of such data"
+    )
 
 
 def slope_problem(ahead: Tensor, behind: Tensor, slope: Tensor, step: float) -> Problem | None:
@@ -214,15 +248,34 @@ def slope_problem(ahead: Tensor, behind: Tensor, slope: Tensor, step: float) -> 
     )
 
 
-def _outside(visit: Visit) -> int:
-    """How many observations are outside the support; none where a mask may hide them."""
+def _outside(visit: Visit) -> Tensor | None:
+    """Which observations are outside the support; None where a mask may hide them."""
     masked = isinstance(visit.mask, Tensor) or visit.mask is False
     if masked or type(visit.fn).__name__ == "MaskedDistribution":
-        return 0
+        return None
     try:
-        return int((~visit.fn.support.check(visit.value)).sum())
+        return ~visit.fn.support.check(visit.value)
     except (NotImplementedError, AttributeError):
-        return 0
+        return None
+
+
+def _finite_at(visit: Visit, where: Tensor) -> bool:
+    """Whether the log density is finite at these observations, without validation."""
+    with pyro.validation_enabled(False), torch.no_grad():
+        try:
+            log_prob = _unvalidated(visit.fn).log_prob(visit.value)
+            return bool(log_prob.isfinite().expand(where.shape)[where].all())
+        except (ValueError, RuntimeError):
+            return False
+
+
+def _unvalidated(fn: Any) -> Any:
+    """A copy of a distribution that checks no value; what was expanded while checks were on does."""
+    fn = copy.copy(fn)
+    fn._validate_args = False
+    if isinstance(fn, TorchDistributionMixin) and hasattr(fn, "base_dist"):
+        fn.base_dist = _unvalidated(fn.base_dist)
+    return fn
 
 
 def broadcast_problem(visit: Visit) -> Problem | None:
@@ -276,8 +329,12 @@ def require_inside(visit: Visit, value: Tensor) -> None:
         )
 
 
-def require_usable(visits: Mapping[str, Visit]) -> None:
+def require_usable(visits: Mapping[str, Visit], unchecked: frozenset[str] | None = None) -> None:
     """Refuse a run's sites where a density cannot hold them.
+
+    Args:
+        visits: The sites.
+        unchecked: Those made with ``validate_args=False``; read off the visits of a first run when None.
 
     Raises:
         ModelError: If there is nothing to infer, a discrete latent cannot be summed out, or data are
@@ -287,6 +344,7 @@ def require_usable(visits: Mapping[str, Visit]) -> None:
     if problem is not None:
         raise ModelError(str(problem))
     for visit in visits.values():
-        problem = data_problem(visit) if visit.kind == "observed" else None
+        known = None if unchecked is None else visit.name in unchecked
+        problem = data_problem(visit, known) if visit.kind == "observed" else None
         if problem is not None:
             raise ModelError(str(problem))

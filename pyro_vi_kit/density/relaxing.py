@@ -54,8 +54,6 @@ def _others(density: Density, z: Mapping[str, Tensor], name: str) -> Tensor:
     """The log density of all sites but this one at the first point, nats."""
     visits = density.differentiable_visits(z)
     parts = [
-        visit.log_prob().sum()
-        for site, visit in visits.items()
-        if site != name and visit.counts
+        visit.log_prob().sum() for site, visit in visits.items() if site != name and visit.counts
     ]
     return torch.stack([density.cast(torch.zeros(())), *parts]).sum()

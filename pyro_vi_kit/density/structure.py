@@ -10,7 +10,7 @@ from pyro.distributions import ImproperUniform
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from pyro_vi_kit.density.handlers import Fill, Kind, Replay, Visit
+from pyro_vi_kit.density.handlers import Fill, Kind, Replay, Visit, innermost
 from pyro_vi_kit.density.problems import chance_problem, change_problem
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.supports import bijector
@@ -188,17 +188,7 @@ def _site(visit: Visit) -> Site:
 
 def is_improper(fn: Any) -> bool:
     """Whether a distribution is an improper uniform."""
-    return isinstance(_innermost(fn), ImproperUniform)
-
-
-def _innermost(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and type(fn).__name__ in (
-        "Independent",
-        "MaskedDistribution",
-        "ExpandedDistribution",
-    ):
-        fn = fn.base_dist
-    return fn
+    return isinstance(innermost(fn), ImproperUniform)
 
 
 def _is_fixed(support: Any) -> bool:
