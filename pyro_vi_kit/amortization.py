@@ -23,6 +23,7 @@ from pyro_vi_kit.pointwise import (
 )
 from pyro_vi_kit.psis_rows import psis_rows
 from pyro_vi_kit.refinement import TOLERANCE, refine
+from pyro_vi_kit.runtime import seed_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +61,7 @@ def gaps(
     held = GuideApproximation(approximation.name, before.guide, approximation.params)
     refined, record = refine(held, Elbo(1), steps=steps, tol=tol, seed=seed, progress=progress)
     after = seen_per_datum(refined.guide, refined.params, plate)
-    columns = _compared(before, after, draws, seed + 1)
+    columns = _compared(before, after, draws, seed_of(seed, "comparison"))
     frame = frame_of(columns, before.plate, coords)
     means = {name: float(columns[name].mean()) for name in ("amortization", "approximation")}
     errors = {

@@ -19,6 +19,7 @@ from pyro_vi_kit.density.runner import placed
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.export import Group
 from pyro_vi_kit.groups import (
+    GIVEN_DRAWS,
     by_observation,
     data_groups,
     in_chunks,
@@ -32,7 +33,7 @@ from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.streamed import joined_draws, weigh_all
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.psis import psis, resample
-from pyro_vi_kit.runtime import RandomStream, isolated, private_params
+from pyro_vi_kit.runtime import RandomStream, isolated, private_params, seed_of
 
 # The model's trace and the guide's.
 Pair = tuple[poutine.Trace, poutine.Trace]
@@ -130,7 +131,7 @@ class GuideApproximation:
     @torch.no_grad()
     def unconstrained(self, draws: int, seed: int) -> dict[str, Tensor]:
         """Unconstrained draws by site, `[S, ...]`."""
-        with RandomStream(seed), isolated(self.dtype, self.density.device):
+        with RandomStream(seed, "draws"), isolated(self.dtype, self.density.device):
             return _joined([self.guide.draw(size).z for size in self._sizes(draws)])
 
     def weigh(self, draws: int, seed: int) -> Weighed:
@@ -148,7 +149,7 @@ class GuideApproximation:
         if self.density.streamed is not None:
             return self._weighed_on_stream(draws, seed)
         parts, log_p, log_q = [], [], []
-        with RandomStream(seed), isolated(self.dtype, self.density.device):
+        with RandomStream(seed, "draws"), isolated(self.dtype, self.density.device):
             for size in self._sizes(draws):
                 draw = self.guide.draw(size)
                 terms = self.density.terms(draw.z, self.params, jacobian=not self.guide.point)
@@ -159,15 +160,15 @@ class GuideApproximation:
 
     def _weighed_on_stream(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """The same, in one pass over all batches for all draws."""
-        with RandomStream(seed), isolated(self.dtype, self.density.device):
+        with RandomStream(seed, "draws"), isolated(self.dtype, self.density.device):
             draw = joined_draws([self.guide.draw(size) for size in self._sizes(draws)])
             log_p, log_q = weigh_all(self.guide, draw, self.params, self.density.batches())
         return draw.z, Weighed(_told(log_p), _told(log_q))
 
     def constrained(self, z: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         """Latent, discrete and deterministic sites at unconstrained values `[S, ...]`."""
-        # Discrete sites are drawn given z, with the seed that `groups` passes on.
-        with RandomStream(seed + 1):
+        # Discrete sites are drawn given z, as `groups` draws them.
+        with RandomStream(seed, GIVEN_DRAWS):
             return in_chunks(lambda part: self.density.constrain(part, self.params), z, self._width)
 
     def predict(
@@ -180,7 +181,7 @@ class GuideApproximation:
             z = {name: value[chosen] for name, value in pool.items()}
         else:
             z = self.unconstrained(draws, seed)
-        with RandomStream(seed + 1):
+        with RandomStream(seed, GIVEN_DRAWS):
             values = in_chunks(
                 lambda part: self.density.simulate(part, model, self.params), z, self._width
             )
@@ -190,7 +191,7 @@ class GuideApproximation:
     def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
         """See `Approximation.log_likelihood`."""
         z, weighed = self._weighed(draws, seed)
-        found = log_likelihood(self.density, z, params=self.params, seed=seed + 1)
+        found = log_likelihood(self.density, z, params=self.params, seed=seed)
         return found, weighed
 
     @torch.no_grad()
@@ -207,7 +208,7 @@ class GuideApproximation:
         """See `Approximation.groups`."""
         z = self.unconstrained(draws, seed)
         return model_groups(
-            self.density, z, params=self.params, seed=seed + 1, prior_draws=min(_PRIOR_DRAWS, draws)
+            self.density, z, params=self.params, seed=seed, prior_draws=min(_PRIOR_DRAWS, draws)
         )
 
     def parameters(self) -> dict[str, Tensor]:
@@ -349,7 +350,7 @@ class TraceApproximation:
             arrays = {name: value.cpu().numpy()[None] for name, value in values.items()}
             return {"posterior": Group(arrays)}
         groups = {"posterior": sampled(self.density, values, 1)}
-        groups |= prior_groups(self.density, min(_PRIOR_DRAWS, draws), seed=seed + 2)
+        groups |= prior_groups(self.density, min(_PRIOR_DRAWS, draws), seed=seed)
         return groups | data_groups(self.density)
 
     def parameters(self) -> dict[str, Tensor]:
@@ -377,7 +378,7 @@ class TraceApproximation:
     @contextlib.contextmanager
     def _running(self, seed: int) -> Iterator[None]:
         with (
-            RandomStream(seed),
+            RandomStream(seed, "draws"),
             isolated(self.dtype, self.device),
             contextlib.nullcontext() if self.density is None else self.density.casting(),
             private_params(self.state),
@@ -413,7 +414,9 @@ def _chosen(weighed: Weighed, draws: int, seed: int) -> np.ndarray:
     """
     log_w = (weighed.log_p - weighed.log_q).numpy()
     usable = np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
-    return resample(psis(usable).log_weights, draws, np.random.default_rng(seed))
+    return resample(
+        psis(usable).log_weights, draws, np.random.default_rng(seed_of(seed, "resampling"))
+    )
 
 
 def _told(log_density: Tensor) -> Tensor:

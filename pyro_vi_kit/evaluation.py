@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_vi_kit.approximation import Approximation
 from pyro_vi_kit.psis import Psis, psis
+from pyro_vi_kit.runtime import seed_of
 from pyro_vi_kit.verdict import is_close
 from pyro_vi_kit.work import work_of
 
@@ -19,7 +20,6 @@ _MORE_DRAWS = (16_000, 64_000)
 _WORK = 300_000_000
 _MIN_DRAWS = 200
 _NUMBERS = 200_000_000
-_SEED = 1_234_567
 
 Named = Callable[[Mapping[str, Tensor]], dict[str, np.ndarray]]
 
@@ -106,17 +106,22 @@ def evaluate(approximation: Approximation, named: Named) -> Evaluation:
     """
     draws = min(_MAX_DRAWS, max(_MIN_DRAWS, _NUMBERS // max(approximation.cost, 1)))
     if approximation.point:
-        return Evaluation(named(approximation.draw(draws, _SEED)), None, None)
-    values, log_w = _weighed(approximation, named, draws, _SEED)
+        return Evaluation(named(approximation.draw(draws, _seed(0))), None, None)
+    values, log_w = _weighed(approximation, named, draws, _seed(0))
     smoothed = smooth(log_w)
     for total in _MORE_DRAWS:
         if not is_close(smoothed, gap_of(log_w, smoothed)) or total > _affordable(approximation):
             break
-        more, more_log_w = _weighed(approximation, named, total - len(log_w), _SEED + total)
+        more, more_log_w = _weighed(approximation, named, total - len(log_w), _seed(total))
         values = {name: np.concatenate([part, more[name]]) for name, part in values.items()}
         log_w = np.concatenate([log_w, more_log_w])
         smoothed = smooth(log_w)
     return Evaluation(values, log_w, smoothed)
+
+
+def _seed(number: int) -> int:
+    """Of draws that no fit was trained on, and that `sample` gives for no seed."""
+    return seed_of(0, "evaluation", number)
 
 
 def gap_of(log_w: np.ndarray | None, smoothed: Psis | None) -> float:
@@ -139,7 +144,7 @@ def _affordable(approximation: Approximation) -> int:
     few = 4
     if approximation.cost > _NUMBERS // _MORE_DRAWS[0]:
         return 0
-    return int(few * _WORK / work_of(lambda: approximation.draw_and_weigh(few, _SEED)))
+    return int(few * _WORK / work_of(lambda: approximation.draw_and_weigh(few, _seed(0))))
 
 
 def usable(log_w: np.ndarray) -> np.ndarray:

@@ -93,7 +93,7 @@ def log_weights(approximation: Approximation, draws: int, seed: int) -> np.ndarr
         return (weighed.log_p - weighed.log_q).numpy()
     density = approximation.density
     loc, tril = gaussian
-    with RandomStream(seed):
+    with RandomStream(seed, "evidence"):
         x = torch.randn(draws, len(loc), dtype=torch.float64, device="cpu")
         wide = StudentT(loc.new_full((), _FREEDOM), 0.0, _SCALE)
         counts = torch.rand(draws, dtype=torch.float64, device="cpu") < _WIDE

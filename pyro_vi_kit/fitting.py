@@ -192,7 +192,7 @@ def _fit_one(request: Request, spec: GuideSpec, density: Density) -> Posterior:
         density = Density(request.model, dtype=density.dtype, device=density.device)
     with one_thread(is_small(density)):
         request, spec = starting.settled(request, spec, density)
-        with RandomStream(request.seed):
+        with RandomStream(request.seed, "initial weights"):
             guide = spec.build(density)
         trained = training.train(request, spec.name, guide, density, None)
     record = _record(request, guide, trained, time.monotonic() - started)
@@ -254,7 +254,7 @@ def _trainee(
         spec = guides.specify("mean_field")
     with one_thread(is_small(density)):
         request, spec = starting.settled(request, spec, density)
-    with RandomStream(request.seed):
+    with RandomStream(request.seed, "initial weights"):
         return request, spec, minibatches.guide_for(spec, density, request.batch_size), density
 
 

@@ -21,6 +21,9 @@ Values = dict[str, Tensor]
 Arrays = dict[str, np.ndarray]
 
 _CHUNK_NUMBERS = 4_000_000
+# Purpose of the seed of what is drawn given the latents, discrete sites and data alike: the same
+# everywhere, so that all groups of one seed go with each other.
+GIVEN_DRAWS = "given draws"
 
 
 def in_chunks(function: Callable[[Values], Values], z: Mapping[str, Tensor], width: int) -> Values:
@@ -130,7 +133,7 @@ def model_groups(
     width = width_of(density)
     if density.streamed is not None:
         return _streamed_groups(density, z, chains, params, seed, prior_draws)
-    with RandomStream(seed):  # for discrete sites
+    with RandomStream(seed, GIVEN_DRAWS):  # for discrete sites
         values = in_chunks(lambda part: density.constrain(part, params), z, width)
     groups = {
         "posterior": sampled(density, values, chains),
@@ -138,12 +141,12 @@ def model_groups(
     }
     observed = [site.name for site in density.structure.of_kind("observed")]
     if observed:
-        with RandomStream(seed), contextlib.suppress(ModelError):
+        with RandomStream(seed, GIVEN_DRAWS), contextlib.suppress(ModelError):
             simulated = in_chunks(lambda part: density.simulate(part, params=params), z, width)
             predictive = {name: simulated[name] for name in observed}
             groups["posterior_predictive"] = sampled(density, predictive, chains)
         groups["log_likelihood"] = log_likelihood(density, z, chains, params, seed)
-    groups |= prior_groups(density, prior_draws, params=params, seed=seed + 1)
+    groups |= prior_groups(density, prior_draws, params=params, seed=seed)
     return groups | data_groups(density)
 
 
@@ -157,14 +160,14 @@ def _streamed_groups(
 ) -> dict[str, Group]:
     """What is not about single data."""
     inside = frozenset() if density.streamed is None else density.streamed.inside
-    with RandomStream(seed):
+    with RandomStream(seed, GIVEN_DRAWS):
         values = in_chunks(lambda part: density.constrain(part, params), z, width_of(density))
     outside = {name: value for name, value in z.items() if name not in inside}
     groups = {
         "posterior": sampled(density, values, chains),
         "unconstrained_posterior": sampled(density, outside, chains, unconstrained=True),
     }
-    return groups | prior_groups(density, prior_draws, params=params, seed=seed + 1)
+    return groups | prior_groups(density, prior_draws, params=params, seed=seed)
 
 
 def log_likelihood(
@@ -175,7 +178,7 @@ def log_likelihood(
     seed: int = 0,
 ) -> Group:
     """The log density of each observation, nats; arguments as `model_groups` has them."""
-    with RandomStream(seed):  # for discrete sites
+    with RandomStream(seed, GIVEN_DRAWS):  # for discrete sites
         values = in_chunks(lambda part: density.log_likelihood(part, params), z, width_of(density))
     return by_observation(density, values, chains)
 
@@ -211,7 +214,7 @@ def prior_groups(
     if any(site.improper for site in density.latents):
         return {}
     try:
-        with RandomStream(seed):
+        with RandomStream(seed, "prior"):
             values = density.simulate(None, params=params, draws=draws)
     except ModelError:
         return {}

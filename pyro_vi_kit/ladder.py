@@ -243,7 +243,7 @@ def _seconds_per_step(climb: _Climb) -> float:
     guide: Guide = climb.tried[0][1].approximation.guide  # type: ignore[attr-defined]
     gradients = Gradients(climb.density, patience=None)
     with (
-        RandomStream(climb.request.seed),
+        RandomStream(climb.request.seed, "timing"),
         isolated(climb.density.dtype, climb.density.device),
         torch.no_grad(),
     ):

@@ -23,7 +23,7 @@ from torch import Tensor
 from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.groups import in_chunks, width_of
+from pyro_vi_kit.groups import GIVEN_DRAWS, in_chunks, width_of
 from pyro_vi_kit.guides import FullRank
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.methods.curvature import entries, hessian
@@ -32,7 +32,7 @@ from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Dense, Diagonal, Gaussian, Shape
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.record import Record
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.runtime import RandomStream, seed_of
 from pyro_vi_kit.summary import labels
 from pyro_vi_kit.types import Status
 
@@ -112,7 +112,7 @@ def respond(
     with Progress("linear response", enabled=progress) as bar:
         search = Search(density, seed, None, bar)
         shape = _refined(search, _framed(approximation), draws)
-        noise = density.cast(matched_normals(draws, density.dim, seed))
+        noise = density.cast(matched_normals(draws, density.dim, seed_of(seed, "response")))
         curvature = hessian(density, shape, noise, bar)
         inverse = _inverse(curvature, shape, density)
         slope = _loss(search, shape, shape.start(), noise)[1].double()
@@ -181,7 +181,7 @@ def summarise(
     """
     import pandas as pd
 
-    halves = [_scored(response, approximation, named, seed + i) for i in (1, 2)]
+    halves = [_scored(response, approximation, named, seed_of(seed, "scores", i)) for i in (1, 2)]
     rows: dict[str, dict[str, float]] = {}
     for name, example in halves[0][1].items():
         columns = _moments(response, [(score, values[name]) for score, values in halves])
@@ -220,7 +220,7 @@ def _scored(
     draws = max(_VALUES, 8 * shape.noise)
     noise = density.cast(matched_normals(draws, shape.noise, seed))
     z = density.block.unpack(shape.place(shape.start(), noise))
-    with RandomStream(seed):
+    with RandomStream(seed, GIVEN_DRAWS):
         values = in_chunks(
             lambda part: density.constrain(part, approximation.params), z, width_of(density)
         )
@@ -236,13 +236,13 @@ def _refined(search: Search, shape: Shape, draws: int) -> Shape:
         KeyboardInterrupt: If the user interrupts.
     """
     density, dim = search.density, shape.noise
-    few = density.cast(matched_normals(_few(dim, draws), dim, search.seed + 1))
+    few = density.cast(matched_normals(_few(dim, draws), dim, seed_of(search.seed, "metric")))
     values, vectors = torch.linalg.eigh(hessian(density, shape, few, search.progress))
     # Downhill whatever the signs; a rough metric makes the search longer, not wrong.
     metric = (vectors * values.abs().clamp_min(1e-3 * float(values.abs().max())).rsqrt()).to(
         few.dtype
     )
-    noise = density.cast(matched_normals(draws, dim, search.seed))
+    noise = density.cast(matched_normals(draws, dim, seed_of(search.seed, "response")))
 
     def negative_elbo(points: Tensor) -> tuple[Tensor, Tensor]:
         value, slope = _loss(search, shape, metric @ points[0], noise)

@@ -166,7 +166,7 @@ def start_on_rows(
     if width > _START_DIM or any(name not in names for name in inside):
         return False
     plates = [density.structure.plates[name] for name in names]
-    with RandomStream(seed):
+    with RandomStream(seed, "rows to start from"):
         rows = {
             p.name: _some(density, p, inside.get(p.name, 0), width, len(plates)) for p in plates
         }

@@ -76,7 +76,7 @@ class PerDatum:
         """
         chosen = torch.arange(self.plate.size) if rows is None else torch.as_tensor(rows)
         density = self.guide.density
-        stream = RandomStream(seed)
+        stream = RandomStream(seed, "rows")
         width = max(1, width_of(self.guide.density) // self.plate.size)
         size = max(1, min(len(chosen), _NUMBERS // (draws * width)))
         for part in chosen.split(size if self.subsampled else len(chosen)):

@@ -27,7 +27,7 @@ from pyro_vi_kit.objectives import Elbo
 from pyro_vi_kit.objectives.estimators import chosen as chosen_estimator
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.record import Record
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.runtime import RandomStream, seed_of
 from pyro_vi_kit.types import Objective, Status
 
 # Nats a datum.
@@ -81,7 +81,7 @@ def refine(
     engine = CapturedEngine(
         guide,
         objective,
-        seed=seed,
+        seed=seed_of(seed, "refinement"),
         batches=Batches(sizes, device=guide.density.device) if sizes else None,
         estimator=estimator,
     )

@@ -20,6 +20,7 @@ from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.posterior import Posterior, load
 from pyro_vi_kit.record import Record
+from pyro_vi_kit.runtime import seed_of
 from pyro_vi_kit.storage import latents_of, words
 from pyro_vi_kit.types import Objective
 
@@ -124,7 +125,7 @@ def objective_of(record: Record) -> str | Objective:
 
 def seed_after(earlier: Posterior) -> int:
     """A seed that follows from the earlier fit, and gives other numbers than it had."""
-    return (earlier.record.seed + 1 + len(earlier.record.losses)) % 2**31
+    return seed_of(earlier.record.seed, "resumed", len(earlier.record.losses)) >> 32
 
 
 def told_as_one(earlier: Record, record: Record) -> Record:

@@ -9,6 +9,7 @@ threads may fit at once without seeing each other.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,29 @@ LOCK = threading.RLock()
 def fresh_seed() -> int:
     """A seed from the operating system, for calls that were given none."""
     return secrets.randbits(31)
+
+
+def seed_of(seed: int, *purpose: str | int) -> int:
+    """The seed of one purpose, independent of the seeds of all others and of all other users' seeds.
+
+    Sums would not do: ``seed + 1`` of one purpose is ``seed`` of another, and whatever is drawn anew to
+    check a fit could repeat what it was trained on. Torch's generator on the CPU reads the lower 32
+    bits alone, so that seeds 2^32 apart have to be told apart here too.
+
+    Args:
+        seed: A user's, or one made here.
+        *purpose: What is drawn, and numbers that tell one such drawing from another.
+
+    Returns:
+        A number below 2^63.
+    """
+    words = repr((int(seed), *purpose)).encode()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest()) >> 1
+
+
+def generator_of(seed: int, *purpose: str | int) -> torch.Generator:
+    """A generator on the CPU for one purpose: see `seed_of`."""
+    return torch.Generator().manual_seed(seed_of(seed, *purpose))
 
 
 def default_dtype() -> torch.dtype:
@@ -53,10 +77,11 @@ class RandomStream:
 
     Args:
         seed: The same seed gives the same numbers on the same machine and device.
+        *purpose: What is drawn. Other purposes have other numbers, whatever the seeds: see `seed_of`.
     """
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, *purpose: str | int) -> None:
+        self._seed = seed_of(seed, *purpose)
         self._states: list[torch.Tensor] = []
         self._outer: list[list[torch.Tensor]] = []
 

@@ -195,7 +195,7 @@ def _initialise(
         gaussian = _flattened(request, density, gaussian, first)
     family.start_from(gaussian.loc, gaussian.scale_tril)
     if first is not None and isinstance(family, Flow):
-        with RandomStream(request.seed):
+        with RandomStream(request.seed, "symmetry"):
             family.break_symmetry()
     return Start(True, peaks)
 

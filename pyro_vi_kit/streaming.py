@@ -19,6 +19,7 @@ from pyro_vi_kit.methods import fixed_draws
 from pyro_vi_kit.methods.newton import moved
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.request import Request
+from pyro_vi_kit.runtime import seed_of
 
 # Rows and numbers of the sample on which a Gaussian is fitted to start from.
 _ROWS = 10_000
@@ -100,7 +101,7 @@ def start(
     """
     stream, streamed = streamed_parts(density)
     rows = max(batches.size, min(_ROWS, _NUMBERS // stream.numbers))
-    sample = stream.sample(rows, request.seed, density.dtype)
+    sample = stream.sample(rows, seed_of(request.seed, "rows to start from"), density.dtype)
     held = density.held(streamed.completed(sample, density.data))
     gaussian = fixed_draws.prefit(held, request.seed, request.deadline, point).best
     if streamed.rows <= len(sample[0]) or batches.epoch > _STEPS_WORTH:

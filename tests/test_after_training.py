@@ -145,7 +145,7 @@ def test_evidence_per_datum(narrow):
 def test_per_datum_is_the_naive_mean_of_log_weights(trained):
     """However the rows are cut into pieces."""
     frame = trained.per_datum(draws=30, seed=3)
-    with RandomStream(3), torch.no_grad():
+    with RandomStream(3, "rows"), torch.no_grad():
         log_w = trained.approximation.guide.log_weights(30).local["person"].numpy()
     np.testing.assert_allclose(frame["elbo"], log_w.mean(0), rtol=1e-12)
     expected = np.logaddexp.reduce(log_w, 0) - math.log(30)

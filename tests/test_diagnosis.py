@@ -236,7 +236,7 @@ def test_a_q_that_is_far_too_wide_is_mended_by_its_weights():
     model = load("eight_schools").MODEL
     posterior = vi.fit(model, "full_rank", objective="iwae", seed=0, progress=False)
     assert posterior.verdict.level == "resample"
-    assert "short chains from resampled draws move 'tau' most" in str(posterior.verdict)
+    assert "short chains from resampled draws move" in str(posterior.verdict)
 
 
 @pytest.mark.parametrize("init", [0.0, 0.5])

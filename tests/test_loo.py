@@ -109,7 +109,10 @@ def test_the_answer_is_the_posteriors_and_not_the_guides():
     truth = np.array([left_out(i, X, y) for i in range(N)])
     posterior = vi.fit(vi.Model(regression, X, y), "mean_field", seed=0)
     loo = import_arviz().loo
-    corrected = [pointwise(posterior.loo(seed=s)).values for s in range(5)]
+    with warnings.catch_warnings():
+        # At k-hats of 0.7 and more for some sets of draws: what is asked here is the mean error.
+        warnings.simplefilter("ignore", LooWarning)
+        corrected = [pointwise(posterior.loo(seed=s)).values for s in range(5)]
     plain = [pointwise(loo(posterior.to_arviz(4000, s), pointwise=True)).values for s in range(5)]
     errors = [np.abs(np.array(found) - truth).mean() for found in (corrected, plain)]
     # Weights worth 2,000 draws or more and densities with an sd of 0.3: an s.e. of 0.3 / sqrt(2,000).

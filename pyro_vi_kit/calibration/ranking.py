@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.groups import squeeze
+from pyro_vi_kit.groups import GIVEN_DRAWS, squeeze
 from pyro_vi_kit.runtime import RandomStream
 
 Values = Mapping[str, Tensor]
@@ -67,7 +67,7 @@ def log_likelihood(density: Density, z: Tensor, seed: int) -> np.ndarray:
     As a function of data and latents together it sees what no function of latents alone can (Modrák et
     al. 2023): a guide that is the prior, whatever the data, has uniform ranks in each latent.
     """
-    with RandomStream(seed):  # for discrete sites
+    with RandomStream(seed, GIVEN_DRAWS):  # for discrete sites
         parts = density.log_likelihood(z)
     total = torch.stack([value.reshape(len(z), -1).sum(-1) for value in parts.values()]).sum(0)
     return torch.nan_to_num(total, nan=-torch.inf).cpu().numpy()

@@ -54,7 +54,7 @@ def simulate(density: Density, count: int, seed: int) -> Simulations:
     """
     width = sum(v.numel() for v in density.observed.values()) + density.dim
     chunk = max(1, min(count, _CHUNK_NUMBERS // max(width, 1)))
-    with RandomStream(seed):
+    with RandomStream(seed, "simulated data"):
         parts = [
             density.simulate(None, draws=min(chunk, count - start))
             for start in range(0, count, chunk)

@@ -31,7 +31,7 @@ from pyro_vi_kit.fitting import fit
 from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.posterior import Posterior
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.runtime import RandomStream, seed_of
 
 Fitter = Callable[[Model, int], Any]
 """From a model on simulated data and a seed to draws: `{site: [S, *shape]}`, a Posterior, or ArviZ."""
@@ -129,7 +129,7 @@ class Trial:
             return density, *self._from_fitter(self.fitter, density, model, fit_seed)
         if self.guide is None:
             raise OptionError("there is nothing to fit: give guide= or fitter=")
-        with RandomStream(fit_seed):
+        with RandomStream(fit_seed, "initial weights"):
             guide = self.guide.build(density)
         posterior = fit(density.model, guide, seed=fit_seed, progress=False, **self.options)
         _raise_if_interrupted(posterior)
@@ -196,8 +196,8 @@ class Trial:
 
 def seeds_of(seed: int, number: int) -> tuple[int, int]:
     """The seeds of a simulation's fit and of the draws from it."""
-    state = np.random.SeedSequence(seed, spawn_key=(number,)).generate_state(2)
-    return int(state[0] >> 1), int(state[1] >> 1)
+    # A fit's seed is told to the user, and is short therefore.
+    return seed_of(seed, "fit", number) >> 32, seed_of(seed, "draws", number)
 
 
 def _raise_if_interrupted(posterior: Posterior) -> None:

@@ -147,7 +147,7 @@ class CapturedEngine(EagerEngine):
 
     def _example(self, function: Callable[..., Sequence[Tensor]], seed: int) -> list[Tensor]:
         """Inputs of a step: as they stand for seed 0, and somewhere near for others."""
-        with RandomStream(1000 + seed), torch.no_grad():
+        with RandomStream(seed, "example"), torch.no_grad():
             x, mean, square, updates = (value.clone() for value in self.adam)
             if seed:
                 x += 0.05 * torch.randn_like(x)

@@ -25,7 +25,7 @@ from pyro_vi_kit.guides.streamed import weigh_all
 from pyro_vi_kit.objectives import surrogate
 from pyro_vi_kit.objectives.bounds import reduced
 from pyro_vi_kit.objectives.stratified import combined
-from pyro_vi_kit.runtime import RandomStream, isolated
+from pyro_vi_kit.runtime import RandomStream, isolated, seed_of
 from pyro_vi_kit.types import LogWeights, Objective
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
@@ -77,8 +77,8 @@ class EagerEngine:
         }
         self.skipped = 0
         self.batches = batches
-        self._stream = RandomStream(seed)
-        self._evaluation_seed = seed + 1
+        self._stream = RandomStream(seed, "steps")
+        self._looks = seed_of(seed, "looks")
         self.tables = [] if batches is None else tables_of(guide, batches.plates)
         apart = {id(table.table.rows) for table in self.tables}
         self.trained = {
@@ -283,7 +283,7 @@ class EagerEngine:
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
         density = self.guide.density
         reduce = self.objective.bound if report else self.objective.look
-        with RandomStream(self._evaluation_seed), isolated(density.dtype, density.device):
+        with RandomStream(self._looks), isolated(density.dtype, density.device):
             if isinstance(self.batches, StreamedBatches):
                 return self._evaluate_streamed(self.batches, replicates, bool(local), reduce).cpu()
             index = self._looked_at(local)

@@ -26,7 +26,7 @@ from pyro_vi_kit.engines.batches import BatchSource
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.runtime import RandomStream, default_dtype, isolated, private_params
+from pyro_vi_kit.runtime import RandomStream, default_dtype, isolated, private_params, seed_of
 from pyro_vi_kit.types import Objective
 
 
@@ -101,8 +101,8 @@ class PyroEngine:
         self._dtype = density.dtype if density is not None else default_dtype()
         where = device or device_of((model.args, dict(model.kwargs)))
         self.device = where if density is None else density.device
-        self._stream = RandomStream(seed)
-        self._evaluation_seed = seed + 1
+        self._stream = RandomStream(seed, "steps")
+        self._looks = seed_of(seed, "looks")
         self._state: dict[str, Any] = state or {"params": {}, "constraints": {}}
         self._own_rate = optimizer is not None
         self._optim = _GuardedOptim(optimizer or Adam, {})
@@ -120,7 +120,7 @@ class PyroEngine:
         )
         self.batches = batches
         if objective.multi_sample:
-            with self._running(RandomStream(seed)):
+            with self._running(RandomStream(seed, "first run")):
                 _require_valid_multi_sample(self._traces(), objective, batches)
 
     @property
@@ -172,7 +172,7 @@ class PyroEngine:
         """Minus `SVI.evaluate_loss`, `[replicates]`, nats, on the same noise at every call."""
         args, kwargs = self._arguments()
         rows = subsample_indices({}) if self.batches else contextlib.nullcontext()
-        with self._running(RandomStream(self._evaluation_seed)), rows:
+        with self._running(RandomStream(self._looks)), rows:
             losses = [float(self._svi.evaluate_loss(*args, **kwargs)) for _ in range(replicates)]
         return -torch.tensor(losses, dtype=torch.float64)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyro_vi_kit.density import Density, Plate
 from pyro_vi_kit.density.streamed import Streamed
 from pyro_vi_kit.engines.batches import Batch
+from pyro_vi_kit.runtime import seed_of
 from pyro_vi_kit.stream import Stream
 
 # Batches that one look at the bound reads at the most.
@@ -37,7 +38,7 @@ class StreamedBatches:
         found = density.structure.plates[self._streamed.plate]
         self.plate = Plate(found.name, found.dim, self._streamed.rows)
         self.size = size
-        self.feed = self._stream.feed(size, seed, density.dtype)
+        self.feed = self._stream.feed(size, seed_of(seed, "rows"), density.dtype)
         self._first: list[Tensor] | None = None
         self._evaluated: list[Tensor] | None = None
 
@@ -91,7 +92,7 @@ class StreamedBatches:
             yield from self.all()
             return
         dtype = self._density.dtype
-        feed = self._stream.feed(self.size, self.feed.seed + 1, dtype)
+        feed = self._stream.feed(self.size, seed_of(self.feed.seed, "looks"), dtype)
         for _ in range(_LOOK):
             yield self._completed(feed.next())
         feed.close()
@@ -99,7 +100,7 @@ class StreamedBatches:
     def evaluated(self, rows: int) -> list[Tensor]:
         """The same rows at every call, so many at random, as data tensors."""
         if self._evaluated is None:
-            batch = self._stream.sample(rows, self.feed.seed + 1, self._density.dtype)
+            batch = self._stream.sample(rows, seed_of(self.feed.seed, "looks"), self._density.dtype)
             self._evaluated = self._completed(batch)
         return self._evaluated
 

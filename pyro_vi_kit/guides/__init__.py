@@ -184,5 +184,5 @@ def make(
     spec = specify(guide, **options)
     if isinstance(model, Model):
         model = Density(model, dtype=dtype or default_dtype(), device=device, drawn=drawn_of(spec))
-    with RandomStream(seed):
+    with RandomStream(seed, "initial weights"):
         return spec.build(model)

@@ -152,7 +152,7 @@ def _improve(run: _Run, site: str, known: Tensor) -> Tensor:
 def _log_weights(run: _Run) -> Tensor:
     """Log weights of the same noise as ever, `[S]`, nats."""
     run.evaluations += run.draws
-    with RandomStream(run.seed), torch.no_grad():
+    with RandomStream(run.seed, "comparison"), torch.no_grad():
         return run.guide.log_weights(run.draws).joint()
 
 
@@ -160,7 +160,7 @@ def _require_optimal(run: _Run, tolerance: float) -> None:
     """Refuse factors that others near by are clearly better than."""
     family: Any = run.guide.families[run.guide.blocks[0].name]
     slopes = []
-    with RandomStream(run.seed + 1), torch.enable_grad():
+    with RandomStream(run.seed, "slopes"), torch.enable_grad():
         for _ in range(_BATCHES):
             # Log q at constant parameters: no variance where the factors are the posterior.
             draw = run.guide.draw(min(_BATCH, run.draws), detached=True)

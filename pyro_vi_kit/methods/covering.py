@@ -20,6 +20,7 @@ from pyro_vi_kit.guides.flows import Flow
 from pyro_vi_kit.methods.draws import sobol_normals
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.runtime import seed_of
 
 # Fewer are fitted one by one: a network of 8 units bends between 2,048 of them, 0.3 nats off.
 _DRAWS = 8192
@@ -163,7 +164,7 @@ class _Rounds:
 
     def _normals(self, which: int) -> Tensor:
         """Noise `[N, D]`, another for each number."""
-        seed = self._search.seed + 1_000_003 * (which + 1)
+        seed = seed_of(self._search.seed, "rounds", which)
         loc = self._flow.affine.loc
         return sobol_normals(self._draws, len(loc), seed).to(loc)
 

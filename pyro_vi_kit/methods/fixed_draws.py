@@ -32,6 +32,7 @@ from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Dense, Diagonal, Gaussian, Shape
 from pyro_vi_kit.methods.starts import Found, find_frame, find_modes, starting_points
 from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.runtime import seed_of
 from pyro_vi_kit.types import Reason, Status
 
 NAME = "lbfgs"
@@ -304,7 +305,7 @@ def _polished(search: Search, stage: _Stage, tolerance: float) -> _Stage:
 
 def _noise(search: Search, shape: Shape, draws: int) -> Tensor:
     """The fixed normals for this many draws, `[draws, noise]`."""
-    noise = matched_normals(draws, shape.noise, search.seed + draws)
+    noise = matched_normals(draws, shape.noise, seed_of(search.seed, "fixed draws", draws))
     return search.density.cast(noise)
 
 

@@ -30,6 +30,7 @@ from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.methods.starts import Found, find_frame, starting_points
 from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.runtime import seed_of
 from pyro_vi_kit.types import Status
 
 # More points than one Gaussian needs: it is the other modes that are looked for.
@@ -224,7 +225,9 @@ def _bent(search: Search, gaussian: Gaussian) -> Tensor | None:
     direction by direction. None where it is not finite.
     """
     dim = len(gaussian.loc)
-    noise = search.density.cast(matched_normals(max(_DRAWS, 4 * dim), dim, search.seed + 3))
+    noise = search.density.cast(
+        matched_normals(max(_DRAWS, 4 * dim), dim, seed_of(search.seed, "bends"))
+    )
     _, gradient = search.evaluate(gaussian.loc + noise @ gaussian.scale_tril.T)
     rest = gradient @ gaussian.scale_tril + noise
     # Tails would decide alone: the directions matter, not the sizes.
@@ -369,7 +372,7 @@ def _optimise(
 
 def _noise(search: Search, blend: _Blend, draws: int) -> Tensor:
     """Fixed normals, others for each component, `[K, draws, D]`."""
-    seeds = [search.seed + draws + 7919 * k for k in range(blend.count)]
+    seeds = [seed_of(search.seed, "components", draws, k) for k in range(blend.count)]
     return search.density.cast(torch.stack([matched_normals(draws, blend.dim, s) for s in seeds]))
 
 

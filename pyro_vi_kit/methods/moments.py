@@ -25,6 +25,7 @@ from pyro_vi_kit.methods.draws import normals_at
 from pyro_vi_kit.methods.result import Outcome
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.runtime import seed_of
 from pyro_vi_kit.types import Reason, Status
 
 NAME = "moments"
@@ -101,7 +102,7 @@ def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gauss
     while draws <= _LAST:
         for _ in range(_ROUNDS):
             try:
-                found = _matched(search, gaussian, draws, search.seed + made)
+                found = _matched(search, gaussian, draws, seed_of(search.seed, "moments", made))
             except KeyboardInterrupt:
                 return gaussian, _ended("interrupted", "Interrupted")
             made += 1

@@ -24,6 +24,7 @@ from torch import Tensor
 from pyro_vi_kit.methods.draws import standard_normals
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Gaussian
+from pyro_vi_kit.runtime import generator_of
 
 BATCH = 64
 # Rates are `1 / (1 + step / _MEMORY)`: an average with more weight on what is recent.
@@ -45,7 +46,7 @@ def climb(search: Search, gaussian: Gaussian, *, steps: int, first: int = 0) -> 
         The Gaussian at the end, or the last one with finite gradients where the budget ran out or the
         user interrupted; `search.stopped` then says so.
     """
-    generator = torch.Generator().manual_seed(search.seed + 104_729 + first)
+    generator = generator_of(search.seed, "natural steps", first)
     dim = len(gaussian.loc)
     identity = torch.eye(dim, dtype=gaussian.loc.dtype, device=gaussian.loc.device)
     constant = 0.5 * dim * (1.0 + math.log(2.0 * math.pi))
@@ -76,7 +77,7 @@ def shortfall(search: Search, gaussian: Gaussian, draws: int) -> tuple[float, fl
     by their noise, and may come out below zero.
     """
     dim = len(gaussian.loc)
-    generator = torch.Generator().manual_seed(search.seed + 15_485_863)
+    generator = generator_of(search.seed, "shortfall")
     slopes = []
     for _ in range(2):
         noise = _mirrored(draws, gaussian, generator)

@@ -25,6 +25,7 @@ from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Gaussian, round_at
 from pyro_vi_kit.methods.starts import find_modes, starting_points
 from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.runtime import seed_of
 from pyro_vi_kit.types import Status
 
 _TOLERANCE = 1e-8
@@ -117,7 +118,7 @@ def _elbos(search: Search, gaussians: list[LowRankGaussian], draws: int) -> list
     """The ELBOs on a few draws, nats; minus infinity where one is not finite."""
     if not gaussians:
         return []
-    noise = matched_normals(draws, search.density.dim, search.seed + draws)
+    noise = matched_normals(draws, search.density.dim, seed_of(search.seed, "paths", draws))
     noise = search.density.cast(noise)
     log_p, _ = search.evaluate(torch.cat([g.place(noise) for g in gaussians]))
     log_q = torch.stack([g.log_q(noise) for g in gaussians])

@@ -21,6 +21,7 @@ from pyro_vi_kit.methods.minimise import Minimum
 from pyro_vi_kit.methods.peaks import Peak
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Dense, Gaussian, round_at
+from pyro_vi_kit.runtime import generator_of, seed_of
 
 _STARTS = 6
 _MORE = 32
@@ -60,7 +61,7 @@ class Found:
 
 def starting_points(search: Search, count: int = _STARTS) -> Tensor:
     """The origin of unconstrained space and random points of radius 1 and 2 around it, `[M, D]`."""
-    generator = torch.Generator().manual_seed(search.seed)
+    generator = generator_of(search.seed, "starting points")
     dim = search.density.dim
     points = standard_normals(count - 1, dim, generator)
     points[count // 2 :] *= 2.0
@@ -103,7 +104,7 @@ def find_modes(
         found += minimise(starts[2:])
     if found:
         return found
-    generator = torch.Generator().manual_seed(search.seed + 1)
+    generator = generator_of(search.seed, "more starting points")
     more = standard_normals(_MORE, search.density.dim, generator)
     found = minimise(search.density.cast(more))
     if not found:
@@ -227,7 +228,9 @@ def _elbo(search: Search, gaussian: Gaussian) -> float:
     """The ELBO on a few draws, nats; minus infinity where it is not finite."""
     shape = Dense(gaussian)
     draws = min(max(32, 2 * search.density.dim + 2), 128)
-    noise = search.density.cast(matched_normals(draws, shape.noise, search.seed))
+    noise = search.density.cast(
+        matched_normals(draws, shape.noise, seed_of(search.seed, "candidates"))
+    )
     x = shape.start()
     loss, _ = shape.loss(x, noise, *search.evaluate(shape.place(x, noise)))
     return -float(loss) if math.isfinite(float(loss)) else -math.inf

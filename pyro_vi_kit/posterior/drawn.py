@@ -11,7 +11,7 @@ from pyro_vi_kit.evaluation import usable
 from pyro_vi_kit.posterior.fitted import Fitted
 from pyro_vi_kit.posterior.options import require_draws
 from pyro_vi_kit.psis import psis, resample
-from pyro_vi_kit.runtime import fresh_seed
+from pyro_vi_kit.runtime import fresh_seed, seed_of
 
 
 class Drawn(Fitted):
@@ -45,7 +45,9 @@ class Drawn(Fitted):
         with self._few_threads():
             values, weighed = self.approximation.draw_and_weigh(max(4000, 10 * draws), seed)
         smoothed = psis(usable((weighed.log_p - weighed.log_q).numpy()))
-        chosen = resample(smoothed.log_weights, draws, np.random.default_rng(seed))
+        chosen = resample(
+            smoothed.log_weights, draws, np.random.default_rng(seed_of(seed, "resampling"))
+        )
         return {name: value[chosen] for name, value in self._named(values).items()}
 
     def log_weights(self, draws: int = 1000, seed: int | None = None) -> np.ndarray:

@@ -47,7 +47,7 @@ def _chain(target: Target, plan: Plan, seed: int, progress: Progress) -> Draws:
             sizes.append(float(kernel.step_size))
         done = target.evaluations
 
-    with RandomStream(seed), isolated(torch.float64):
+    with RandomStream(seed, "chain"), isolated(torch.float64):
         mcmc = MCMC(
             NUTS(potential_fn=_potential(target), target_accept_prob=plan.target_accept),
             num_samples=plan.draws,

@@ -129,7 +129,7 @@ def test_gradients_are_those_of_the_stock_loss():
     eager, literal = pair(
         "full_rank", vi.Model(model_of_two, torch.tensor([0.3, 1.0])), Renyi(0.5, 5)
     )
-    with RandomStream(3):
+    with RandomStream(3, "steps"):
         _, gradient = eager.gradient(None)
     expected = [
         part.reshape(p.shape)

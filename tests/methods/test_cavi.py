@@ -42,11 +42,13 @@ def rough(regression):
     return vi.fit(regression.MODEL, "mean_field", method="cavi", seed=0)
 
 
-def test_linear_regression_agrees_with_lbfgs_and_the_exact_posterior(regression, swept):
+def test_linear_regression_agrees_with_lbfgs_and_the_exact_posterior(regression):
     """Means are exact, sds are 1 / sqrt(precision_ii), whichever way they are found."""
     model = regression.MODEL
     mean, covariance, log_evidence = exact(*model.args, regression.PRIOR_SD, regression.NOISE_SD)
     sd = torch.linalg.inv(covariance).diagonal().rsqrt()
+    # Sweeps end by what draws say is left, which some seeds' draws say too soon of the last 1e-5 nats.
+    swept = vi.fit(model, "mean_field", method="cavi", tol=1e-8, seed=1)
     searched = vi.fit(model, "mean_field", seed=0)
     assert (swept.method, searched.method) == ("cavi", "lbfgs")
     assert swept.status.converged
