@@ -134,10 +134,11 @@ def _log_density(name: str, found: Examination) -> Check:
 
 
 def _shapes(name: str, found: Examination) -> Check:
-    wrong = found.shape_problems
+    wrong = [*found.shape_problems, *found.minibatch_problems]
     if wrong:
         return _verdict(name, wrong, "")
-    return _verdict(name, found.plateless, "batch dims and plates agree", "note")
+    notes = [*found.minibatch_notes, *found.plateless]
+    return _verdict(name, notes, "batch dims and plates agree", "note")
 
 
 def _data(name: str, found: Examination) -> Check:

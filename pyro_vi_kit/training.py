@@ -464,5 +464,11 @@ def _batches(request: Request, guide: Guide, density: Density) -> BatchSource | 
     if request.batch_size is not None:
         sizes = minibatches.sizes_of(request.batch_size, density, guide)
         require_subsamplable(density, sizes)
+        if density.sliced and request.engine == "pyro":
+            raise OptionError(
+                "engine='pyro' tells the model which rows to take, and this one does not ask (plate "
+                f"{next(iter(density.sliced))!r}): leave engine= out, or index in the model, "
+                "obs=y[i] in `with pyro.plate(name, len(y)) as i`"
+            )
     minibatches.require_local(guide, sizes, request.objective.multi_sample)
     return Batches(sizes, device=density.device) if sizes else None

@@ -247,13 +247,13 @@ def test_a_model_without_a_data_plate():
 
 def not_indexed(y):
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    with pyro.plate("row", len(y)):
+    with pyro.plate("row", 6):
         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
 
 def wrongly_indexed(y):
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    with pyro.plate("row", len(y)) as i:
+    with pyro.plate("row", 6) as i:
         pyro.sample("y", dist.Normal(mean, 1.0), obs=y[: len(i)])
 
 

@@ -19,14 +19,17 @@ from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indice
 from pyro_vi_kit.density.layout import Block, global_block
 from pyro_vi_kit.density.problems import (
     is_unchecked,
+    minibatch_note,
     require_inside,
     require_usable,
+    require_whole_rows,
     slope_problem,
     sum_problem,
     sums,
     unchecked_note,
 )
 from pyro_vi_kit.density.recordings import Recordings
+from pyro_vi_kit.density.rows import ArgumentRows, rows_among
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.streamed import Streamed, streamed
 from pyro_vi_kit.density.structure import Site, discover
@@ -105,9 +108,11 @@ class Density:
         if drawn is not None:
             drawn.require_known(name for name, visit in visits.items() if visit.has_states)
         require_usable(visits)
+        require_whole_rows(visits, self._runner.at_hand)
         seen = [visit for visit in visits.values() if visit.kind == "observed"]
         self._unchecked = frozenset(visit.name for visit in seen if is_unchecked(visit.fn))
-        self.notes: list[str] = [note for note in map(unchecked_note, seen) if note is not None]
+        noted = [*map(unchecked_note, seen), minibatch_note(visits, self._runner.at_hand)]
+        self.notes: list[str] = [note for note in noted if note is not None]
         self.streamed: Streamed | None = (
             None if model.stream is None else streamed(self._runner, model.stream)
         )
@@ -488,11 +493,15 @@ class Density:
         """
         fn = self.model.fn
 
+        sliced = {name: size for name, size in self._runner.sliced.items() if name in index}
+        chosen = {name: rows for name, rows in index.items() if name not in sliced}
+        at_hand = self._runner.at_hand
+
         def some(*args: Any, **kwargs: Any) -> Any:
-            with subsample_indices(index):
+            with subsample_indices(chosen, at_hand=at_hand), ArgumentRows(sliced):
                 return fn(*args, **kwargs)
 
-        args, kwargs = self.arguments()
+        args, kwargs = self.arguments(rows_among(self.data, sliced, index))
         model = Model(some, *args, kwargs=kwargs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ModelWarning)  # they were said of all rows
@@ -513,6 +522,18 @@ class Density:
             self._run(replay, model=self.model.with_args(*args, **kwargs))
         visits = [replay.visits[site.name] for site in self.latents]
         return {v.name: (v.value, v.log_det) for v in visits if v.log_det is not None}
+
+    @property
+    def sliced(self) -> Mapping[str, int]:
+        """N of plates whose minibatches are rows of the arguments; see `slice_arguments`."""
+        return self._runner.sliced
+
+    def slice_arguments(self, plates: Mapping[str, int]) -> None:
+        """Take minibatches of these plates as rows of the arguments that are as long as they, N each.
+
+        That is for models that read no indices. `subsampling.require_subsamplable` tries it.
+        """
+        self._runner.sliced = dict(plates)
 
     def casting(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which operations of the model find what it closes over cast and at hand."""

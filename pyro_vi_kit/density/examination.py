@@ -20,8 +20,10 @@ from pyro_vi_kit.density.problems import (
     data_problem,
     discrete_problem,
     latents_problem,
+    minibatch_note,
     plateless_problem,
     repetition,
+    require_whole_rows,
     slope_problem,
     sum_problem,
     sums,
@@ -161,6 +163,23 @@ class Examination:
         notes = map(unchecked_note, self._of_kind("observed"))
         remedy = "a density on all that the data can be gives evidence and predictions a meaning"
         return [Problem(note, remedy) for note in notes if note is not None]
+
+    @property
+    def minibatch_problems(self) -> list[Problem]:
+        """Latents in plates of which the arguments hold some rows."""
+        try:
+            require_whole_rows(self.visits, self.runner.at_hand)
+        except ModelError as error:
+            what, _, remedy = str(error).partition(". ")
+            return [Problem(what, remedy[:1].lower() + remedy[1:])]
+        return []
+
+    @property
+    def minibatch_notes(self) -> list[Problem]:
+        """Plates of which the arguments hold some rows."""
+        note = minibatch_note(self.visits, self.runner.at_hand)
+        remedy = "pass a Dataset, or all rows, where there are more of them"
+        return [Problem(note, remedy)] if note else []
 
     @property
     def argument_problems(self) -> list[Problem]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -303,6 +303,7 @@ def subsample_indices(
     index: Mapping[str, Tensor],
     declared: dict[str, int] | None = None,
     streamed_rows: int | None = None,
+    at_hand: Container[str] = (),
 ) -> Iterator[None]:
     """Make every plate use these indices, all of its rows where none are given.
 
@@ -314,6 +315,7 @@ def subsample_indices(
         declared: Filled with the subsample size of each plate that declares one.
         streamed_rows: N of a streamed model. A plate of that size that declares a subsample has it at
             hand already, as its arguments: its rows are the first ones.
+        at_hand: Other plates that have the subsample they declare as their arguments.
     """
     original = SubsampleMessenger._subsample
 
@@ -330,9 +332,10 @@ def subsample_indices(
         if declared is not None and subsample_size is not None and subsample_size < size:
             declared[name] = int(subsample_size)
         given = index.get(name)
-        if given is None and subsample_size is not None and size == streamed_rows:
-            at_hand = torch.arange(min(subsample_size, size), device=device)
-            return original(name, size, None, at_hand, use_cuda, device)
+        here = size == streamed_rows or name in at_hand
+        if given is None and subsample_size is not None and here:
+            first = torch.arange(min(subsample_size, size), device=device)
+            return original(name, size, None, first, use_cuda, device)
         chosen = torch.arange(size, device=device) if given is None else given
         return original(name, size, None, chosen, use_cuda, device)
 

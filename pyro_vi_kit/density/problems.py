@@ -348,3 +348,34 @@ def require_usable(visits: Mapping[str, Visit], unchecked: frozenset[str] | None
         problem = data_problem(visit, known) if visit.kind == "observed" else None
         if problem is not None:
             raise ModelError(str(problem))
+
+
+def minibatch_note(visits: Mapping[str, Visit], at_hand: frozenset[str]) -> str | None:
+    """What to say of plates of which the arguments hold some rows."""
+    frames = {f.name: f for v in visits.values() for f in v.frames if f.name in at_hand}
+    if not frames:
+        return None
+    parts = [
+        f"{f.size} of the {f.full_size} rows of plate {name!r}, which count "
+        f"{(f.full_size or f.size) / f.size:g} times each"
+        for name, f in frames.items()
+    ]
+    return f"the arguments hold {', '.join(parts)}, as in Pyro, and stand for all of them"
+
+
+def require_whole_rows(visits: Mapping[str, Visit], at_hand: frozenset[str]) -> None:
+    """Refuse latents of rows of which the arguments hold some: scaled, their own posteriors are none.
+
+    Raises:
+        ModelError: If there is one.
+    """
+    for visit in visits.values():
+        frame = next((f for f in visit.frames if f.name in at_hand), None)
+        if visit.kind == "latent" and frame is not None:
+            raise ModelError(
+                f"latent {visit.name!r} lies in plate {frame.name!r}, of whose {frame.full_size} rows "
+                f"the arguments hold {frame.size}: scaled to all of them it has no posterior of its "
+                "own. Pass all data as a torch.utils.data.Dataset, vi.Model(fn, dataset), which is read in "
+                "minibatches, or write the plate as long as what it is given, "
+                f"pyro.plate({frame.name!r}, len(x))"
+            )

@@ -19,6 +19,7 @@ from pyro_vi_kit.density.enumeration import Enumeration
 from pyro_vi_kit.density.handlers import Replay, subsample_indices
 from pyro_vi_kit.density.modules import swapped_parameters
 from pyro_vi_kit.density.precision import Precision
+from pyro_vi_kit.density.rows import ArgumentRows, misfits, rows_among
 from pyro_vi_kit.device import device_of
 from pyro_vi_kit.errors import ModelError, ViError
 from pyro_vi_kit.model import Model
@@ -49,6 +50,9 @@ class Runner:
         owners: The name of each learned parameter that a module holds, by module and attribute.
         nesting: Batch dims that plates and stray dims take; set before sites are enumerated.
         precision: Casts what the model closes over; None once that is known to need no cast.
+        at_hand: Plates of which the arguments hold the subsample that they declare, as the
+            ``pyro.plate("data", size, len(x))`` of a model that is called on a minibatch.
+        sliced: N of plates whose minibatches are rows of the arguments, since no index selects them.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class Runner:
         self.owners: dict[tuple[nn.Module, str], str] = {}
         self.nesting = 0
         self.precision: Precision | None = Precision(dtype, self.device)
+        self.at_hand: frozenset[str] = frozenset()
+        self.sliced: dict[str, int] = {}
         self._streamed_rows = None if model.stream is None else model.stream.rows
 
     def holding(self, data: Sequence[Tensor]) -> Runner:
@@ -113,13 +119,18 @@ class Runner:
         model: Model | None = None,
     ) -> None:
         """Run the model under ``replay``, which keeps what it saw. Call it inside `isolated`."""
+        sliced = {name: size for name, size in self.sliced.items() if name in (index or {})}
+        if index and sliced:
+            data = rows_among(self.data if data is None else data, sliced, index)
+            index = {name: rows for name, rows in index.items() if name not in sliced}
         args, kwargs = self.arguments(data, model)
         replay.params, replay.drawn = params, self.drawn
         # Inside of the replay, which sees a discrete site with all its values.
         discrete = (
             Enumeration(self.nesting, self.drawn) if replay.enumerate else contextlib.nullcontext()
         )
-        with self._handlers(params, index, replay.declared), replay, discrete:
+        given = ArgumentRows(sliced)
+        with self._handlers(params, index, replay.declared), replay, discrete, given:
             self.model.fn(*args, **kwargs)
 
     def learned(self, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
@@ -134,7 +145,8 @@ class Runner:
         declared: dict[str, int],
     ) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(subsample_indices(index or {}, declared, self._streamed_rows))
+            rows = self._streamed_rows
+            stack.enter_context(subsample_indices(index or {}, declared, rows, self.at_hand))
             if params:
                 # A PyroModule writes its parameters into the store by itself.
                 stack.enter_context(private_params())
@@ -160,9 +172,39 @@ class Runner:
     def try_run(self, replay: Replay) -> None:
         """Run the model with parameters as it makes them; inside `first_runs`.
 
+        A plate that declares a subsample is run on all of its rows, unless the model fails there and
+        runs on as many as it declares: its arguments are a minibatch then.
+
         Raises:
             ModelError: If the model raises.
         """
+        try:
+            self._try(replay)
+        except ModelError:
+            if not self._is_minibatch(replay):
+                raise
+            self._try(replay)
+        else:
+            if misfits(replay.visits, replay.declared) and self._is_minibatch(replay):
+                self._try(replay)
+
+    def _is_minibatch(self, replay: Replay) -> bool:
+        """Whether plates have the subsample that they declare in the arguments; sets `at_hand`."""
+        declared, before = dict(replay.declared), self.at_hand
+        singly = [frozenset([name]) for name in declared if name not in before]
+        for names in [*singly, frozenset(declared)] if singly else []:
+            self.at_hand = before | names
+            trial = Replay()
+            with contextlib.suppress(ModelError):
+                self._try(trial)
+                if not misfits(trial.visits, trial.declared):
+                    replay.visits.clear()
+                    replay.param_visits.clear()
+                    return True
+        self.at_hand = before
+        return False
+
+    def _try(self, replay: Replay) -> None:
         try:
             self.run(replay, {})
         except ViError:

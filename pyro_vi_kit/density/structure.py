@@ -122,7 +122,7 @@ def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
         before = random_state()
         for run in runs[1:]:
             runner.try_run(run)
-        structure = structure_of(runs[-1])
+        structure = structure_of(runs[-1], runner.at_hand)
         changes = (change_problem(run.visits, runs[-1].visits) for run in runs[:-1])
         problem = next((change for change in changes if change is not None), None)
         drew = random_state() != before
@@ -133,9 +133,9 @@ def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
     return structure, runs[-1].visits
 
 
-def structure_of(replay: Replay) -> Structure:
-    """What a run met."""
-    sites = {name: _site(visit) for name, visit in replay.visits.items()}
+def structure_of(replay: Replay, at_hand: frozenset[str] = frozenset()) -> Structure:
+    """What a run met; plates whose rows are at hand are as long as these."""
+    sites = {name: _site(visit, at_hand) for name, visit in replay.visits.items()}
     plates = {plate.name: plate for site in sites.values() for plate in site.plates}
     declared = {name: size for name, size in replay.declared.items() if name in plates}
     return Structure(sites, plates, parameters_of(replay), declared)
@@ -157,10 +157,14 @@ def starts(device: torch.device) -> list[Fill]:
     return [torch.zeros, leaf_normals(-1.0), leaf_normals(1.0)]
 
 
-def _site(visit: Visit) -> Site:
+def _site(visit: Visit, at_hand: frozenset[str]) -> Site:
     latent = visit.kind == "latent" and visit.choice is None
     plates = tuple(
-        Plate(frame.name, int(frame.dim or 0), int(frame.full_size or frame.size))
+        Plate(
+            frame.name,
+            int(frame.dim or 0),
+            int(frame.size if frame.name in at_hand else frame.full_size or frame.size),
+        )
         for frame in visit.frames
     )
     batch_shape, event_shape = visit.fn.batch_shape, visit.fn.event_shape

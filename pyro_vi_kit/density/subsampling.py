@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vi_kit.density.handlers import Visit
 from pyro_vi_kit.density.structure import Plate, Site
-from pyro_vi_kit.errors import ModelError, ViError, first_line
+from pyro_vi_kit.errors import ModelError, first_line
 from pyro_vi_kit.runtime import RandomStream
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ def require_subsamplable(density: Density, sizes: Mapping[Plate, int]) -> None:
     """Refuse minibatches that would be of another model.
 
     The terms of some rows, at some point, have to be those that these rows have among all: what a model
-    does with a plate's indices cannot be read off it, but it can be tried.
+    does with a plate's indices cannot be read off it, but it can be tried. Where it does nothing with
+    them, the rows of its arguments are tried in their place, and taken if they do.
 
     Args:
         density: The model.
@@ -42,17 +43,43 @@ def require_subsamplable(density: Density, sizes: Mapping[Plate, int]) -> None:
         z = 0.3 * torch.randn(1, density.dim, dtype=density.dtype, device="cpu")
         z = density.block.unpack(density.cast(z))
     some = {name: rows_of(density.structure.sites[name], value, index) for name, value in z.items()}
+    density.slice_arguments({})
+    refusal = _refusal(density, z, some, index)
+    for plates in _ways_to_slice(density, sizes) if refusal is not None else []:
+        density.slice_arguments(plates)
+        if _refusal(density, z, some, index) is None:
+            return
+    density.slice_arguments({})
+    if refusal is not None:
+        raise refusal
+
+
+def _refusal(
+    density: Density,
+    z: Mapping[str, Tensor],
+    some: Mapping[str, Tensor],
+    index: Mapping[str, Tensor],
+) -> ModelError | None:
+    """Why the terms of some rows are not those that they have among all; None where they are."""
+    said = ""
     try:
         with torch.no_grad():
-            same = _same_terms(density, z, some, index)
-    except ViError:
-        raise
-    except Exception as error:
-        raise ModelError(
-            _told(_blamed(density, z, some, index), index, first_line(error))
-        ) from error
-    if not same:
-        raise ModelError(_told(_blamed(density, z, some, index), index))
+            if _same_terms(density, z, some, index):
+                return None
+    except ModelError as error:
+        return error
+    except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
+        said = first_line(error)
+    return ModelError(_told(_blamed(density, z, some, index), index, said))
+
+
+def _ways_to_slice(density: Density, sizes: Mapping[Plate, int]) -> list[dict[str, int]]:
+    """Plates whose rows the arguments may hold: one of them, or all."""
+    lengths = {len(tensor) for tensor in density.data if tensor.dim()}
+    fitting = {plate.name: plate.size for plate in sizes if plate.size in lengths}
+    ways = [{name: size} for name, size in fitting.items()]
+    distinct = len(set(fitting.values())) == len(fitting)
+    return [*ways, fitting] if len(fitting) > 1 and distinct else ways
 
 
 def rows_of(site: Site, value: Tensor, index: Mapping[str, Tensor]) -> Tensor:
