@@ -367,11 +367,12 @@ class TraceApproximation:
 
     def _traces(self, draws: int, seed: int) -> list[Pair]:
         args, kwargs = self.model.args, self.model.kwargs
+        fn = self.model.fn if self.density is None else self.density.each_run_anew(self.model.fn)
         pairs = []
         with self._running(seed):
             for _ in range(draws):
                 guide = self._guide_trace()
-                replayed = poutine.replay(self.model.fn, trace=guide)
+                replayed = poutine.replay(fn, trace=guide)
                 pairs.append((poutine.trace(replayed).get_trace(*args, **kwargs), guide))
         return pairs
 

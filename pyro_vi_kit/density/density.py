@@ -539,6 +539,18 @@ class Density:
         """A context in which operations of the model find what it closes over cast and at hand."""
         return self._runner.precision or contextlib.nullcontext()
 
+    def each_run_anew(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """The model's function, for others to call in `casting`: no run sees what the last one wrote."""
+        precision = self._runner.precision
+        if precision is None:
+            return fn
+
+        def anew(*args: Any, **kwargs: Any) -> Any:
+            precision.forget()
+            return fn(*args, **kwargs)
+
+        return anew
+
     def learned(
         self, params: Mapping[str, Tensor] | None = None
     ) -> contextlib.AbstractContextManager[None]:

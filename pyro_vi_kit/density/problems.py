@@ -124,9 +124,12 @@ def sums(runner: Runner, point: Mapping[str, Tensor], params: Mapping[str, Tenso
     runner.run(replay, params)
     enumerated = Enumerated(replay.visits, runner.nesting)
     drawn, log_q = enumerated.draw()
+    total = (
+        enumerated.total()
+    )  # before the next run, which writes anew into what a model closes over
     plain = Replay(unconstrained=point, constrained=drawn)
     runner.run(plain, params)
-    return torch.stack([enumerated.total(), log_total(plain.visits) - log_q])
+    return torch.stack([total, log_total(plain.visits) - log_q])
 
 
 def sum_problem(

@@ -23,7 +23,7 @@ from pyro_vi_kit.density.rows import ArgumentRows, misfits, rows_among
 from pyro_vi_kit.device import device_of
 from pyro_vi_kit.errors import ModelError, ViError
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.runtime import RandomStream, isolated, private_params
+from pyro_vi_kit.runtime import RandomStream, default_dtype, isolated, private_params
 
 
 def placed(model: Model, device: torch.device) -> Model:
@@ -49,7 +49,9 @@ class Runner:
         data: The tensors among the model's arguments, cast.
         owners: The name of each learned parameter that a module holds, by module and attribute.
         nesting: Batch dims that plates and stray dims take; set before sites are enumerated.
-        precision: Casts what the model closes over; None once that is known to need no cast.
+        outer: The user's default dtype.
+        precision: Converts what the model closes over, and what it names a dtype for; None once that is
+            known to need no conversion.
         at_hand: Plates of which the arguments hold the subsample that they declare, as the
             ``pyro.plate("data", size, len(x))`` of a model that is called on a minibatch.
         sliced: N of plates whose minibatches are rows of the arguments, since no index selects them.
@@ -70,10 +72,16 @@ class Runner:
         self.data = [self.cast(leaf) for leaf in self._leaves if isinstance(leaf, Tensor)]
         self.owners: dict[tuple[nn.Module, str], str] = {}
         self.nesting = 0
-        self.precision: Precision | None = Precision(dtype, self.device)
+        self.outer = default_dtype()
+        self.precision: Precision | None = Precision(dtype, self.device, self.outer)
         self.at_hand: frozenset[str] = frozenset()
         self.sliced: dict[str, int] = {}
         self._streamed_rows = None if model.stream is None else model.stream.rows
+
+    def run_on_copies(self) -> None:
+        """Give each run copies of what the model writes into, so that all runs are like the first."""
+        if self.precision is not None:
+            self.precision.copies = self.precision.met = True
 
     def holding(self, data: Sequence[Tensor]) -> Runner:
         """The same runner with these tensors as its own data."""
@@ -119,6 +127,8 @@ class Runner:
         model: Model | None = None,
     ) -> None:
         """Run the model under ``replay``, which keeps what it saw. Call it inside `isolated`."""
+        if self.precision is not None:
+            self.precision.forget()
         sliced = {name: size for name, size in self.sliced.items() if name in (index or {})}
         if index and sliced:
             data = rows_among(self.data if data is None else data, sliced, index)

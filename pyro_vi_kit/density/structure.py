@@ -14,6 +14,7 @@ from pyro_vi_kit.density.handlers import Fill, Kind, Replay, Visit, innermost
 from pyro_vi_kit.density.problems import chance_problem, change_problem
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.supports import bijector
+from pyro_vi_kit.density.writes import Undone
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.runtime import random_state
 
@@ -118,7 +119,10 @@ def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
     """
     with runner.first_runs():
         runs = [Replay(fill=fill) for fill in starts(runner.device)]
-        runner.try_run(runs[0])
+        with Undone() as writes:
+            runner.try_run(runs[0])
+        if writes.found:
+            runner.run_on_copies()
         before = random_state()
         for run in runs[1:]:
             runner.try_run(run)

@@ -107,8 +107,9 @@ class PyroEngine:
         self._own_rate = optimizer is not None
         self._optim = _GuardedOptim(optimizer or Adam, {})
         self._loss = objective.stock_loss()
+        self._fn = model.fn if density is None else density.each_run_anew(model.fn)
         self._svi: Any = SVI(
-            model.fn, guide, self._optim, self._loss.loss, loss_and_grads=self._loss_and_grads
+            self._fn, guide, self._optim, self._loss.loss, loss_and_grads=self._loss_and_grads
         )
         self._module_params = (
             {}
@@ -120,7 +121,7 @@ class PyroEngine:
         )
         self.batches = batches
         if objective.multi_sample:
-            with self._running(RandomStream(seed, "first run")):
+            with self._running(RandomStream(seed, "first run")), self._casting():
                 _require_valid_multi_sample(self._traces(), objective, batches)
 
     @property
@@ -172,7 +173,7 @@ class PyroEngine:
         """Minus `SVI.evaluate_loss`, `[replicates]`, nats, on the same noise at every call."""
         args, kwargs = self._arguments()
         rows = subsample_indices({}) if self.batches else contextlib.nullcontext()
-        with self._running(RandomStream(self._looks)), rows:
+        with self._running(RandomStream(self._looks)), rows, self._casting():
             losses = [float(self._svi.evaluate_loss(*args, **kwargs)) for _ in range(replicates)]
         return -torch.tensor(losses, dtype=torch.float64)
 
@@ -183,13 +184,18 @@ class PyroEngine:
         return subsample_indices(self.batches.next().index)
 
     def _loss_and_grads(self, *args: Any, **kwargs: Any) -> float:
-        self._optim.loss = float(self._loss.loss_and_grads(*args, **kwargs))
+        # Not around the optimiser: what that writes into is its own.
+        with self._casting():
+            self._optim.loss = float(self._loss.loss_and_grads(*args, **kwargs))
         return self._optim.loss
 
     def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         if self._density is not None:
             return self._density.arguments()
         return self.model.args, self.model.kwargs
+
+    def _casting(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self._density is None else self._density.casting()
 
     @contextlib.contextmanager
     def _running(self, stream: RandomStream) -> Iterator[None]:
@@ -199,7 +205,6 @@ class PyroEngine:
             stack.enter_context(isolated(self._dtype, self.device))
             stack.enter_context(private_params(self._state))
             if self._density is not None:
-                stack.enter_context(self._density.casting())
                 stack.enter_context(self._density.learned(self._module_params))
             # Such steps are skipped, counted and told of in the fit's status.
             stack.enter_context(warnings.catch_warnings())
@@ -209,7 +214,7 @@ class PyroEngine:
     def _traces(self) -> tuple[poutine.Trace, poutine.Trace]:
         args, kwargs = self._arguments()
         guide = poutine.trace(self.guide).get_trace(*args, **kwargs)
-        model = poutine.trace(poutine.replay(self.model.fn, trace=guide)).get_trace(*args, **kwargs)
+        model = poutine.trace(poutine.replay(self._fn, trace=guide)).get_trace(*args, **kwargs)
         return model, guide
 
 
