@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
@@ -83,14 +84,18 @@ class Precision(TorchFunctionMode):
             self.forget()
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if self.dtype is not None and func in _CONVERSIONS:
             return self._converted(func, args, kwargs)
-        if _looks_at_bits(func, args):
-            return self._reinterpreted(func, args, kwargs)
+        if func is Tensor.view and isinstance(kwargs.get("dtype", args[-1]), torch.dtype):
+            return self._reinterpreted(args[0], kwargs.get("dtype", args[-1]))
         writes = _writes(name, kwargs)
         inert = writes or name in ("__get__", "__set__")
         args = tuple(self._own(value, inert) for value in args)
@@ -137,7 +142,7 @@ class Precision(TorchFunctionMode):
                 return tensor.to(self.device, dtype) if strange and not inert else tensor
             if not strange and not self.copies:
                 return tensor
-            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if is_functorch_wrapped_tensor(tensor):
                 return tensor.to(self.device, dtype)
             self.met = True
             return self._copy(tensor, dtype, strange)
@@ -184,14 +189,14 @@ class Precision(TorchFunctionMode):
     def _result(self, result: Tensor) -> Tensor:
         if result.requires_grad and not result.is_leaf:
             return result.to(self.device, self._dtype(result.dtype))
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(result)
+        wrapped = is_functorch_wrapped_tensor(result)
         if self.copies and not wrapped and result.layout is torch.strided:
             self._bear(result)
         return result
 
     # -- conversions --------------------------------------------------------------------------
 
-    def _converted(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _converted(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """``x.float()``, ``x.to(dtype)`` and the like.
 
         float32 and float64 are both this precision: nothing is rounded on the way. Lower ones round, as
@@ -210,27 +215,26 @@ class Precision(TorchFunctionMode):
             if asked in (torch.float16, torch.bfloat16):
                 return self._registered(source.to(asked).to(wanted))
             found = source.to(self.device, wanted)
-            aliased = found is source and asked not in (self.outer, self.outer.to_complex())
-            copied = kwargs.get("copy") or (aliased and found is source)
+            copied = asked not in (self.outer, self.outer.to_complex()) or kwargs.get("copy")
             return self._registered(found.clone() if copied and found is source else found)
 
-    def _reinterpreted(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _reinterpreted(self, tensor: Tensor, asked: torch.dtype) -> Tensor:
         """``x.view(dtype)``: what it is in the user's own run where that is x itself; else refused."""
-        asked = args[1] if len(args) > 1 else kwargs["dtype"]
-        tensor = self._own(args[0])
+        own = self._own(tensor)
         with torch._C.DisableTorchFunction():
-            if tensor.is_floating_point() and asked.is_floating_point and self.dtype is not None:
-                return tensor.view(tensor.shape)
-            foreign = args[0].is_floating_point() or asked.is_floating_point
-            if not foreign or self.dtype is None:
-                return func(tensor, *args[1:], **kwargs)
+            if self.dtype is None:
+                return own.view(asked)
+            if own.is_floating_point() and asked.is_floating_point:
+                return own.view(own.shape)
+            if not own.is_floating_point() and not asked.is_floating_point:
+                return own.view(asked)
         raise ModelError(
             f"the model reads the bits of floating-point numbers, view({asked}), which are others in "
             f"the precision that it is fitted in, {self.dtype}: compute it before, and pass the result"
         )
 
 
-def _asked(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> torch.dtype | None:
+def _asked(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype that a conversion asks for; None where it asks for another device, say."""
     if func in _NAMED:
         return _NAMED[func]
@@ -253,17 +257,13 @@ def _of_type(kind: Any) -> torch.dtype | None:
     return getattr(kind, "dtype", None)
 
 
-def _looks_at_bits(func: Any, args: tuple) -> bool:
-    return func is Tensor.view and len(args) > 1 and isinstance(args[1], torch.dtype)
-
-
-def _is_view(result: Any, args: tuple) -> bool:
+def _is_view(result: Any, args: tuple[Any, ...]) -> bool:
     """Whether a result has the memory of an argument with a gradient, which is never copied."""
     with torch._C.DisableTorchFunction():
         tensors = [value for value in (result, *args[:1]) if isinstance(value, Tensor)]
         if len(tensors) < 2 or not tensors[1].requires_grad:
             return False
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+        if any(is_functorch_wrapped_tensor(tensor) for tensor in tensors):
             return False
         return tensors[0].untyped_storage()._cdata == tensors[1].untyped_storage()._cdata
 
