@@ -1,0 +1,158 @@
+"""What becomes of a model in the kit: examined, compared with Pyro's own trace, fitted, sampled."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import infer, poutine
+
+import pyro_vi_kit as vi
+from benchmarks.pyro_examples.hooks import Found
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.handlers import subsample_indices
+
+BUDGET = 3.0  # seconds of a fit: whether it runs is asked here, not how good it gets
+_LARGEST_FOR_NUTS = 2_000  # dimensions
+_POINTS = 3
+
+Outcome = tuple[str, str]
+
+
+def ways(found: Found, known: bool) -> Iterator[tuple[str, Callable[[vi.Model], Outcome]]]:
+    """Everything to be tried with a model, by name.
+
+    Args:
+        found: The model.
+        known: Whether it was met before, with another guide.
+    """
+    if not known:
+        yield "check", _check
+        yield "density", _density
+        yield "mean_field", lambda model: _fit(model, "mean_field")
+        yield "full_rank", lambda model: _fit(model, "full_rank")
+        yield "batches", _batches
+        yield "nuts", _nuts
+    if found.guide is not None:
+        yield "own guide", lambda model: _fit(model, found.guide)
+
+
+def attempt(way: Callable[[vi.Model], Outcome], found: Found) -> Outcome:
+    """``works``, ``refused``, ``wrong``, ``crash`` or ``not asked``, with the details."""
+    try:
+        return way(vi.Model(found.model, *found.args, kwargs=found.kwargs))
+    except vi.ViError as error:
+        return "refused", str(error)
+    except Exception as error:  # noqa: BLE001  whatever is raised is the finding
+        return "crash", f"{type(error).__name__}: {error} [{_innermost_line(error)}]"
+
+
+def _innermost_line(error: BaseException) -> str:
+    """Where in the package it was raised."""
+    line, trace = "", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "pyro_vi_kit" in code.co_filename:
+            line = f"{code.co_filename.rpartition('pyro_vi_kit/')[2]}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return line
+
+
+def _check(model: vi.Model) -> Outcome:
+    report = vi.check(model, verbose=False)
+    told = [f"{c.name}: {c.message}" for c in report.checks if c.outcome == "fail"]
+    return ("works", "") if report.ok else ("refused", "; ".join(told))
+
+
+def _fit(model: vi.Model, guide: Any, **options: Any) -> Outcome:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fitted = vi.fit(model, guide, budget=BUDGET, seed=0, progress=False, **options)
+        words = [fitted.status.reason]
+        if fitted.elbo is not None:
+            words.append(f"elbo {fitted.elbo:.6g}")
+            if not math.isfinite(fitted.elbo):
+                return "wrong", ", ".join(words)
+        if fitted.verdict is not None:
+            words.append(str(fitted.verdict.level))
+        fitted.sample(5, seed=0)
+        fitted.summary()
+        fitted.to_arviz()
+    words += dict.fromkeys(str(w.message)[:200] for w in told if w.category is not UserWarning)
+    return "works", ", ".join(words)
+
+
+def _batches(model: vi.Model) -> Outcome:
+    """Minibatches of the first plate that declares a subsample, as the model itself takes them."""
+    structure = Density(model).structure
+    for name in structure.subsampled:
+        if structure.plates[name].size >= 8:
+            rows = structure.subsampled.get(name, structure.plates[name].size // 4)
+            return _fit(model, "mean_field", batch_size={name: rows})
+    return "not asked", "no plate that declares a subsample"
+
+
+def _nuts(model: vi.Model) -> Outcome:
+    density = Density(model)
+    if density.dim > _LARGEST_FOR_NUTS:
+        return "not asked", f"{density.dim} dimensions"
+    vi.nuts(model, chains=2, draws=20, tune=20, seed=0, progress=False)
+    return "works", ""
+
+
+# -- the density beside Pyro's ----------------------------------------------------------------------
+
+
+def _density(model: vi.Model) -> Outcome:
+    density = Density(model)
+    generator = torch.Generator().manual_seed(0)
+    z = 0.3 * torch.randn(_POINTS, density.dim, generator=generator, dtype=torch.float64)
+    ours = density.log_prob(z, jacobian=False).detach()
+    values = density.constrain(z)
+    latents = [site.name for site in density.latents]
+    worst = ""
+    for k in range(_POINTS):
+        point = {name: values[name][k].to(torch.get_default_dtype()) for name in latents}
+        try:
+            theirs, size = _plain(model, point, enumerated=bool(density.discrete))
+        except Exception as error:  # noqa: BLE001  Pyro's, or of the model's own
+            return "not asked", f"Pyro raises {type(error).__name__}: {error}"
+        if theirs == ours[k] == -math.inf:
+            return "not asked", "no density at three points near the origin, in Pyro either"
+        # Pyro's numbers are of float32 in most examples: 24 bits, and sums of many terms.
+        if not abs(ours[k] - theirs) <= 1e-5 * size + 1e-3 * max(1.0, abs(theirs) ** 0.5):
+            worst = f"{ours[k]:.8g}, and by Pyro's own trace {theirs:.8g}"
+    return ("wrong", worst) if worst else ("works", f"{density.dim} dimensions")
+
+
+def _plain(
+    model: vi.Model, point: dict[str, torch.Tensor], enumerated: bool
+) -> tuple[float, float]:
+    """The log joint at a point as Pyro computes it, and the size of its terms."""
+    given = poutine.condition(model.fn, data=point)
+    with (
+        torch.no_grad(),
+        pyro.validation_enabled(False),
+        pyro.get_param_store().scope(pyro.get_param_store().get_state()),
+        subsample_indices({}),
+    ):
+        if enumerated:
+            loss = infer.TraceEnum_ELBO(strict_enumeration_warning=False)
+            summed = poutine.infer_config(given, _in_parallel)  # type: ignore[arg-type]
+            total = -float(loss.loss(summed, lambda *_, **__: None, *model.args, **model.kwargs))
+            return total, abs(total)
+        trace = poutine.trace(given).get_trace(*model.args, **model.kwargs)
+        trace.compute_log_prob()
+        terms = [n["log_prob"] for n in trace.nodes.values() if "log_prob" in n]
+        total = sum(float(term.double().sum()) for term in terms)
+        return total, sum(float(term.double().abs().sum()) for term in terms)
+
+
+def _in_parallel(site: Any) -> dict[str, Any]:
+    """All values of a discrete site, also where an example would draw some of them."""
+    finite = getattr(site["fn"], "has_enumerate_support", False) and not site["is_observed"]
+    return {"enumerate": "parallel", "num_samples": None, "expand": False} if finite else {}
