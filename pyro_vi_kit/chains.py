@@ -32,6 +32,7 @@ from pyro_vi_kit.gradients import Gradients
 from pyro_vi_kit.psis import psis, resample
 from pyro_vi_kit.runtime import RandomStream, isolated
 from pyro_vi_kit.shifts import Shifts, by_chains, scale_of
+from pyro_vi_kit.undefined import ERRORS
 from pyro_vi_kit.verdict import MAX_MEMORY
 from pyro_vi_kit.work import work_of
 
@@ -132,7 +133,7 @@ def run_chains(
             at = pool[picks], value[picks], slope[picks]
             run = _Run(target, at, density.dim**-0.25, count, shares)
             return _measured(run, into, approximation, plain, named)
-        except RuntimeError:  # a factorisation that fails somewhere takes all chains with it
+        except ERRORS:  # a point at which it is not defined takes all chains with it
             return None
 
 

@@ -27,6 +27,7 @@ from pyro_vi_kit.groups import width_of
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.psis import MIN_TAIL, fit_pareto, psis, tail_of
 from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.undefined import ERRORS, is_undefined
 
 # The share of draws in which a coordinate is wide: the others lose as much of their worth at the most.
 _WIDE = 0.2
@@ -135,7 +136,9 @@ def _log_p(approximation: GuideApproximation, z: Tensor) -> Tensor:
     """Log density `[S]` at `[S, D]`, NaN where the model's linear algebra fails."""
     try:
         return approximation.density.log_prob(z, approximation.params)
-    except torch.linalg.LinAlgError:
+    except ERRORS as error:
+        if not is_undefined(error):
+            raise
         if len(z) == 1:
             return z.new_full((1,), math.nan)
         halves = z.split((len(z) + 1) // 2)

@@ -21,6 +21,7 @@ from pyro_vi_kit.capture.program import Function
 from pyro_vi_kit.density import Density, Recordings
 from pyro_vi_kit.errors import first_line
 from pyro_vi_kit.runtime import LOCK, RandomStream
+from pyro_vi_kit.undefined import ERRORS, is_undefined
 
 # A capture costs about as much as 60 evaluations: rent for as long, then buy.
 PATIENCE = 60
@@ -85,9 +86,18 @@ class Gradients:
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Log density `[K]` in nats and its gradient `[K, D]` at unconstrained points `[K, D]`.
 
-        Both are detached. Where the density is not defined they are NaN once captured; before, a
-        matrix without a Cholesky factor raises as it does in torch.
+        Both are detached. Where the density is not defined (a matrix without a Cholesky factor, an index
+        computed from latents that is out of range) they are NaN. Among several points such a one may
+        raise instead, what `undefined.is_undefined` knows.
         """
+        try:
+            return self._evaluated(z)
+        except ERRORS as error:
+            if len(z) > 1 or not is_undefined(error):
+                raise
+            return z.new_full((1,), torch.nan), torch.full_like(z, torch.nan)
+
+    def _evaluated(self, z: Tensor) -> tuple[Tensor, Tensor]:
         points = z.shape[0]
         self._evaluations += points
         shape = self._shapes.get(points)
@@ -114,11 +124,16 @@ class Gradients:
             log_prob, gradient = self(torch.from_numpy(point.copy()).view(1, -1))
             return log_prob.item(), gradient.numpy()[0]
         self._evaluations += 1
-        # Without what autograd would want to know each operation takes a tenth less.
-        with torch.inference_mode():
-            z = torch.from_numpy(point.copy()).view(1, -1)
-            log_prob, gradient = shape.program(z, *shape.rest)
-            return log_prob.item(), gradient.numpy()[0]
+        try:
+            # Without what autograd would want to know each operation takes a tenth less.
+            with torch.inference_mode():
+                z = torch.from_numpy(point.copy()).view(1, -1)
+                log_prob, gradient = shape.program(z, *shape.rest)
+                return log_prob.item(), gradient.numpy()[0]
+        except ERRORS as error:
+            if not is_undefined(error):
+                raise
+            return float("nan"), np.full_like(point, np.nan)
 
     def expect(self, evaluations: int, z: Tensor) -> bool:
         """Say how many evaluations of points like ``z``, `[K, D]`, are to come, if that is known.
@@ -192,7 +207,7 @@ class Gradients:
                 )
             except CaptureError as error:
                 shape.note = str(error)
-            except RuntimeError as error:
+            except ERRORS as error:
                 # The density is not defined at some point nearby; elsewhere it may be.
                 shape.failures += 1
                 if shape.failures >= _ATTEMPTS:
@@ -259,7 +274,7 @@ def _recorded_for_all(
     try:
         checks = [((1.5 * z + 0.1,), held), ((0.1 - z,), rest)]
         return SharedProgram(function, (z,), held, checks)
-    except (CaptureError, RuntimeError):
+    except (CaptureError, *ERRORS):
         return None
 
 

@@ -11,7 +11,6 @@ the same evidence.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -39,6 +38,7 @@ from pyro_vi_kit.request import Request
 from pyro_vi_kit.runtime import RandomStream, isolated
 from pyro_vi_kit.starting import starting_point
 from pyro_vi_kit.types import Status
+from pyro_vi_kit.undefined import ERRORS, is_undefined
 from pyro_vi_kit.verdict import GOOD_KHAT
 
 # Seconds.
@@ -251,9 +251,12 @@ def _seconds_per_step(climb: _Climb) -> float:
     took = []
     for _ in range(2):
         started = time.perf_counter()
-        # Where a factorisation fails, it has taken about as long.
-        with contextlib.suppress(torch.linalg.LinAlgError):
+        try:
             gradients(z)
+        except ERRORS as error:
+            # Where it is not defined, it has taken about as long.
+            if not is_undefined(error):
+                raise
         took.append(time.perf_counter() - started)
     return min(took)
 

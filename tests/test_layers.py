@@ -28,6 +28,7 @@ LAYERS = (
         "progress",
         "checkpoint",
         "work",
+        "undefined",
         "advice",
         "headed",
         "options",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import importlib
 import threading
 import time
 
@@ -17,7 +18,7 @@ import models.eight_schools
 import pyro_vi_kit as vi
 from pyro_vi_kit.capture.in_c import library
 from pyro_vi_kit.errors import ModelError
-from pyro_vi_kit.sampling import SamplerWarning, by_address, nuts, with_nutpie
+from pyro_vi_kit.sampling import SamplerWarning, by_address, nuts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pyro_vi_kit.sampling.SamplerWarning"),
@@ -38,15 +39,15 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def models_made(monkeypatch):
-    """What `by_address.model` gave nutpie, call by call."""
+    """What `by_address.by_address` gave nutpie, call by call."""
     made = []
-    original = by_address.model
+    original = by_address.by_address
 
     def model(*arguments):
         made.append(original(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(with_nutpie.by_address, "model", model)
+    monkeypatch.setattr(by_address, "by_address", model)
     return made
 
 
@@ -58,10 +59,12 @@ def test_all_ways_have_the_same_posterior(models_made, monkeypatch):
     by_its_address = nuts(EIGHT, **LONG)
     assert by_its_address.attrs["engine"] == "c"
     assert models_made[-1] is not None
-    monkeypatch.setattr(by_address, "_RELEASE", "another")
+    made = len(models_made)
+    monkeypatch.setattr(by_address, "_found", {})
+    monkeypatch.setattr(by_address, "_RELEASES", ("0.15.0",))
     through_python = nuts(EIGHT, **LONG)
-    assert models_made[-1] is None
-    assert through_python.attrs["engine"] == "c"
+    assert len(models_made) == made
+    assert through_python.attrs["engine"].startswith("c (called through Python: nutpie 0.16.")
     assert np.array_equal(values(by_its_address), values(through_python))
     for fact in ("evaluations", "divergences", "max_rhat"):
         assert by_its_address.attrs[fact] == through_python.attrs[fact]
@@ -137,3 +140,31 @@ def test_interrupt():
 def test_short_runs_do_without():
     tree = nuts(EIGHT, chains=2, draws=10, tune=10, progress=False)
     assert tree.attrs["engine"].startswith("script")
+
+
+@pytest.mark.parametrize("broken", ["signature", "sampler", "draws", "raises"])
+def test_a_nutpie_that_does_otherwise_is_called_through_python(broken, monkeypatch):
+    """Whatever it does otherwise, the draws are those of its public interface, and it is said."""
+    expected = nuts(EIGHT, **LONG)
+    made = by_address.by_address
+
+    def other(nutpie, dim, density, start):
+        if broken == "raises":
+            raise TypeError("another signature")
+        return made(nutpie, dim, density, lambda seed: start(seed) + 0.1)
+
+    monkeypatch.setattr(by_address, "_found", {})
+    if broken == "signature":
+        changed = by_address._SIGNATURES | {"LogpFunc": "(ptr)"}
+        monkeypatch.setattr(by_address, "_SIGNATURES", changed)
+    elif broken == "sampler":
+        model = importlib.import_module("nutpie").compiled_pyfunc.PyFuncModel
+        monkeypatch.setattr(model, "_make_sampler", lambda self, a, b, cores, more: None)
+        monkeypatch.setattr(by_address, "_differs", lambda *arguments: "")
+        assert "makes samplers otherwise" in by_address._unknown(importlib.import_module("nutpie"))
+        return
+    else:
+        monkeypatch.setattr(by_address, "by_address", other)
+    found = nuts(EIGHT, **LONG)
+    assert "called through Python" in found.attrs["engine"]
+    assert np.array_equal(values(found), values(expected))

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# What ATen calls the arguments that say which elements of another are meant.
+_PICKING = ("index", "indices")
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -106,6 +110,21 @@ class Graph:
                 lines.append(f"    del {', '.join(dead)}")
         lines.append(f"    return ({', '.join(self.outputs)},)")
         return "\n".join(lines), writer.names
+
+
+def computes_indices(graph: Graph) -> bool:
+    """Whether it picks by numbers that it makes of floating-point ones, which may be out of range."""
+    made: set[str] = set()
+    for node in graph.nodes:
+        if node.kwargs.get("dtype") in _WHOLE or not made.isdisjoint(node.reads()):
+            made.update(node.outputs)
+        named = zip(
+            (argument.name for argument in node.op._schema.arguments), node.args, strict=False
+        )
+        picks = [name for key, value in named if key in _PICKING for name in _names(value)]
+        if not made.isdisjoint(picks):
+            return True
+    return False
 
 
 def _names(value: Any) -> Iterable[str]:

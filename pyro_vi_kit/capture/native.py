@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.capture import cache
-from pyro_vi_kit.capture.graph import Graph
+from pyro_vi_kit.capture.graph import Graph, computes_indices
 
 _WORKER, _LOWERINGS = (Path(__file__).with_name(name) for name in ("worker.py", "lowerings.py"))
 # Beyond this many operations the compiler takes minutes.
@@ -45,6 +45,9 @@ def impossible(graph: Graph) -> str:
         return f"{len(graph.nodes):,} operations are too many to compile (at most {MAX_NODES:,})"
     if any(torch.Tag.nondeterministic_seeded in node.op.tags for node in graph.nodes):
         return "it draws random numbers whose distribution depends on parameters"
+    if computes_indices(graph):
+        # Its check runs in threads, out of which no exception leads: the process would end.
+        return "an index is computed from floating-point numbers, and may be out of range"
     if shutil.which(os.environ.get("CXX", "g++")) is None and shutil.which("clang++") is None:
         return "no C++ compiler was found"
     return ""

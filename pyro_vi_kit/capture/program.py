@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.capture import replay
-from pyro_vi_kit.capture.graph import Graph
+from pyro_vi_kit.capture.graph import Graph, computes_indices
 from pyro_vi_kit.capture.hoist import hoisted
 from pyro_vi_kit.capture.in_c import CFunction, RefusedError
 from pyro_vi_kit.capture.native import Library, impossible
@@ -86,6 +86,9 @@ class Program:
         """Make it a CUDA graph; why it is none, where that is not possible."""
         if where.type != "cuda" or any(tensor.device != where for tensor in inputs):
             return f"only what is on one CUDA device becomes a CUDA graph, and this is on {where}"
+        if computes_indices(self.graph):
+            # A replay that fails on the device takes all that is there with it.
+            return "no CUDA graph: an index is computed from floating-point numbers"
         try:
             self._run, self.how = replay.on_cuda(self._run, inputs), "cuda"
         except RuntimeError as error:
@@ -153,7 +156,7 @@ class Program:
                 if not all(same(a, b) for a, b in pairs):
                     function.discard()
                     raise RefusedError("it computes something else")
-        except (RefusedError, RuntimeError) as error:
+        except (RefusedError, IndexError, RuntimeError) as error:
             reasons = [self.note, f"not in C: {first_line(error)}"]
             self.note = "; ".join(reason for reason in reasons if reason)
             return None

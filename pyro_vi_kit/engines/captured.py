@@ -17,6 +17,7 @@ from pyro_vi_kit.engines.eager import EagerEngine, settle
 from pyro_vi_kit.engines.tables import RowState
 from pyro_vi_kit.errors import first_line
 from pyro_vi_kit.runtime import RandomStream, isolated
+from pyro_vi_kit.undefined import ERRORS
 
 
 class CapturedEngine(EagerEngine):
@@ -123,7 +124,7 @@ class CapturedEngine(EagerEngine):
             self._program = self._recorded(function)
         except CaptureError as error:
             self.note = str(error)
-        except RuntimeError as error:
+        except ERRORS as error:
             self.note = f"{type(error).__name__}: {first_line(error)}"
         if self._program is not None and self._compiled:
             self._program.compile([*self._example(function, 0), *self._data])

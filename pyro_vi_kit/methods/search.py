@@ -14,6 +14,7 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.gradients import Gradients
 from pyro_vi_kit.methods.minimise import Minimum, Objective, minimise_several
 from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.undefined import ERRORS, is_undefined
 
 Evaluator = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From points `[K, D]` to log densities `[K]` and their gradients `[K, D]`, both detached."""
@@ -78,8 +79,10 @@ class Search:
     def _evaluate_piece(self, z: Tensor, jacobian: bool) -> tuple[Tensor, Tensor]:
         try:
             return self._gradients(jacobian)(z)
-        except torch.linalg.LinAlgError:
-            # A factorisation fails at one point, and takes the batch with it. Which one matters to
+        except ERRORS as error:
+            if not is_undefined(error):
+                raise
+            # It is not defined at one point, which takes the batch with it. Which one matters to
             # searches that share a batch; an average over many draws is lost anyway.
             if len(z) == 1 or len(z) > _MAX_SEARCHES:
                 return z.new_full((len(z),), torch.nan), torch.full_like(z, torch.nan)

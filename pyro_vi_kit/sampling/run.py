@@ -115,7 +115,7 @@ def nuts(
         **asdict(plan),
         "seconds": seconds,
         "evaluations": target.evaluations,
-        "engine": target.gradients.how(1),
+        "engine": target.engine,
         "frozen_parameters": ", ".join(target.params),
     }
     groups = _groups(target, plan, result)

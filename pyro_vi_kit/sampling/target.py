@@ -58,10 +58,11 @@ class Draws:
 class Target:
     """The unconstrained log density as a sampler calls it: one NumPy point in, never an exception.
 
-    Where the density is not defined (a matrix without a Cholesky factor, an overflow) the value is
-    NaN, which samplers count as a divergence. Any other error of the model is kept in ``error``,
-    and from then on the density is a standard normal's: chains in other threads go on to their next
-    stop, since nutpie survives neither an exception in one of them nor one that cannot start.
+    Where the density is not defined (a matrix without a Cholesky factor, an index out of range, an
+    overflow) the value is NaN, which samplers count as a divergence. Any other error of the model is
+    kept in ``error``, and from then on the density is a standard normal's: chains in other threads go
+    on to their next stop, since nutpie survives neither an exception in one of them nor one that cannot
+    start.
 
     Args:
         density: The model, in float64.
@@ -70,6 +71,7 @@ class Target:
     Attributes:
         counted: Draws that samplers written in Python have counted here.
         error: What the model raised, if it did.
+        note: What a sampler has to say of how it is called.
 
     Raises:
         OptionError: If ``params`` names a parameter that the model does not have.
@@ -89,12 +91,19 @@ class Target:
         self.gradients = Gradients(density, self.params, patience=0)
         self.counted = 0
         self.error: Exception | None = None
+        self.note = ""
         self._stopped = False
 
     @property
     def evaluations(self) -> int:
         """Gradients computed so far."""
         return self.gradients.evaluations
+
+    @property
+    def engine(self) -> str:
+        """How single points are evaluated, with reasons, as `Gradients.how` has it."""
+        how = self.gradients.how(1)
+        return f"{how} ({self.note})" if self.note else how
 
     @property
     def draws(self) -> int:
@@ -108,8 +117,6 @@ class Target:
             return -0.5 * float(point @ point), -point
         try:
             value, gradient = self.gradients.at(point)
-        except torch.linalg.LinAlgError:
-            return self._undefined()
         except Exception as error:  # noqa: BLE001 - raised again by `check`, in the caller's thread
             self.error = self.error or error
             self.stop()

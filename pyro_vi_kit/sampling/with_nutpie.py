@@ -60,7 +60,7 @@ def sample(target: Target, plan: Plan, progress: Progress) -> Draws:
     """
     nutpie = import_nutpie()
     sampler = nutpie.sample(
-        by_address.model(nutpie, target, _starts(target)) or _called_back(nutpie, target),
+        by_address.model(nutpie, target, _starts(target)),
         chains=plan.chains,
         draws=plan.draws,
         tune=plan.tune,
@@ -97,26 +97,6 @@ def _starts(target: Target) -> Callable[[int], np.ndarray]:
             return np.zeros(target.density.dim)
 
     return start
-
-
-def _called_back(nutpie: ModuleType, target: Target) -> Any:
-    """The target in the form that nutpie takes, with the flat point `[D]` as its one variable."""
-
-    def expand(point: np.ndarray) -> dict[str, np.ndarray]:
-        target.counted += 1
-        return {by_address.VARIABLE: point}
-
-    dim = target.density.dim
-    # As nutpie's documentation has it: the submodule comes with the package.
-    return nutpie.compiled_pyfunc.from_pyfunc(
-        ndim=dim,
-        make_logp_fn=lambda: target,
-        make_expand_fn=lambda seed1, seed2, chain: expand,
-        expanded_dtypes=[np.dtype("float64")],
-        expanded_shapes=[(dim,)],
-        expanded_names=[by_address.VARIABLE],
-        make_initial_point_fn=_starts(target),
-    )
 
 
 def _wait(sampler: Any, target: Target, progress: Progress) -> Any:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _TEXT = """
 struct state { const void *const *tensors; int64_t evaluations, draws, stopped; };
 
-/* 0: done. 1: the density or its gradient is not finite here. -1: a point of another length. */
+/* 0: done. 1: the density or its gradient is not finite here, or an index computed from the point is out
+   of range, and both are NaN. -1: a point of another length. -2: there is no memory. */
 int64_t log_density(uint64_t dim, const double *x, double *gradient, double *value, void *given) {
   struct state *state = given;
   if (dim != %(dim)d) return -1;
@@ -34,7 +35,13 @@ int64_t log_density(uint64_t dim, const double *x, double *gradient, double *val
   void *results[] = {value, gradient};
   memcpy(tensors, state->tensors, sizeof tensors);
   tensors[0] = x;
-  if (run(tensors, results)) return -2;
+  int64_t status = run(tensors, results);
+  if (status < 0) return -2;
+  if (status) {
+    *value = NAN;
+    for (int d = 0; d < %(dim)d; d++) gradient[d] = NAN;
+    return 1;
+  }
   int finite = isfinite(*value);
   for (int d = 0; d < %(dim)d; d++) finite &= isfinite(gradient[d]);
   return finite ? 0 : 1;
@@ -101,6 +108,12 @@ class CDensity:
     def stop(self) -> None:
         """Answer at once from now on, as a standard normal would."""
         self.state.stopped = 1
+
+    def stopped(self) -> CDensity:
+        """Another, which has been told to stop and counts for itself."""
+        other = CDensity(self.function, self._held)
+        other.stop()
+        return other
 
     def at(self, point: np.ndarray) -> tuple[float, np.ndarray]:
         """Log density in nats and its gradient `[D]` at a float64 point `[D]`, without Python's lock."""

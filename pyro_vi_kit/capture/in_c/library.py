@@ -80,6 +80,7 @@ class CFunction:
         """The results; Python's lock is free meanwhile.
 
         Raises:
+            IndexError: If an index is out of range, as in torch.
             RuntimeError: If there is no memory.
         """
         lying = [tensor.contiguous() for tensor in inputs]
@@ -89,8 +90,11 @@ class CFunction:
             for shape, stride, dtype in self._source.results
         ]
         places = (ctypes.c_void_p * len(results))(*(result.data_ptr() for result in results))
-        if self._replay(tensors, places):
+        status = self._replay(tensors, places)
+        if status < 0:
             raise RuntimeError("no memory for a replay in C")
+        if status:
+            raise IndexError("index out of range in compiled C")
         return results
 
     def discard(self) -> None:

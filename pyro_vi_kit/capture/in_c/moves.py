@@ -171,16 +171,24 @@ def diagonal_backward(call: Call) -> None:
     call.writer.store(target, gradient)
 
 
-def _index(value: Value, indices: Sequence[str], size: int) -> str:
-    """A number that picks, counted from the end where it is negative."""
-    picked = element(value, indices)
-    return f"({picked} < 0 ? {picked} + {size} : {picked})"
+def _picked(name: str, value: Value, indices: Sequence[str], size: int, *, wraps: bool) -> str:
+    """A statement: the place that a number picks, which is 0, and said, where there is none.
+
+    Args:
+        name: Of the C variable that it makes.
+        value: The numbers.
+        indices: Which of them.
+        size: Of the dimension that it picks from.
+        wraps: Whether a negative number counts from the end; not all of torch's operations have it so.
+    """
+    kind = "from_end_" if wraps else "from_start_"
+    return f"int64_t {name} = {kind}({element(value, indices)}, {size}, &outside);"
 
 
 def _addressed(
     call: Call, array: Value, broadcast: Sequence[int]
-) -> tuple[tuple[int, ...], list[Value], Callable[[Sequence[str]], str]]:
-    """The shape of `array[indices]`, the index tensors, and how its element is reached.
+) -> tuple[tuple[int, ...], Callable[[Sequence[str]], tuple[list[str], str]]]:
+    """The shape of `array[indices]`; statements behind which an element of it is reached, and how.
 
     Where the indexed dimensions stand together they are replaced in their place; otherwise by leading
     ones, as in NumPy.
@@ -201,15 +209,17 @@ def _addressed(
     )
     expanded = [index.expanded(broadcast) for index in indices]
 
-    def place(names: Sequence[str]) -> str:
+    def place(names: Sequence[str]) -> tuple[list[str], str]:
         middle = names[len(before) : len(before) + len(broadcast)]
         own = dict(zip(before, names, strict=False))
         own |= dict(zip(after, names[len(before) + len(broadcast) :], strict=True))
+        opening = []
         for dim, index in zip(picked, expanded, strict=True):
-            own[dim] = _index(index, middle, array.shape[dim])
-        return element(array, [own[dim] for dim in range(len(array.shape))])
+            own[dim] = f"p{dim}"
+            opening.append(_picked(own[dim], index, middle, array.shape[dim], wraps=True))
+        return opening, element(array, [own[dim] for dim in range(len(array.shape))])
 
-    return shape, expanded, place
+    return shape, place
 
 
 def _broadcast(call: Call) -> tuple[int, ...]:
@@ -222,11 +232,12 @@ def _broadcast(call: Call) -> tuple[int, ...]:
 def index(call: Call) -> None:
     """`x[indices]`, by tensors of integers."""
     array, out = call.value("self"), call.out
-    shape, _, place = _addressed(call, array, _broadcast(call))
+    shape, place = _addressed(call, array, _broadcast(call))
     if shape != out.shape:
         raise RefusedError("an index of another form")
     nest = Nest(out.shape, [out], whole=True)
-    call.writer.add(nest.lines([f"{nest.place(out)} = {place(nest.indices)};"]))
+    opening, picked = place(nest.indices)
+    call.writer.add(nest.lines([*opening, f"{nest.place(out)} = {picked};"]))
 
 
 def index_put(call: Call) -> None:
@@ -235,12 +246,13 @@ def index_put(call: Call) -> None:
     call.writer.store(out, call.expression("self"))
     if len(call["indices"]) == 1 and call.writer.value(call["indices"][0].name).ctype == "uint8_t":
         return _masked_put(call)
-    shape, _, place = _addressed(call, out, _broadcast(call))
+    shape, place = _addressed(call, out, _broadcast(call))
     values = call.expression("values", shape)
     nest = Nest(shape, list(values.leaves()), whole=True)
     sign = "+=" if call["accumulate"] else "="
     load = values.cast(out.ctype).code(nest.place)
-    return call.writer.add(nest.lines([f"{place(nest.indices)} {sign} {load};"]))
+    opening, picked = place(nest.indices)
+    return call.writer.add(nest.lines([*opening, f"{picked} {sign} {load};"]))
 
 
 def _masked_put(call: Call) -> None:
@@ -258,8 +270,8 @@ def gather(call: Call) -> None:
     """`x[..., i, ...]`, an index for each element of the result."""
     array, rows, out = call.value("self"), call.value("index"), call.out
     nest = Nest(out.shape, [out, rows], whole=True)
-    picked = _at(nest, array, rows, call["dim"])
-    call.writer.add(nest.lines([f"{nest.place(out)} = {picked};"]))
+    opening, picked = _at(nest, array, rows, call["dim"])
+    call.writer.add(nest.lines([opening, f"{nest.place(out)} = {picked};"]))
 
 
 def scatter(call: Call) -> None:
@@ -273,7 +285,8 @@ def scatter(call: Call) -> None:
     load = source.cast(out.ctype).code(
         lambda v: element(replace(v, shape=rows.shape), nest.indices)
     )
-    call.writer.add(nest.lines([f"{_at(nest, out, rows, call['dim'])} {sign} {load};"]))
+    opening, picked = _at(nest, out, rows, call["dim"])
+    call.writer.add(nest.lines([opening, f"{picked} {sign} {load};"]))
 
 
 def index_select(call: Call) -> None:
@@ -282,17 +295,20 @@ def index_select(call: Call) -> None:
     nest = Nest(out.shape, [out], whole=True)
     dim = call["dim"] % max(len(array.shape), 1)
     indices = list(nest.indices)
-    indices[dim] = _index(rows, [nest.indices[dim]], array.shape[dim])
-    call.writer.add(nest.lines([f"{nest.place(out)} = {element(array, indices)};"]))
+    opening = _picked("p", rows, [nest.indices[dim]], array.shape[dim], wraps=False)
+    indices[dim] = "p"
+    call.writer.add(nest.lines([opening, f"{nest.place(out)} = {element(array, indices)};"]))
 
 
-def _at(nest: Nest, array: Value, rows: Value, dim: int) -> str:
+def _at(nest: Nest, array: Value, rows: Value, dim: int) -> tuple[str, str]:
+    """A statement behind which an element of the array is reached, and how."""
     if not array.shape:
         raise RefusedError("an index into a number")
     dim = dim % len(array.shape)
     indices = list(nest.indices)
-    indices[dim] = _index(rows, nest.indices, array.shape[dim])
-    return element(array, indices)
+    opening = _picked("p", rows, nest.indices, array.shape[dim], wraps=False)
+    indices[dim] = "p"
+    return opening, element(array, indices)
 
 
 KERNELS: dict[str, Callable[[Call], None]] = {

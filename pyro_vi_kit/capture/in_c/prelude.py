@@ -11,6 +11,16 @@ PRELUDE = r"""
 #include <stdlib.h>
 #include <string.h>
 
+/* Where an index leads, and whether outside of what it picks from. */
+static inline int64_t from_start_(int64_t at, int64_t size, int64_t *outside) {
+  if ((uint64_t)at < (uint64_t)size) return at;
+  *outside = 1;
+  return 0;
+}
+static inline int64_t from_end_(int64_t at, int64_t size, int64_t *outside) {
+  return from_start_(at < 0 ? at + size : at, size, outside);
+}
+
 #define ONE static inline double
 
 ONE square_(double x) { return x * x; }

@@ -32,7 +32,8 @@ _MAX_PARTS = 40
 _KERNELS: Mapping[str, Callable[[Call], None]] = (
     reductions.KERNELS | moves.KERNELS | algebra.KERNELS
 )
-_HEAD = "static int64_t run(const void *const *tensors, void *const *results) {"
+_HEAD = """static int64_t run(const void *const *tensors, void *const *results) {
+int64_t outside = 0;"""
 _END = """}
 int64_t replay(const void *const *tensors, void *const *results) { return run(tensors, results); }
 """
@@ -54,6 +55,9 @@ class Layout(NamedTuple):
 
 class Source(NamedTuple):
     """A function in C: ``int64_t run(const void *const *tensors, void *const *results)``.
+
+    It returns 0; or 1 where an index was out of range, and then the results mean nothing; or -1 where
+    there was no memory.
 
     Attributes:
         text: The source, with all that it needs.
@@ -114,7 +118,7 @@ class _Translation:
             self._translate(node)
         layouts = [self._result(k, name) for k, name in enumerate(self._graph.outputs)]
         memory, closing = _memory(self._writer)
-        body = [*self._opening, *memory, *self._writer.lines, *closing, "return 0;"]
+        body = [*self._opening, *memory, *self._writer.lines, *closing, "return outside;"]
         results = [self._values[name] for name in self._graph.outputs]
         last = density.entry(self._inputs, results, len(self._opening))
         return Source("\n".join([PRELUDE, _HEAD, *body, _END, last]), layouts)
