@@ -18,6 +18,10 @@ class ModelError(ViError, ValueError):
     """The model, its data or its structure cannot be used as asked."""
 
 
+class ShapeError(ModelError):
+    """Data, distributions and plates do not agree, and data would count more than once."""
+
+
 class OptionError(ViError, ValueError):
     """An option's value or a combination of options cannot work."""
 

@@ -25,7 +25,7 @@ from pyro_vi_kit import (
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.device import Device
 from pyro_vi_kit.engines import OptimizerFactory
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.errors import ModelError, OptionError, ShapeError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.methods import fixed_draws, stochastic
 from pyro_vi_kit.methods.epochs import Epochs
@@ -267,6 +267,8 @@ def _density_or_none(request: Request) -> Density | None:
         )
     try:
         return Density(request.model, dtype=default_dtype(), device=request.device)
+    except ShapeError:
+        raise
     except ModelError:
         # Discrete latents, structure that changes: Pyro runs what a Density refuses.
         return None

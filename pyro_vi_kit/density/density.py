@@ -17,23 +17,21 @@ from pyro_vi_kit.density.drawn import Drawn
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
 from pyro_vi_kit.density.layout import Block, global_block
-from pyro_vi_kit.density.problems import (
+from pyro_vi_kit.density.problems import slope_problem, sum_problem, sums
+from pyro_vi_kit.density.recordings import Recordings
+from pyro_vi_kit.density.rows import ArgumentRows, rows_among
+from pyro_vi_kit.density.runner import Runner
+from pyro_vi_kit.density.streamed import Streamed, streamed
+from pyro_vi_kit.density.structure import Site, discover, starts
+from pyro_vi_kit.density.terms import Terms, add_up
+from pyro_vi_kit.density.usable import (
     is_unchecked,
     minibatch_note,
     require_inside,
     require_usable,
     require_whole_rows,
-    slope_problem,
-    sum_problem,
-    sums,
     unchecked_note,
 )
-from pyro_vi_kit.density.recordings import Recordings
-from pyro_vi_kit.density.rows import ArgumentRows, rows_among
-from pyro_vi_kit.density.runner import Runner
-from pyro_vi_kit.density.streamed import Streamed, streamed
-from pyro_vi_kit.density.structure import Site, discover
-from pyro_vi_kit.density.terms import Terms, add_up
 from pyro_vi_kit.device import Device, checked
 from pyro_vi_kit.errors import ModelError, ModelWarning, ViError
 from pyro_vi_kit.model import Model
@@ -231,8 +229,9 @@ class Density:
         other = self.held([self.cast(tensor) for tensor in data])
         args, kwargs = other.arguments()
         other.model = self.model.with_args(*args, **kwargs)
-        replay = Replay(constrained=self._example)
-        with other._runner.isolated(), torch.no_grad():
+        # Leaves that require a gradient tell supports that follow latents.
+        replay = Replay(constrained=self._example, fill=starts(self.device)[-1])
+        with other._runner.isolated(), torch.enable_grad():
             other._run(replay)
             require_usable(replay.visits, self._unchecked)
         other.observed = _observed(replay.visits)

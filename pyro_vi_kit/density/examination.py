@@ -14,26 +14,28 @@ from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.density.handlers import Replay, Visit
 from pyro_vi_kit.density.problems import (
     Problem,
-    broadcast_problem,
     chance_problem,
     change_problem,
-    data_problem,
-    discrete_problem,
-    latents_problem,
-    minibatch_note,
-    plateless_problem,
     repetition,
-    require_whole_rows,
     slope_problem,
     sum_problem,
     sums,
-    unchecked_note,
 )
 from pyro_vi_kit.density.runner import Runner
+from pyro_vi_kit.density.shapes import plateless_problem
 from pyro_vi_kit.density.streamed import streamed
 from pyro_vi_kit.density.structure import is_improper, parameters_of, starts
 from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.density.terms import add_up
+from pyro_vi_kit.density.usable import (
+    data_problems,
+    discrete_problem,
+    latents_problem,
+    minibatch_note,
+    require_whole_rows,
+    shape_problems,
+    unchecked_note,
+)
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import random_state
@@ -154,8 +156,7 @@ class Examination:
     @property
     def data_problems(self) -> list[Problem]:
         """Observed values that are no numbers, or that cannot occur."""
-        problems = map(data_problem, self._of_kind("observed"))
-        return [problem for problem in problems if problem is not None]
+        return list(data_problems(self.visits))
 
     @property
     def data_notes(self) -> list[Problem]:
@@ -200,9 +201,8 @@ class Examination:
 
     @property
     def shape_problems(self) -> list[Problem]:
-        """Data that do not fit their distribution, or that broadcast against it."""
-        problems = map(broadcast_problem, self._of_kind("observed"))
-        return [problem for problem in problems if problem is not None]
+        """Data, distributions and plates that do not agree."""
+        return list(shape_problems(self.visits))
 
     @property
     def plateless(self) -> list[Problem]:
