@@ -15,6 +15,7 @@ from pyro_vi_kit.density.batching import Batching, batched, first_that_agrees
 from pyro_vi_kit.density.compat import VectorisedCauchy
 from pyro_vi_kit.density.drawn import Drawn
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
+from pyro_vi_kit.density.guarding import flags, sites_to_guard
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
 from pyro_vi_kit.density.layout import Block, global_block
 from pyro_vi_kit.density.problems import slope_problem, sum_problem, sums
@@ -120,6 +121,7 @@ class Density:
         self._runner.nesting = nesting_of(visits)
         self.block: Block = global_block(self.latents)
         self.dim = self.block.dim
+        self._exempt = frozenset(v.name for v in visits.values() if is_unchecked(v.fn))
         with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.
             z = self.cast(0.3 * torch.randn(3, self.dim, dtype=dtype, device="cpu"))
@@ -127,6 +129,7 @@ class Density:
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
             self._require_true_sum(z)
+            self._runner.guarded = sites_to_guard(self, self._width())
         for note in self.notes:
             warnings.warn(note, ModelWarning, stacklevel=2)
 
@@ -247,6 +250,34 @@ class Density:
     ) -> Tensor:
         """Log density `[K]` in nats at K flat points `[K, D]`, differentiable in z and params."""
         return self.terms(self.block.unpack(z), params, data, jacobian=jacobian).total()
+
+    def strict(self) -> Density:
+        """The density with every site zero where it is not defined, also those never found so.
+
+        For draws that are judged: the check costs little there, and nothing is left to chance.
+        """
+        other = copy.copy(self)
+        other._runner = copy.copy(self._runner)
+        other._runner.guarded = frozenset(self.structure.sites) - self._exempt
+        return other
+
+    @torch.no_grad()
+    def outside(
+        self, z: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
+    ) -> dict[tuple[str, str], Tensor]:
+        """Whether arguments or data leave their constraints, `[K]` by site and what is wrong in words.
+
+        Args:
+            z: Unconstrained values `[K, *batch, *event]` by site.
+            params: Unconstrained learned parameters; `self.params` by default.
+        """
+
+        def single(point: Values) -> dict[tuple[str, str], Tensor]:
+            replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
+            self._run(replay, params)
+            return flags(replay, self._exempt)
+
+        return self._batched(single, z)
 
     def log_prob_and_grad(self, z: Tensor, *, jacobian: bool = True) -> tuple[Tensor, Tensor]:
         """Log density `[K]` and its gradient `[K, D]`, detached."""
@@ -595,6 +626,11 @@ class Density:
             raise
         except Exception:  # noqa: BLE001  whatever vmap cannot do, the loop may
             return self._batched(single, z, "loop")
+
+    def _width(self) -> int:
+        """Numbers that one point makes in the model, roughly."""
+        held = [*self.data, *self.observed.values()]
+        return self.dim + sum(tensor.numel() for tensor in held)
 
     def _enumerated(self, replay: Replay) -> Enumerated | None:
         """The sites of a run that depend on discrete latents, where the model has any."""

@@ -24,6 +24,7 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor, nn
 from torch.distributions import Independent, constraints, transform_to
 
+from pyro_vi_kit.density import domain
 from pyro_vi_kit.density.drawn import Choice, Drawn, hardened
 from pyro_vi_kit.density.modules import owner_of_param
 from pyro_vi_kit.density.supports import bijector
@@ -51,6 +52,7 @@ class Visit:
     unconstrained: Tensor | None = None
     log_det: Tensor | None = None
     choice: Choice | None = None
+    guarded: bool = False
 
     @property
     def counts(self) -> bool:
@@ -77,11 +79,18 @@ class Visit:
             log_prob = self.choice.log_prob(self.unconstrained)
         else:
             log_prob = self.fn.log_prob(self.value)
+        outside = self.outside() if self.guarded else None
+        if outside is not None:
+            log_prob = torch.where(outside, -torch.inf, log_prob)
         if self.mask is False:
             return torch.full_like(log_prob, self._hidden())
         if isinstance(self.mask, Tensor):
             log_prob = torch.where(self.mask, log_prob, self._hidden())
         return log_prob
+
+    def outside(self) -> Tensor | None:
+        """Where, of its batch, an argument or what was observed leaves its constraint."""
+        return domain.outside(self.fn, self.value if self.kind == "observed" else None)
 
     def _hidden(self) -> float:
         """What stands where a mask hides: nothing, or for a discrete latent what sums to one."""
@@ -119,6 +128,7 @@ class Replay(Messenger):
         simulate: Draw observed sites anew instead of using the data.
         sample_latents: Draw latents from their conditional prior where nothing was given.
         drawn: Discrete latents that are not summed out, and are latents like the continuous ones.
+        guarded: Sites whose density is zero where `domain` says that it is not defined.
 
     Attributes:
         declared: The subsample size of each plate that declares one.
@@ -134,6 +144,7 @@ class Replay(Messenger):
     simulate: bool = False
     sample_latents: bool = False
     drawn: Drawn | None = None
+    guarded: frozenset[str] = frozenset()
     declared: dict[str, int] = field(default_factory=dict)
     visits: dict[str, Visit] = field(default_factory=dict)
     param_visits: dict[str, ParamVisit] = field(default_factory=dict)
@@ -159,6 +170,7 @@ class Replay(Messenger):
             scale=msg["scale"],
             mask=msg["mask"],
             infer=msg["infer"],
+            guarded=msg["name"] in self.guarded,
         )
         relaxed = None if self.drawn is None else self.drawn.of(visit.name)
         if kind == "discrete" and relaxed is not None:

@@ -49,6 +49,7 @@ class Runner:
         data: The tensors among the model's arguments, cast.
         owners: The name of each learned parameter that a module holds, by module and attribute.
         nesting: Batch dims that plates and stray dims take; set before sites are enumerated.
+        guarded: Sites whose density is zero where it is not defined; see `Replay`.
         outer: The user's default dtype.
         precision: Converts what the model closes over, and what it names a dtype for; None once that is
             known to need no conversion.
@@ -72,6 +73,7 @@ class Runner:
         self.data = [self.cast(leaf) for leaf in self._leaves if isinstance(leaf, Tensor)]
         self.owners: dict[tuple[nn.Module, str], str] = {}
         self.nesting = 0
+        self.guarded: frozenset[str] = frozenset()
         self.outer = default_dtype()
         self.precision: Precision | None = Precision(dtype, self.device, self.outer)
         self.at_hand: frozenset[str] = frozenset()
@@ -134,7 +136,7 @@ class Runner:
             data = rows_among(self.data if data is None else data, sliced, index)
             index = {name: rows for name, rows in index.items() if name not in sliced}
         args, kwargs = self.arguments(data, model)
-        replay.params, replay.drawn = params, self.drawn
+        replay.params, replay.drawn, replay.guarded = params, self.drawn, self.guarded
         # Inside of the replay, which sees a discrete site with all its values.
         discrete = (
             Enumeration(self.nesting, self.drawn) if replay.enumerate else contextlib.nullcontext()

@@ -121,7 +121,8 @@ def _plates(visit: Visit) -> str:
 def unvalidated(fn: Any) -> Any:
     """A copy of a distribution that checks no value; what was expanded while checks were on does."""
     fn = copy.copy(fn)
-    fn._validate_args = False
+    # First: an Independent hands the switch on to its base, which would be the original's.
     if isinstance(fn, TorchDistributionMixin) and hasattr(fn, "base_dist"):
         fn.base_dist = unvalidated(fn.base_dist)
+    fn._validate_args = False
     return fn

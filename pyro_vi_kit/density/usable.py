@@ -8,7 +8,9 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
+from pyro_vi_kit.density.domain import ends
 from pyro_vi_kit.density.enumeration import is_enumerable
 from pyro_vi_kit.density.handlers import Visit, innermost
 from pyro_vi_kit.density.problems import Problem
@@ -108,13 +110,26 @@ def unchecked_note(visit: Visit) -> str | None:
 def _outside(visit: Visit) -> Tensor | None:
     """Which observations are outside the support at any latents; None where a mask may hide them."""
     masked = isinstance(visit.mask, Tensor) or visit.mask is False
-    if masked or type(visit.fn).__name__ == "MaskedDistribution" or _moves(visit.fn.support):
+    if masked or type(visit.fn).__name__ == "MaskedDistribution":
         return None
     try:
+        if _moves(visit.fn.support):
+            return _beyond(visit.fn.support, visit.value)
         return ~visit.fn.support.check(visit.value)
     except (NotImplementedError, AttributeError, RuntimeError, ValueError):
         # A support that cannot say, or data of a wrong shape: that is another problem than this one.
         return None
+
+
+def _beyond(support: Any, value: Tensor) -> Tensor:
+    """Which values are outside of those bounds of a support that do not follow latents."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    low, high = ends(support)
+    found = torch.zeros_like(value, dtype=torch.bool)
+    if low is not None and not _moves(low):
+        found = found | (value < low)
+    return found if high is None or _moves(high) else found | (value > high)
 
 
 def _moves(support: Any) -> bool:

@@ -1,0 +1,87 @@
+"""Which sites of a model can leave the domain of their distribution, found by looking far out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.density import domain
+from pyro_vi_kit.density.handlers import Replay, Visit
+from pyro_vi_kit.errors import ViError
+
+if TYPE_CHECKING:
+    from pyro_vi_kit.density.density import Density
+
+# Distances from the origin of unconstrained space, some points at each: from where a fit begins to what
+# is beyond any prior. Exponentials overflow on the way, which is no way out of a domain.
+_RADII = (0.5, 2.0, 8.0, 30.0, 300.0, 1e4)
+_POINTS = 6
+# Of all points together, in numbers of the model.
+_NUMBERS = 4_000_000
+_SEED = 20265
+
+
+def sites_to_guard(density: Density, width: int) -> frozenset[str]:
+    """Sites whose arguments, or whose data, leave their constraints at some of a few dozen points.
+
+    Args:
+        density: The model.
+        width: Numbers that one point makes in the model, roughly.
+    """
+    each = max(1, min(_POINTS, _NUMBERS // (len(_RADII) * max(width, 1))))
+    if density.batching == "loop":
+        each = 1
+    generator = torch.Generator().manual_seed(_SEED)
+    radii = torch.tensor(_RADII, dtype=torch.float64).repeat_interleave(each)
+    normal = torch.randn(len(radii), density.dim, generator=generator, dtype=torch.float64)
+    z = density.block.unpack(density.cast(radii[:, None] * normal))
+    found = _anywhere(density, density.within(z))
+    return frozenset(site for site, _ in found)
+
+
+def _anywhere(density: Density, z: Mapping[str, Tensor]) -> set[tuple[str, str]]:
+    """Sites and words that hold at some of these points."""
+    try:
+        flags = density.outside(z)
+        return {key for key, where in flags.items() if bool(where.any())}
+    except ViError:
+        raise
+    except Exception:  # noqa: BLE001  a model may raise far out; the other points are asked one by one
+        points = len(next(iter(z.values())))
+        if points == 1:
+            return set()
+        single = [{name: value[k : k + 1] for name, value in z.items()} for k in range(points)]
+        return set().union(*(_anywhere(density, point) for point in single))
+
+
+def flags(replay: Replay, exempt: frozenset[str]) -> dict[tuple[str, str], Tensor]:
+    """Whether, in one run, something leaves its constraint: by site and words.
+
+    Args:
+        replay: The run.
+        exempt: Sites made with ``validate_args=False``.
+    """
+    found: dict[tuple[str, str], Tensor] = {}
+    for visit in replay.visits.values():
+        if visit.kind in ("latent", "discrete", "observed") and visit.name not in exempt:
+            for what, outside in _of(visit):
+                key = (visit.name, what)
+                found[key] = found[key] | outside if key in found else outside
+    return found
+
+
+def _of(visit: Visit) -> list[tuple[str, Tensor]]:
+    """What can leave its constraint at a site, and whether it does where nothing hides it."""
+    if visit.mask is False:
+        return []
+    try:
+        bounds = list(domain.bounds(visit.fn, visit.value if visit.kind == "observed" else None))
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, ValueError):
+        return []  # a distribution that does not say what it is made of
+    wheres = [(bound.what, bound.margin < 0) for bound in bounds]
+    if isinstance(visit.mask, Tensor):
+        wheres = [(what, where & visit.mask) for what, where in wheres]
+    return [(what, where.any()) for what, where in wheres]
