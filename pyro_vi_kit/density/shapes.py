@@ -75,7 +75,7 @@ def _repeated_problem(visit: Visit, terms: Shape) -> Problem | None:
 
     One number for all rows of a plate is meant: ``obs=torch.tensor(1.0)`` says that all were one.
     """
-    used = math.prod(terms) * visit.fn.event_shape.numel()
+    used = math.prod(terms) * math.prod(visit.fn.event_shape)
     data = visit.value.numel()
     meant = data == 1 and not _stray(visit, terms) and used == math.prod(terms)
     if used <= data or meant:
