@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -14,8 +15,10 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.handlers import kind_of, sample_sites
+from pyro_vi_kit.density.guarding import Key, flags
+from pyro_vi_kit.density.handlers import Visit, kind_of, sample_sites
 from pyro_vi_kit.density.runner import placed
+from pyro_vi_kit.density.usable import is_unchecked
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.export import Group
 from pyro_vi_kit.groups import (
@@ -27,6 +30,7 @@ from pyro_vi_kit.groups import (
     model_groups,
     prior_groups,
     sampled,
+    shares_outside,
     width_of,
 )
 from pyro_vi_kit.guides import Guide
@@ -78,6 +82,10 @@ class Approximation(Protocol):
 
     def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """What `draw` and `weigh` give with that seed, drawn once."""
+        ...
+
+    def outside(self, draws: int, seed: int) -> dict[str, float]:
+        """Which share of draws leaves the domain of a distribution, by site and what does, in words."""
         ...
 
     def predict(
@@ -149,10 +157,11 @@ class GuideApproximation:
         if self.density.streamed is not None:
             return self._weighed_on_stream(draws, seed)
         parts, log_p, log_q = [], [], []
+        density = self.density.strict()
         with RandomStream(seed, "draws"), isolated(self.dtype, self.density.device):
             for size in self._sizes(draws):
                 draw = self.guide.draw(size)
-                terms = self.density.terms(draw.z, self.params, jacobian=not self.guide.point)
+                terms = density.terms(draw.z, self.params, jacobian=not self.guide.point)
                 parts.append(draw.z)
                 log_p.append(terms.total())
                 log_q.append(draw.shared + sum(rows.sum(-1) for rows in draw.local.values()))
@@ -164,6 +173,14 @@ class GuideApproximation:
             draw = joined_draws([self.guide.draw(size) for size in self._sizes(draws)])
             log_p, log_q = weigh_all(self.guide, draw, self.params, self.density.batches())
         return draw.z, Weighed(_told(log_p), _told(log_q))
+
+    def outside(self, draws: int, seed: int) -> dict[str, float]:
+        """See `Approximation.outside`."""
+        if self.density.streamed is not None:
+            return {}  # no batch of the data speaks for all
+        z = self.unconstrained(draws, seed)
+        with RandomStream(seed, "draws"):
+            return shares_outside(self.density, z, self.params)
 
     def constrained(self, z: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
         """Latent, discrete and deterministic sites at unconstrained values `[S, ...]`."""
@@ -295,12 +312,22 @@ class TraceApproximation:
 
     def weigh(self, draws: int, seed: int) -> Weighed:
         """See `Approximation.weigh`."""
-        return _log_probs(self._traces(draws, seed))
+        return self._log_probs(self._traces(draws, seed))
 
     def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """See `Approximation.draw_and_weigh`."""
         pairs = self._traces(draws, seed)
-        return _values(pairs), _log_probs(pairs)
+        return _values(pairs), self._log_probs(pairs)
+
+    def outside(self, draws: int, seed: int) -> dict[str, float]:
+        """See `Approximation.outside`."""
+        exempt = self._exempt()
+        shares: dict[str, float] = {}
+        for model, _ in self._traces(draws, seed):
+            for site, what in left(model, exempt):
+                words = f"site {site!r}: {what}"
+                shares[words] = shares.get(words, 0.0) + 1.0 / draws
+        return shares
 
     def predict(
         self, model: Model, draws: int, seed: int, *, corrected: bool = False
@@ -334,7 +361,7 @@ class TraceApproximation:
         pairs = self._traces(draws, seed)
         for model, _ in pairs:
             model.compute_log_prob()
-        weighed = _log_probs(pairs)
+        weighed = self._log_probs(pairs)
         values: dict[str, list[Tensor]] = {}
         for site in self.density.structure.of_kind("observed"):
             for model, _ in pairs:
@@ -363,7 +390,29 @@ class TraceApproximation:
     def _resampled(self, draws: int, seed: int) -> list[poutine.Trace]:
         """Traces of the guide chosen by their importance weights."""
         pairs = self._traces(_pool(draws), seed)
-        return [pairs[i][1] for i in _chosen(_log_probs(pairs), draws, seed)]
+        return [pairs[i][1] for i in _chosen(self._log_probs(pairs), draws, seed)]
+
+    def _log_probs(self, pairs: Sequence[Pair]) -> Weighed:
+        """The log densities of traces; the model's is zero where a distribution is not defined."""
+        exempt = self._exempt()
+        log_p = [
+            -torch.inf if left(model, exempt) else torch.as_tensor(model.log_prob_sum()).item()
+            for model, _ in pairs
+        ]
+        log_q = torch.stack([torch.as_tensor(guide.log_prob_sum()) for _, guide in pairs])
+        return Weighed(torch.tensor(log_p, dtype=torch.float64), _told(log_q))
+
+    def _exempt(self) -> frozenset[str] | None:
+        """Sites made with ``validate_args=False``; None where no run under validation tells them."""
+        if self.density is not None:
+            return self.density.exempt
+        try:
+            with self._running(0), pyro.validation_enabled(True):
+                replayed = poutine.replay(self.model.fn, trace=self._guide_trace())
+                trace = poutine.trace(replayed).get_trace(*self.model.args, **self.model.kwargs)
+        except Exception:  # noqa: BLE001  its own draws may be what validation refuses
+            return None
+        return frozenset(n for n, node in sample_sites(trace).items() if is_unchecked(node["fn"]))
 
     def _traces(self, draws: int, seed: int) -> list[Pair]:
         args, kwargs = self.model.args, self.model.kwargs
@@ -388,6 +437,22 @@ class TraceApproximation:
             yield
 
 
+def left(trace: poutine.Trace, exempt: frozenset[str] | None) -> list[Key]:
+    """What leaves its constraint in one trace of a model: nothing where nobody knows what may.
+
+    Args:
+        trace: It.
+        exempt: Sites made with ``validate_args=False``.
+    """
+    if exempt is None:
+        return []
+    visits = {
+        name: Visit(name, kind_of(node), node["fn"], node["value"], (), 1.0, node["mask"])
+        for name, node in sample_sites(trace).items()
+    }
+    return [key for key, found in flags(visits, exempt).items() if bool(found)]
+
+
 def _values(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     values: dict[str, list[Tensor]] = {}
     for model, _ in pairs:
@@ -395,12 +460,6 @@ def _values(pairs: Sequence[Pair]) -> dict[str, Tensor]:
             if kind_of(node) in ("latent", "discrete", "deterministic"):
                 values.setdefault(name, []).append(node["value"].detach())
     return {name: torch.stack(parts) for name, parts in values.items()}
-
-
-def _log_probs(pairs: Sequence[Pair]) -> Weighed:
-    log_p = torch.stack([torch.as_tensor(model.log_prob_sum()) for model, _ in pairs])
-    log_q = torch.stack([torch.as_tensor(guide.log_prob_sum()) for _, guide in pairs])
-    return Weighed(_told(log_p), _told(log_q))
 
 
 def _pool(draws: int) -> int:

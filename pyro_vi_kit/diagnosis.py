@@ -133,6 +133,7 @@ def _found(
         gap=evaluation.gap,
         weights=by_weights(flat, smoothed),
         overflowing=overflowing,
+        outside=evaluation.outside,
         khats=lambda: smoothed_khats(flat, smoothed),
         counts=(flat == np.rint(flat)).all(0),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -32,11 +32,13 @@ class Evaluation:
         values: Latent and deterministic sites, `{site: [S, *shape]}`.
         log_weights: log p(x, z) - log q(z), `[S]`, nats; None for a point estimate.
         smoothed: The Pareto-smoothed weights; None for a point estimate.
+        outside: Shares of draws that leave the domain of a distribution, by what leaves it, in words.
     """
 
     values: dict[str, np.ndarray]
     log_weights: np.ndarray | None
     smoothed: Psis | None
+    outside: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def elbo(self) -> float | None:
@@ -48,7 +50,8 @@ class Evaluation:
         """Standard error of the mean log weight, nats."""
         if self.log_weights is None:
             return None
-        return float(self.log_weights.std(ddof=1) / np.sqrt(len(self.log_weights)))
+        with np.errstate(invalid="ignore"):  # a draw without weight has no finite error
+            return float(self.log_weights.std(ddof=1) / np.sqrt(len(self.log_weights)))
 
     @property
     def khat(self) -> float | None:
@@ -116,7 +119,8 @@ def evaluate(approximation: Approximation, named: Named) -> Evaluation:
         values = {name: np.concatenate([part, more[name]]) for name, part in values.items()}
         log_w = np.concatenate([log_w, more_log_w])
         smoothed = smooth(log_w)
-    return Evaluation(values, log_w, smoothed)
+    outside = {} if np.isfinite(log_w).all() else approximation.outside(len(log_w), _seed(0))
+    return Evaluation(values, log_w, smoothed, outside)
 
 
 def _seed(number: int) -> int:

@@ -49,6 +49,19 @@ def width_of(density: Density) -> int:
     return data + sum(t.numel() for t in density.observed.values()) + density.dim
 
 
+def shares_outside(
+    density: Density, z: Values, params: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Which share of K points leaves the domain of a distribution, by site and what does, in words."""
+
+    def found(part: Values) -> Values:
+        flags = density.outside(part, params)
+        return {f"site {site!r}: {what}": where for (site, what), where in flags.items()}
+
+    flags = in_chunks(found, z, width_of(density))
+    return {what: float(where.double().mean()) for what, where in flags.items() if where.any()}
+
+
 def squeeze(site: Site, value: Tensor) -> np.ndarray:
     """A value `[K, *batch, *event]` in the site's own shape, without the dims that no plate made."""
     batch = value.dim() - 1 - len(site.event_shape)

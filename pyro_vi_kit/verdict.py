@@ -107,6 +107,7 @@ class Findings:
         stuck: Share of the weight that is held by draws which chains could not leave.
         restarted: Whether the chains started from draws under the weights, not from draws of q.
         overflowing: Sites with draws that are not finite.
+        outside: Shares of the draws that leave the domain of a distribution, by what leaves it.
         khats: Makes the k-hat of each number, `[n]`: asked where nothing else is known.
         counts: Which numbers are whole numbers, `[n]`, and so drawn exactly given the others: moves of
             rare values are mostly noise, and these are as good as what they depend on.
@@ -122,6 +123,7 @@ class Findings:
     stuck: float = 0.0
     restarted: bool = False
     overflowing: tuple[str, ...] = ()
+    outside: Mapping[str, float] = field(default_factory=dict)
     khats: Callable[[], np.ndarray] | None = None
     counts: np.ndarray | None = None
 
@@ -264,6 +266,11 @@ def _reasons(found: Findings, status: Status) -> list[str]:
         f"importance sampling keeps {100 * found.evenness:.0f} % of the draws' worth",
         f"the ELBO is {found.gap:.2g} nats below the evidence",
     ]
+    for what, share in found.outside.items():
+        reasons.append(
+            f"the density is zero at {100 * share:.3g} % of the draws ({what}; exp or softplus keep an "
+            "argument above 0, sigmoid below 1)"
+        )
     if found.overflowing:
         reasons.append(f"draws of site {found.overflowing[0]!r} are not finite")
     if found.labels and not found.overflowing:

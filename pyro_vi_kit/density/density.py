@@ -15,7 +15,7 @@ from pyro_vi_kit.density.batching import Batching, batched, first_that_agrees
 from pyro_vi_kit.density.compat import VectorisedCauchy
 from pyro_vi_kit.density.drawn import Drawn
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
-from pyro_vi_kit.density.guarding import flags, sites_to_guard
+from pyro_vi_kit.density.guarding import Key, flags, sites_that_leave
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
 from pyro_vi_kit.density.layout import Block, global_block
 from pyro_vi_kit.density.problems import slope_problem, sum_problem, sums
@@ -67,6 +67,8 @@ class Density:
         observed: Values of the observed sites.
         batching: How K points are evaluated: see `batching.batched`.
         streamed: How a batch stands for all data, where they are streamed: ``data`` is an example then.
+        exempt: Sites made with ``validate_args=False``, whose arguments and data may be what they are.
+        leaving: What leaves its constraint somewhere, in words, by site: the density is zero there.
         notes: What to know of how the model is read; each is said as a `ModelWarning` when it is made.
         recordings: Where recordings are kept that serve other data too; shared with what `with_data`
             gives. None where nobody asked for other data.
@@ -121,7 +123,7 @@ class Density:
         self._runner.nesting = nesting_of(visits)
         self.block: Block = global_block(self.latents)
         self.dim = self.block.dim
-        self._exempt = frozenset(v.name for v in visits.values() if is_unchecked(v.fn))
+        self.exempt = frozenset(v.name for v in visits.values() if is_unchecked(v.fn))
         with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.
             z = self.cast(0.3 * torch.randn(3, self.dim, dtype=dtype, device="cpu"))
@@ -129,7 +131,8 @@ class Density:
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
             self._require_true_sum(z)
-            self._runner.guarded = sites_to_guard(self, self._width())
+            self.leaving: dict[str, str] = sites_that_leave(self, self._width())
+            self._runner.guarded = frozenset(self.leaving)
         for note in self.notes:
             warnings.warn(note, ModelWarning, stacklevel=2)
 
@@ -258,24 +261,24 @@ class Density:
         """
         other = copy.copy(self)
         other._runner = copy.copy(self._runner)
-        other._runner.guarded = frozenset(self.structure.sites) - self._exempt
+        other._runner.guarded = frozenset(self.structure.sites) - self.exempt
         return other
 
     @torch.no_grad()
     def outside(
         self, z: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
-    ) -> dict[tuple[str, str], Tensor]:
-        """Whether arguments or data leave their constraints, `[K]` by site and what is wrong in words.
+    ) -> dict[Key, Tensor]:
+        """Whether arguments or data leave their constraints, `[K]` by site and words.
 
         Args:
             z: Unconstrained values `[K, *batch, *event]` by site.
             params: Unconstrained learned parameters; `self.params` by default.
         """
 
-        def single(point: Values) -> dict[tuple[str, str], Tensor]:
+        def single(point: Values) -> dict[Key, Tensor]:
             replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
             self._run(replay, params)
-            return flags(replay, self._exempt)
+            return flags(replay.visits, self.exempt)
 
         return self._batched(single, z)
 

@@ -63,7 +63,9 @@ def _bounds(fn: Any, value: Tensor | None, batch: int) -> Iterator[Bound]:
         given = _argument(fn, argument)
         margin = None if given is None else _margin(constraint, given)
         if margin is not None:
-            yield Bound(f"{argument!r} of its {name} is not {_words(constraint)}", _of(margin, inner))
+            yield Bound(
+                f"{argument!r} of its {name} is not {_words(constraint)}", _of(margin, inner)
+            )
     if isinstance(fn, TransformedDistribution):
         yield from _bounds(fn.base_dist, _inverted(fn, value), batch)
         return

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
+from pyro_vi_kit.density.guarding import flags
 from pyro_vi_kit.density.handlers import Replay, Visit
 from pyro_vi_kit.density.problems import (
     Problem,
@@ -30,6 +31,7 @@ from pyro_vi_kit.density.terms import add_up
 from pyro_vi_kit.density.usable import (
     data_problems,
     discrete_problem,
+    is_unchecked,
     latents_problem,
     minibatch_note,
     require_whole_rows,
@@ -79,6 +81,8 @@ class Examination:
                 kinds = {visit.kind for visit in self.runs[-1].visits.values()}
                 self.draws_in_vain = drew and "discrete" not in kinds
                 self.runner.nesting = nesting_of(self.runs[-1].visits)
+                visits = self.runs[-1].visits.values()
+                self.runner.guarded = frozenset(v.name for v in visits if not is_unchecked(v.fn))
         # Stores are private to the runs, modules are not: what was learned is read off the run.
         learned = parameters_of(self.runs[-1]) if self.runs else {}
         self.parameters = [f"{p.name} {tuple(p.value.shape)}" for p in learned.values()]
@@ -282,7 +286,14 @@ class Examination:
             gradients = torch.autograd.grad(total, leaves, allow_unused=True)
         except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
             return [f"(raised {type(error).__name__}: {error})"]
-        culprits = [v.name for v in replay.visits.values() if not _sound(v, replay)]
+        left = {
+            site: what for (site, what), out in flags(replay.visits, frozenset()).items() if out
+        }
+        culprits = [
+            f"{v.name} ({left[v.name]})" if v.guarded and v.name in left else v.name
+            for v in replay.visits.values()
+            if not _sound(v, replay)
+        ]
         if not culprits and not _finite(total):
             culprits = ["(the sum over discrete sites)"]
         for name, gradient in zip(point, gradients, strict=True):

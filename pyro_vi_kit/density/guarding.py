@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.density import domain
-from pyro_vi_kit.density.handlers import Replay, Visit
+from pyro_vi_kit.density.handlers import Visit
 from pyro_vi_kit.errors import ViError
 
 if TYPE_CHECKING:
     from pyro_vi_kit.density.density import Density
+
+# A site, and what leaves its constraint there, in words.
+Key = tuple[str, str]
 
 # Distances from the origin of unconstrained space, some points at each: from where a fit begins to what
 # is beyond any prior. Exponentials overflow on the way, which is no way out of a domain.
@@ -24,8 +27,8 @@ _NUMBERS = 4_000_000
 _SEED = 20265
 
 
-def sites_to_guard(density: Density, width: int) -> frozenset[str]:
-    """Sites whose arguments, or whose data, leave their constraints at some of a few dozen points.
+def sites_that_leave(density: Density, width: int) -> dict[str, str]:
+    """What leaves its constraint at some of a few dozen points, in words, by site.
 
     Args:
         density: The model.
@@ -38,12 +41,11 @@ def sites_to_guard(density: Density, width: int) -> frozenset[str]:
     radii = torch.tensor(_RADII, dtype=torch.float64).repeat_interleave(each)
     normal = torch.randn(len(radii), density.dim, generator=generator, dtype=torch.float64)
     z = density.block.unpack(density.cast(radii[:, None] * normal))
-    found = _anywhere(density, density.within(z))
-    return frozenset(site for site, _ in found)
+    return dict(_anywhere(density, density.within(z)))
 
 
-def _anywhere(density: Density, z: Mapping[str, Tensor]) -> set[tuple[str, str]]:
-    """Sites and words that hold at some of these points."""
+def _anywhere(density: Density, z: Mapping[str, Tensor]) -> set[Key]:
+    """What holds at some of these points."""
     try:
         flags = density.outside(z)
         return {key for key, where in flags.items() if bool(where.any())}
@@ -57,15 +59,15 @@ def _anywhere(density: Density, z: Mapping[str, Tensor]) -> set[tuple[str, str]]
         return set().union(*(_anywhere(density, point) for point in single))
 
 
-def flags(replay: Replay, exempt: frozenset[str]) -> dict[tuple[str, str], Tensor]:
-    """Whether, in one run, something leaves its constraint: by site and words.
+def flags(visits: Mapping[str, Visit], exempt: frozenset[str]) -> dict[Key, Tensor]:
+    """Whether, in one run, something leaves its constraint.
 
     Args:
-        replay: The run.
-        exempt: Sites made with ``validate_args=False``.
+        visits: The run's sites.
+        exempt: Those made with ``validate_args=False``.
     """
-    found: dict[tuple[str, str], Tensor] = {}
-    for visit in replay.visits.values():
+    found: dict[Key, Tensor] = {}
+    for visit in visits.values():
         if visit.kind in ("latent", "discrete", "observed") and visit.name not in exempt:
             for what, outside in _of(visit):
                 key = (visit.name, what)

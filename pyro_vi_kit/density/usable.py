@@ -236,7 +236,7 @@ def require_whole_rows(visits: Mapping[str, Visit], at_hand: frozenset[str]) -> 
             raise ModelError(
                 f"latent {visit.name!r} lies in plate {frame.name!r}, of whose {frame.full_size} rows "
                 f"the arguments hold {frame.size}: scaled to all of them it has no posterior of its "
-                "own. Pass all data as a torch.utils.data.Dataset, vi.Model(fn, dataset), which is read in "
+                "own. Pass all data as a torch.utils.data.Dataset, vi.Model(fn, dataset), read in "
                 "minibatches, or write the plate as long as what it is given, "
                 f"pyro.plate({frame.name!r}, len(x))"
             )

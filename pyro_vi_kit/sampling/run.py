@@ -16,10 +16,10 @@ from torch import Tensor
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import MissingDependencyError, OptionError, UnknownNameError
 from pyro_vi_kit.export import Group, Tree, to_arviz
-from pyro_vi_kit.groups import coords_of, model_groups
+from pyro_vi_kit.groups import coords_of, model_groups, shares_outside
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.progress import Progress
-from pyro_vi_kit.runtime import fresh_seed, one_thread
+from pyro_vi_kit.runtime import RandomStream, fresh_seed, one_thread
 from pyro_vi_kit.sampling import with_nutpie, with_pyro
 from pyro_vi_kit.sampling.report import SamplerReport, SamplerWarning, diagnose
 from pyro_vi_kit.sampling.target import Draws, Plan, Target
@@ -27,6 +27,7 @@ from pyro_vi_kit.sampling.target import Draws, Plan, Target
 SAMPLERS = {"nutpie": with_nutpie.sample, "pyro": with_pyro.sample}
 
 _PACKAGES = {"nutpie": "nutpie", "pyro": "pyro-ppl"}
+_INSIDE = "write the argument as exp, softplus or sigmoid of latents, which keep it inside"
 # nutpie learns its step sizes and scales from gradients too, in fewer draws.
 _TUNE = {"nutpie": 400, "pyro": 800}
 
@@ -120,7 +121,7 @@ def nuts(
     }
     groups = _groups(target, plan, result)
     judged = {"posterior": _sampled_group(target, groups), "sample_stats": groups["sample_stats"]}
-    report = diagnose(to_arviz(judged))
+    report = _with_domain(diagnose(to_arviz(judged)), target, result)
     for problem in report.problems:
         warnings.warn(problem, SamplerWarning, stacklevel=2)
     return to_arviz(groups, coords_of(model, groups), facts | _verdict(report))
@@ -184,6 +185,26 @@ def _sampled_group(target: Target, groups: Mapping[str, Group]) -> Group:
     variables = groups["posterior"].variables
     kept = {name: values for name, values in variables.items() if name not in discrete}
     return replace(groups["posterior"], variables=kept)
+
+
+def _with_domain(report: SamplerReport, target: Target, result: Draws) -> SamplerReport:
+    """The report, with what leaves the domain of a distribution at draws or where chains turned."""
+    density = target.density
+    z = density.block.unpack(torch.from_numpy(result.z).flatten(0, 1))
+    with RandomStream(0, "draws"):
+        shares = shares_outside(density, z, target.params)
+    problems = [
+        f"{100 * share:.3g} % of the draws are where the density is zero ({what}): {_INSIDE}"
+        for what, share in shares.items()
+    ]
+    if report.divergences and not shares:
+        problems += [
+            f"the density is zero at some latents (site {site!r}: {what}), and transitions that meet "
+            f"them count as divergent: {_INSIDE}"
+            for site, what in density.leaving.items()
+        ]
+    converged = report.converged and not shares
+    return replace(report, converged=converged, problems=(*report.problems, *problems))
 
 
 def _verdict(report: SamplerReport) -> dict[str, Any]:
