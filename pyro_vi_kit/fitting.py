@@ -23,6 +23,7 @@ from pyro_vi_kit import (
     training,
 )
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.initial import InitFunction
 from pyro_vi_kit.device import Device
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import ModelError, OptionError, ShapeError
@@ -50,7 +51,7 @@ def fit(
     tol: float | None = None,
     budget: float | None = None,
     steps: int | None = None,
-    init: str | Mapping[str, Any] = "auto",
+    init: str | Mapping[str, Any] | InitFunction = "auto",
     optimizer: OptimizerFactory | None = None,
     batch_size: int | Mapping[str, int] | None = None,
     device: Device | None = None,
@@ -90,7 +91,10 @@ def fit(
         budget: Seconds after which to stop with what there is; two minutes for ``guide="auto"``.
         steps: The most stochastic steps; asks for them where L-BFGS could be taken.
         init: ``"auto"``: near the mode, and flows and multi-sample fits from the best Gaussian;
-            ``"origin"``: the origin of unconstrained space; or a dict of site values.
+            ``"origin"``: the origin of unconstrained space; a dict of site values; or a function of the
+            site as Pyro's, ``pyro.infer.autoguide.init_to_value(values=...)``, of which ``"median"``,
+            ``"mean"``, ``"sample"``, ``"feasible"`` and ``"uniform"`` name the plain ones. With values
+            or a function the model is first run there too, for models that raise elsewhere.
         optimizer: Makes a torch optimiser from parameters, in the place of Adam with an automatic
             rate: ``functools.partial(torch.optim.Adam, lr=1e-3)``.
         batch_size: Rows of the data plate in each step, or ``{plate: rows}``. The model has to index
@@ -156,7 +160,13 @@ def fit(
     _require_dtype(dtype)
     if automatic:
         ladder.require_possible(request)
-        density = Density(request.model, dtype=dtype or torch.float64, device=request.device)
+        density = Density(
+            request.model,
+            dtype=dtype or torch.float64,
+            device=request.device,
+            init=starting.site_values(request),
+        )
+        request = starting.located(request, density)
         posterior = ladder.climb(request, density, _fit_one)
         seconds = time.monotonic() - started
         posterior.record = dataclasses.replace(posterior.record, seconds=seconds)
@@ -189,7 +199,12 @@ def _fit_one(request: Request, spec: GuideSpec, density: Density) -> Posterior:
     started = time.monotonic()
     if density.params:
         # They are trained in place, and the rungs before keep theirs.
-        density = Density(request.model, dtype=density.dtype, device=density.device)
+        density = Density(
+            request.model,
+            dtype=density.dtype,
+            device=density.device,
+            init=starting.site_values(request),
+        )
     with one_thread(is_small(density)):
         request, spec = starting.settled(request, spec, density)
         with RandomStream(request.seed, "initial weights"):
@@ -242,14 +257,16 @@ def _trainee(
                 f"{str(guide.density.device)!r}: build it there, vi.guides.make(..., device=...), or "
                 "give its name"
             )
-        return request, guide, guide, guide.density
+        return starting.located(request, guide.density), guide, guide, guide.density
     if guide is not None and not isinstance(guide, str | GuideSpec) and callable(guide):
         return request, guide, guide, _density_or_none(request)
     spec = guides.specify("full_rank" if guide is None else guide)  # type: ignore[arg-type]
     if dtype is None:
         dtype = default_dtype() if spec.name == "amortized" else torch.float64
     drawn = guides.drawn_of(spec)
-    density = Density(request.model, dtype=dtype, device=request.device, drawn=drawn)
+    init = starting.site_values(request)
+    density = Density(request.model, dtype=dtype, device=request.device, drawn=drawn, init=init)
+    request = starting.located(request, density)
     if guide is None and density.dim > fixed_draws.MAX_DIM:
         spec = guides.specify("mean_field")
     with one_thread(is_small(density)):
@@ -264,6 +281,10 @@ def _density_or_none(request: Request) -> Density | None:
         raise OptionError(
             f"engine={request.engine!r} runs the guides of this package; a Pyro guide callable needs "
             "engine='pyro' (or 'auto')"
+        )
+    if request.init != "auto":
+        raise OptionError(
+            "init= starts the guides of this package; give a Pyro guide of your own its init_loc_fn="
         )
     try:
         return Density(request.model, dtype=default_dtype(), device=request.device)

@@ -47,9 +47,9 @@ def of(
         "seed": request.seed,
         "tol": request.tolerance if request.own_tolerance else None,
         "steps": request.steps,
-        "init": request.init
-        if isinstance(request.init, str)
-        else repr(sorted(request.init.items())),
+        "init": repr(sorted(request.init.items()))
+        if isinstance(request.init, Mapping)
+        else request.init,
         "optimizer": None if request.optimizer is None else _callable(request.optimizer),
         "batch_size": _described(request.batch_size),
         "epochs": None if request.epochs is None else request.epochs.described(),

@@ -11,6 +11,8 @@ import torch
 
 from pyro_vi_kit import device as device_module
 from pyro_vi_kit import objectives
+from pyro_vi_kit.density.initial import InitFunction
+from pyro_vi_kit.density.initial import checked as checked_init
 from pyro_vi_kit.device import Device, device_of
 from pyro_vi_kit.engines import NAMES as ENGINES
 from pyro_vi_kit.engines import OptimizerFactory
@@ -25,6 +27,10 @@ from pyro_vi_kit.runtime import fresh_seed
 from pyro_vi_kit.types import Objective
 
 _TOLERANCE = 0.01
+
+
+class InitValues(dict[str, Any]):
+    """Values of all latents, from a function: a guide takes those that it can start from."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Request:
     deadline: float | None
     steps: int | None
     estimator: str
-    init: str | Mapping[str, Any]
+    init: str | Mapping[str, Any] | InitFunction
     optimizer: OptimizerFactory | None
     batch_size: int | Mapping[str, int] | None
     seed: int
@@ -75,7 +81,7 @@ def checked(
     budget: float | None,
     steps: int | None,
     estimator: str,
-    init: str | Mapping[str, Any],
+    init: str | Mapping[str, Any] | InitFunction,
     optimizer: OptimizerFactory | None,
     batch_size: int | Mapping[str, int] | None,
     seed: int | None,
@@ -113,8 +119,7 @@ def checked(
         raise OptionError(
             "init= does not go with resume=, which starts where the earlier fit ended"
         )
-    if not isinstance(init, Mapping) and init not in ("auto", "origin"):
-        raise OptionError(f"init= must be 'auto', 'origin' or a dict of site values, got {init!r}")
+    init = checked_init(init, ("auto", "origin"))
     if optimizer is not None and not callable(optimizer):
         raise OptionError(
             "optimizer= must make an optimiser from parameters, e.g. "

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vi_kit import minibatches, streaming
 from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.initial import InitFunction
 from pyro_vi_kit.engines import Batches, BatchSource, StreamedBatches
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
@@ -25,7 +26,7 @@ from pyro_vi_kit.methods.peaks import Peak
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.objectives import Annealed
 from pyro_vi_kit.progress import Progress
-from pyro_vi_kit.request import Request
+from pyro_vi_kit.request import InitValues, Request
 from pyro_vi_kit.runtime import RandomStream
 
 
@@ -78,6 +79,22 @@ def begin(
             checkpoint.facts |= found.facts()
         return found
     return Start.of(checkpoint.facts)
+
+
+def site_values(request: Request) -> Mapping[str, Any] | InitFunction | None:
+    """Values by site, or the function that gives them; None where ``init=`` is a word."""
+    return None if isinstance(request.init, str) else request.init
+
+
+def located(request: Request, density: Density) -> Request:
+    """The request with the values that its ``init`` gives, where that is a function: called once."""
+    if isinstance(request.init, str | Mapping):
+        return request
+    with RandomStream(request.seed, "initial values"):
+        point = density.unconstrain(request.init) if density.start is None else density.start
+        values = density.constrain(point.unsqueeze(0))
+    sites = [site.name for site in density.latents if not site.states]
+    return dataclasses.replace(request, init=InitValues({n: values[n][0] for n in sites}))
 
 
 def starting_point(request: Request, density: Density) -> Tensor | None:
@@ -201,14 +218,20 @@ def _initialise(
 
 
 def _centre_globals(guide: Guide, start: Tensor, init: Mapping[str, Any]) -> None:
-    """Centre the Gaussian of the globals on the point that ``init=`` names, beside discrete sites."""
+    """Centre the Gaussian of the globals on the point that ``init=`` names."""
     block, density = guide.blocks[0], guide.density
     family = guide.families[block.name]
-    if density.drawn is None or block.plate is not None or not isinstance(family, GaussianFamily):
-        raise OptionError("init={site: value} needs a guide with one block for all latents")
+    if block.plate is not None or not isinstance(family, GaussianFamily):
+        if isinstance(init, InitValues):
+            return  # it starts from the data, or from numbers of its own
+        raise OptionError(
+            "init={site: value} needs a guide with one block for all latents, or for the global ones, "
+            f"that is Gaussian, and guide {guide.name!r} has none: leave init= out, or use "
+            "guide='full_rank' or guide='mean_field'"
+        )
     names = [site.name for site in block.sites]
     for name in init:
-        if name not in names:
+        if name not in names and not isinstance(init, InitValues):
             raise OptionError(
                 f"init= names {name!r}, which this guide holds row by row; it can start from values of "
                 f"{', '.join(names)}"

@@ -10,6 +10,7 @@ import click
 
 from pyro_vi_kit.cli.options import (
     common_options,
+    init_option,
     json_option,
     make_objective,
     model_argument,
@@ -38,6 +39,7 @@ _GUIDES = "mean_field,full_rank"
 @click.option("--particles", type=int, help="Draws per step, an option of the objective.")
 @click.option("--alpha", type=float, help="The order, an option of the objective renyi.")
 @nuts_options
+@init_option
 @seed_option
 @click.option("--out", type=click.Path(), help="Folder for the files, the table and the pictures.")
 @json_option
@@ -48,6 +50,7 @@ def compare_command(
     objective: str,
     particles: int | None,
     alpha: float | None,
+    init: str,
     seed: int,
     out: str | None,
     as_json: bool,
@@ -65,16 +68,17 @@ def compare_command(
     goal = make_objective(objective, particles, alpha)
     folder = None if out is None else folder_for_results(out)
     model = load_model_file(model_file)
-    _refuse_impossible(model, names, objective)
+    _refuse_impossible(model, names, objective, init)
     progress = progress_wanted()
     posteriors: dict[str, Posterior] = {}
     for name in names:
-        posteriors[name] = fit(model, name, goal, seed=seed, progress=progress)
+        posteriors[name] = fit(model, name, goal, init=init, seed=seed, progress=progress)
         if posteriors[name].status.reason == "interrupted":
             raise KeyboardInterrupt
         message(f"{name}: {posteriors[name].seconds:.2f} s")
     message("NUTS ...")
-    reference = nuts(model, seed=seed, progress=progress, **sampler)
+    start = "auto" if init == "origin" else init
+    reference = nuts(model, init=start, seed=seed, progress=progress, **sampler)
     frame = compare(reference, posteriors, seed=seed)
     if folder is not None:
         frame.to_csv(folder / "table.csv", index=False)
@@ -136,12 +140,13 @@ def bench_command(
         ctx.exit(FAILED)
 
 
-def _refuse_impossible(model: Model, names: list[str], objective: str) -> None:
+def _refuse_impossible(model: Model, names: list[str], objective: str, init: str) -> None:
     """Refuse what cannot work before anything is run."""
     from pyro_vi_kit.bench import obstacle
-    from pyro_vi_kit.density import Density
+    from pyro_vi_kit.density import Density, initial
 
-    density = Density(model)
+    where = initial.checked(init, ("auto", "origin"))
+    density = Density(model, init=None if isinstance(where, str) else where)
     for name in names:
         reason = obstacle(density, name, objective)
         if reason is not None:

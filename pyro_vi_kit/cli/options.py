@@ -57,6 +57,15 @@ def progress_wanted() -> bool | None:
     return click.get_current_context().meta.get(f"{_META}.progress")
 
 
+init_option = click.option(
+    "--init",
+    default="auto",
+    show_default=True,
+    help="Where to start: auto, or a function of Pyro's, median, mean, sample, feasible, uniform; fit "
+    "also takes origin.",
+)
+
+
 def nuts_options(command: Command) -> Command:
     """How NUTS is to sample."""
     options = (

@@ -8,6 +8,7 @@ import click
 
 from pyro_vi_kit.cli.options import (
     common_options,
+    init_option,
     json_option,
     key_values,
     make_objective,
@@ -72,6 +73,7 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @click.option("--checkpoint", type=click.Path(), help="Keep the fit here; go on if it exists.")
 @click.option("--resume", type=click.Path(), help="A fit written by --out, to go on from.")
 @seed_option
+@init_option
 @click.option("--batch-size", type=int, help="Rows of the data plate in a step.")
 @click.option(
     "--device", help="Where to compute: cpu, cuda, cuda:1; by default where the data are."
@@ -139,6 +141,7 @@ def fit_command(
 @model_argument
 @nuts_options
 @click.option("--cores", type=click.IntRange(min=1), help="nutpie's chains that run at once.")
+@init_option
 @seed_option
 @click.option("--out", type=click.Path(), help="Write the draws here, ArviZ netCDF (.nc).")
 @json_option

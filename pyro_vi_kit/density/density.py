@@ -17,6 +17,7 @@ from pyro_vi_kit.density.drawn import Drawn
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.density.guarding import Key, flags, sites_that_leave
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
+from pyro_vi_kit.density.initial import SPREADS, InitFunction, function_of, require_latents
 from pyro_vi_kit.density.layout import Block, global_block
 from pyro_vi_kit.density.problems import slope_problem, sum_problem, sums
 from pyro_vi_kit.density.recordings import Recordings
@@ -28,7 +29,6 @@ from pyro_vi_kit.density.terms import Terms, add_up
 from pyro_vi_kit.density.usable import (
     is_unchecked,
     minibatch_note,
-    require_inside,
     require_usable,
     require_whole_rows,
     unchecked_note,
@@ -54,8 +54,11 @@ class Density:
             copied there. By default where the arguments are.
         drawn: Discrete latents that are not summed out: they are among ``latents``, by a weight for each
             of their states.
+        init: Where the model is first run, if it cannot be run anywhere: constrained values by site, or
+            a function of the site as Pyro's ``init_to_*``.
 
     Attributes:
+        start: The unconstrained point `[D]` that ``init`` gives; None without it.
         device: Where everything is.
         structure: Sites, plates and parameters, as two runs of the model met them.
         latents: The continuous latent sites and the drawn ones, in the model's order.
@@ -87,6 +90,7 @@ class Density:
         dtype: torch.dtype = torch.float64,
         device: Device | None = None,
         drawn: Drawn | None = None,
+        init: Mapping[str, Any] | InitFunction | None = None,
     ) -> None:
         self.model = model
         self.drawn = drawn
@@ -95,7 +99,8 @@ class Density:
         self._runner = Runner(model, dtype, checked(device), drawn)
         self.device: torch.device = self._runner.device
         self.data: list[Tensor] = self._runner.data
-        self.structure, visits = discover(self._runner)
+        where = None if init is None else function_of(init)
+        self.structure, visits = discover(self._runner, where)
         self.observed: Values = _observed(visits)
         self.params: Values = {
             name: self.cast(p.value).requires_grad_(p.value.is_floating_point())
@@ -118,16 +123,18 @@ class Density:
             None if model.stream is None else streamed(self._runner, model.stream)
         )
         self.latents: list[Site] = self.structure.of_kind("latent")
+        require_latents(init, [site.name for site in self.latents])
         self.discrete: list[Site] = self.structure.of_kind("discrete")
         self._example = {v.name: v.value for v in visits.values() if v.kind == "discrete"}
         self._runner.nesting = nesting_of(visits)
         self.block: Block = global_block(self.latents)
         self.dim = self.block.dim
         self.exempt = frozenset(v.name for v in visits.values() if is_unchecked(v.fn))
+        self.start = self._packed(self._runner.centre) if self._runner.centre else None
         with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.
-            z = self.cast(0.3 * torch.randn(3, self.dim, dtype=dtype, device="cpu"))
-            z = self.block.pack(self.within(self.block.unpack(z)))
+            away = self.cast(torch.randn(3, self.dim, dtype=dtype, device="cpu"))
+            z = self._around(away)
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
             self._require_true_sum(z)
@@ -135,6 +142,30 @@ class Density:
             self._runner.guarded = frozenset(self.leaving)
         for note in self.notes:
             warnings.warn(note, ModelWarning, stacklevel=2)
+
+    def _packed(self, values: Mapping[str, Tensor]) -> Tensor:
+        """One point `[D]`; drawn discrete sites, which have no value among these, stand at zeros."""
+        rest = {site.name: site.unconstrained_shape for site in self.latents}
+        full = {n: values[n] if n in values else self.cast(torch.zeros(s)) for n, s in rest.items()}
+        return self.block.pack({name: value.unsqueeze(0) for name, value in full.items()})[0]
+
+    def _around(self, away: Tensor) -> Tensor:
+        """Points `[K, D]` at which the model can be tried, for standard normal numbers."""
+        if self.start is None:
+            return self.block.pack(self.within(self.block.unpack(0.3 * away)))
+        self.batching = "loop"
+        self._runner.guarded = frozenset(self.structure.sites)  # which of them need it is not known yet
+        spreads = [spread for spread in SPREADS if spread <= self._runner.spread]
+        for spread in spreads:
+            z = self.block.pack(self.within(self.block.unpack(self.start + spread * away)))
+            with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError):
+                if bool(self.log_prob(z).isfinite().all()):
+                    self._runner.guarded = frozenset()
+                    return z
+        raise ModelError(
+            "the log density is not finite near the point that init= names: give a point where it is; "
+            "vi.check(model) names the sites where it is not"
+        )
 
     def cast(self, tensor: Tensor) -> Tensor:
         """A tensor in this precision and on this device, detached where it is a floating one.
@@ -403,24 +434,23 @@ class Density:
             raise ModelError(f"the model raised {type(error).__name__}: {error}") from error
 
     @torch.no_grad()
-    def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
-        """The flat point `[D]` of these constrained values; sites left out start at the origin.
+    def unconstrain(self, init: Mapping[str, Any] | InitFunction) -> Tensor:
+        """The flat point `[D]` of constrained values; sites that have none start at the origin.
+
+        Args:
+            init: Values by site, or a function of the site, as Pyro's ``init_to_*``, which may draw from
+                torch's random state.
 
         Raises:
             ModelError: If a name is no latent site, or a value is outside its support or shape.
+            OptionError: If the function raises, or gives what is no value.
         """
-        names = [site.name for site in self.latents]
-        unknown = sorted(set(values) - set(names))
-        if unknown:
-            raise ModelError(f"no latent site named {unknown[0]!r}; latents: {', '.join(names)}")
-        given = {name: self._shaped(name, value) for name, value in values.items()}
-        replay = Replay(constrained=given | self._example)
+        require_latents(init, [site.name for site in self.latents])
+        replay = Replay(init=function_of(init), constrained=self._example)
         with self._runner.isolated():
             self._run(replay)
-            for name, value in given.items():
-                require_inside(replay.visits[name], value)
-        points = {name: replay.visits[name].unconstrained for name in names}
-        return self.block.pack({n: p.unsqueeze(0) for n, p in points.items() if p is not None})[0]
+        points = {site.name: replay.visits[site.name].unconstrained for site in self.latents}
+        return self._packed({name: point for name, point in points.items() if point is not None})
 
     @torch.no_grad()
     def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -437,17 +467,6 @@ class Density:
 
         latents = {site.name: self.cast(values[site.name]) for site in self.latents}
         return self.block.pack(self._sampled(single, latents))
-
-    def _shaped(self, name: str, value: Any) -> Tensor:
-        site = self.structure.sites[name]
-        shape = site.batch_shape + site.event_shape
-        tensor = torch.as_tensor(value, dtype=self.dtype, device=self.device)
-        if tensor.numel() != shape.numel():
-            raise ModelError(
-                f"site {name!r} has shape {tuple(shape)}; the value given for it has "
-                f"{tuple(tensor.shape)}"
-            )
-        return tensor.reshape(shape)
 
     def observations(
         self, data: Model | Sequence[Tensor] | None = None, *, attached: bool = False
@@ -555,6 +574,11 @@ class Density:
             self._run(replay, model=self.model.with_args(*args, **kwargs))
         visits = [replay.visits[site.name] for site in self.latents]
         return {v.name: (v.value, v.log_det) for v in visits if v.log_det is not None}
+
+    @property
+    def spread(self) -> float:
+        """How far from its start the model was tried, in unconstrained space."""
+        return self._runner.spread
 
     @property
     def sliced(self) -> Mapping[str, int]:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 # A site, and what leaves its constraint there, in words.
 Key = tuple[str, str]
 
-# Distances from the origin of unconstrained space, some points at each: from where a fit begins to what
-# is beyond any prior. Exponentials overflow on the way, which is no way out of a domain.
+# Distances from the start in unconstrained space (the origin where none is given), some points at each:
+# from where a fit begins to what is beyond any prior. Exponentials overflow on the way, which is no way
+# out of a domain.
 _RADII = (0.5, 2.0, 8.0, 30.0, 300.0, 1e4)
 _POINTS = 6
 # Of all points together, in numbers of the model.
@@ -40,7 +41,8 @@ def sites_that_leave(density: Density, width: int) -> dict[str, str]:
     generator = torch.Generator().manual_seed(_SEED)
     radii = torch.tensor(_RADII, dtype=torch.float64).repeat_interleave(each)
     normal = torch.randn(len(radii), density.dim, generator=generator, dtype=torch.float64)
-    z = density.block.unpack(density.cast(radii[:, None] * normal))
+    points = density.cast(radii[:, None] * normal)
+    z = density.block.unpack(points if density.start is None else density.start + points)
     return dict(_anywhere(density, density.within(z)))
 
 

@@ -26,6 +26,7 @@ from torch.distributions import Independent, constraints, transform_to
 
 from pyro_vi_kit.density import domain
 from pyro_vi_kit.density.drawn import Choice, Drawn, hardened
+from pyro_vi_kit.density.initial import InitFunction, point_at
 from pyro_vi_kit.density.modules import owner_of_param
 from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.errors import ModelError
@@ -124,6 +125,7 @@ class Replay(Messenger):
             where they have the site's shape.
         enumerate: Leave discrete latents to an `Enumeration` around the model.
         params: Unconstrained value of each learned parameter.
+        init: Gives constrained values of latents that nothing was given for; see `initial`.
         fill: Makes the unconstrained value of a latent that nothing was given for.
         simulate: Draw observed sites anew instead of using the data.
         sample_latents: Draw latents from their conditional prior where nothing was given.
@@ -140,6 +142,7 @@ class Replay(Messenger):
     constrained: Mapping[str, Tensor] = field(default_factory=dict)
     enumerate: bool = False
     params: Mapping[str, Tensor] = field(default_factory=dict)
+    init: InitFunction | None = None
     fill: Fill = torch.zeros
     simulate: bool = False
     sample_latents: bool = False
@@ -177,7 +180,7 @@ class Replay(Messenger):
             visit.kind = "latent"
             self._set_drawn(visit, relaxed)
         elif kind == "latent":
-            self._set_latent(visit)
+            self._set_latent(visit, msg)
         elif kind == "discrete" and not self.enumerate:
             given = self.constrained.get(visit.name)
             # Rows of new data are other rows: theirs are drawn.
@@ -208,8 +211,8 @@ class Replay(Messenger):
         batch = visit.unconstrained.shape[: visit.unconstrained.dim() - 1 - choice.inner]
         visit.log_det = visit.unconstrained.new_zeros(batch)
 
-    def _set_latent(self, visit: Visit) -> None:
-        """Give the latent its value, by the first of: unconstrained, constrained, prior, fill."""
+    def _set_latent(self, visit: Visit, msg: Any) -> None:
+        """Give the latent its value, by the first of: unconstrained, constrained, prior, init, fill."""
         if self.sample_latents and visit.name not in self.unconstrained:
             given = self.constrained.get(visit.name)
             visit.value = visit.fn.sample() if given is None else given
@@ -220,7 +223,9 @@ class Replay(Messenger):
         elif visit.name in self.constrained:
             visit.unconstrained = transform.inv(self.constrained[visit.name])
         else:
-            visit.unconstrained = self.fill(transform.inverse_shape(visit.fn.shape()))
+            origin = self.fill(transform.inverse_shape(visit.fn.shape()))
+            init = self.init
+            visit.unconstrained = origin if init is None else point_at(msg, init, transform, origin)
         visit.value = transform(visit.unconstrained)
         if self.enumerate:
             _require_one_value(visit, transform)

@@ -17,6 +17,7 @@ from pyro_vi_kit.density.compat import plain
 from pyro_vi_kit.density.drawn import Drawn
 from pyro_vi_kit.density.enumeration import Enumeration
 from pyro_vi_kit.density.handlers import Replay, subsample_indices
+from pyro_vi_kit.density.initial import SPREADS
 from pyro_vi_kit.density.modules import swapped_parameters
 from pyro_vi_kit.density.precision import Precision
 from pyro_vi_kit.density.rows import ArgumentRows, misfits, rows_among
@@ -53,6 +54,8 @@ class Runner:
         outer: The user's default dtype.
         precision: Converts what the model closes over, and what it names a dtype for; None once that is
             known to need no conversion.
+        centre: The unconstrained point around which the model is tried; the origin where empty.
+        spread: How far from it, in unconstrained space.
         at_hand: Plates of which the arguments hold the subsample that they declare, as the
             ``pyro.plate("data", size, len(x))`` of a model that is called on a minibatch.
         sliced: N of plates whose minibatches are rows of the arguments, since no index selects them.
@@ -76,6 +79,8 @@ class Runner:
         self.guarded: frozenset[str] = frozenset()
         self.outer = default_dtype()
         self.precision: Precision | None = Precision(dtype, self.device, self.outer)
+        self.centre: dict[str, Tensor] = {}
+        self.spread = SPREADS[0]
         self.at_hand: frozenset[str] = frozenset()
         self.sliced: dict[str, int] = {}
         self._streamed_rows = None if model.stream is None else model.stream.rows

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import transform_to
 
 from pyro_vi_kit.density.handlers import Fill, Kind, Replay, Visit, innermost
+from pyro_vi_kit.density.initial import SPREADS, InitFunction
 from pyro_vi_kit.density.problems import chance_problem, change_problem
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.supports import bijector
@@ -107,8 +108,14 @@ class Structure:
         return [site for site in self.sites.values() if site.kind in kinds]
 
 
-def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
+def discover(
+    runner: Runner, init: InitFunction | None = None
+) -> tuple[Structure, dict[str, Visit]]:
     """Find a model's structure from runs at different values of its latents.
+
+    Args:
+        runner: Runs the model.
+        init: Where to run it, and around; at the origin and around it when None.
 
     Returns:
         The structure, and the visits of the last run.
@@ -119,13 +126,14 @@ def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
     """
     with runner.first_runs():
         runs = [Replay(fill=fill) for fill in starts(runner.device)]
-        with Undone() as writes:
-            runner.try_run(runs[0])
-        if writes.found:
-            runner.run_on_copies()
+        runs[0].init = init
+        _first(runner, runs[0])
         before = random_state()
-        for run in runs[1:]:
-            runner.try_run(run)
+        if init is None:
+            for run in runs[1:]:
+                runner.try_run(run)
+        else:
+            runs[1:] = _nearby(runner, runs[0])
         structure = structure_of(runs[-1], runner.at_hand)
         changes = (change_problem(run.visits, runs[-1].visits) for run in runs[:-1])
         problem = next((change for change in changes if change is not None), None)
@@ -135,6 +143,56 @@ def discover(runner: Runner) -> tuple[Structure, dict[str, Visit]]:
     if problem is not None:
         raise ModelError(str(problem))
     return structure, runs[-1].visits
+
+
+def _first(runner: Runner, run: Replay) -> None:
+    """Run the model for the first time; notes if it writes into what is its own."""
+    try:
+        with Undone() as writes:
+            runner.try_run(run)
+    except ModelError as error:
+        hint = _hint(runner) if run.init is None else ""
+        raise (ModelError(f"{error}{hint}") if hint else error) from error.__cause__
+    if writes.found:
+        runner.run_on_copies()
+
+
+def _hint(runner: Runner) -> str:
+    """What to do about a model that raises at the origin, if it does not at draws of its prior."""
+    try:
+        runner.try_run(Replay(sample_latents=True))
+    except ModelError:
+        return ""
+    return (
+        ". That is at the origin of unconstrained space, and at draws of its prior it runs: say where "
+        "to start, init='median', init={site: value}, or a function of the site"
+    )
+
+
+def _nearby(runner: Runner, first: Replay) -> list[Replay]:
+    """Runs on either side of a point, as near as the model needs; notes point and distance."""
+    runner.centre = {
+        name: visit.unconstrained
+        for name, visit in first.visits.items()
+        if visit.kind == "latent" and visit.choice is None and visit.unconstrained is not None
+    }
+    for spread in SPREADS:
+        runner.spread = spread
+        runs = [Replay(fill=fill) for fill in starts(runner.device)[1:]]
+        try:
+            for run in runs:
+                away = {name: run.fill(value.shape) for name, value in runner.centre.items()}
+                run.unconstrained = {
+                    name: (value + spread / 0.3 * away[name]).detach().requires_grad_()
+                    for name, value in runner.centre.items()
+                }
+                runner.try_run(run)
+        except ModelError:
+            if spread == SPREADS[-1]:
+                raise
+        else:
+            return runs
+    return []
 
 
 def structure_of(replay: Replay, at_hand: frozenset[str] = frozenset()) -> Structure:

@@ -151,21 +151,6 @@ def _finite_at(visit: Visit, where: Tensor) -> bool:
             return False
 
 
-def require_inside(visit: Visit, value: Tensor) -> None:
-    """Refuse a value outside a latent's support.
-
-    Raises:
-        ModelError: If it is.
-    """
-    point = visit.unconstrained
-    inside = point is not None and bool(point.isfinite().all())
-    # Not the transform alone: a sigmoid's inverse clamps what lies outside.
-    if not inside or not bool(visit.fn.support.check(value).all()):
-        raise ModelError(
-            f"the value given for site {visit.name!r} is not inside its support, {visit.fn.support}"
-        )
-
-
 def data_problems(
     visits: Mapping[str, Visit], unchecked: frozenset[str] | None = None
 ) -> Iterator[Problem]:

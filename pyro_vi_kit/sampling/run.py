@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.initial import InitFunction
+from pyro_vi_kit.density.initial import checked as checked_init
 from pyro_vi_kit.errors import MissingDependencyError, OptionError, UnknownNameError
 from pyro_vi_kit.export import Group, Tree, to_arviz
 from pyro_vi_kit.groups import coords_of, model_groups, shares_outside
@@ -43,6 +45,7 @@ def nuts(
     target_accept: float = 0.9,
     cores: int | None = None,
     params: Mapping[str, Tensor] | None = None,
+    init: str | Mapping[str, Any] | InitFunction = "auto",
     progress: bool | None = None,
 ) -> Tree:
     """Sample the posterior with NUTS, and say whether the chains converged.
@@ -69,6 +72,8 @@ def nuts(
             turns in Python's interpreter, and run one chain after another.
         params: Unconstrained learned parameters by name, as ``Density.params`` has them, in the
             place of the model's own.
+        init: Where chains start instead, each as far from it as the density lets it: a dict of site
+            values, or a function of the site as `fit` takes it, for models that few points suit.
         progress: Show progress on stderr; None for only on a terminal.
 
     Returns:
@@ -91,6 +96,8 @@ def nuts(
             "nuts reads all data at each step, and those of this model are streamed: pass tensors, "
             "vi.Model(fn, x, y)"
         )
+    init = checked_init(init, ("auto",))
+    where = None if isinstance(init, str) else init
     name = _choose(sampler)
     seed = fresh_seed() if seed is None else seed
     plan = Plan(
@@ -101,7 +108,8 @@ def nuts(
     # The caller may be inside torch.no_grad().
     with torch.enable_grad(), one_thread():
         # One point at a time, from NumPy and back: that is the CPU's work, wherever the data are.
-        target = Target(Density(model, dtype=torch.float64, device="cpu"), params)
+        density = Density(model, dtype=torch.float64, device="cpu", init=where)
+        target = Target(density, params)
         threads = target.threads(total, _processors())
         if cores is None:
             plan = replace(plan, cores=min(chains, threads))

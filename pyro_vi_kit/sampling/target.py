@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.initial import SPREADS
 from pyro_vi_kit.errors import ModelError, OptionError, ViError
 from pyro_vi_kit.gradients import Gradients
 
 _TRIES = 100
 _RADIUS = 2.0
 _SHRINK = 0.95
+# A hundred tries end at 5e-10 of the radius: points near a given one are feasible, however few.
+_SHRINK_GIVEN = 0.8
 # Gradients a draw at the least: trajectories of seven steps are short.
 _GRADIENTS = 7
 
@@ -153,6 +156,8 @@ class Target:
             processors: How many there are.
         """
         point = np.full(self.density.dim, 0.1)
+        if self.density.start is not None:
+            point = self.density.start.numpy()
         self(point)
         if self.gradients.to_c(_GRADIENTS * draws, point):
             return processors
@@ -166,20 +171,27 @@ class Target:
         """A starting point `[D]` with finite log density.
 
         As in Stan, uniform within 2 of the origin of unconstrained space in every coordinate, so
-        that chains start apart; each further try is 5 % closer to the origin.
+        that chains start apart; each further try is 5 % closer to the origin. Where the density has a
+        start of its own, it is around that, nearer where the model raises within reach, and each further
+        try is 20 % closer.
 
         Raises:
             ModelError: If a hundred tries found none.
         """
         generator = np.random.default_rng(seed)
+        given = self.density.start
+        centre = 0.0 if given is None else given.numpy()
+        shrink = _SHRINK if given is None else _SHRINK_GIVEN
+        reach = _RADIUS * self.density.spread / SPREADS[0]
         for attempt in range(_TRIES):
-            radius = _RADIUS * _SHRINK**attempt
-            point = generator.uniform(-radius, radius, self.density.dim)
+            radius = reach * shrink**attempt
+            point = centre + generator.uniform(-radius, radius, self.density.dim)
             if np.isfinite(self(point)[0]):
                 return point
             self.check()
         raise ModelError(
             f"no starting point: the log density is not finite at any of {_TRIES} points around "
-            "the origin of unconstrained space. Look for observations outside their distribution's "
-            "support and for scales that underflow to 0."
+            f"{'the origin of unconstrained space' if given is None else 'what init= gives'}. Look for "
+            "observations outside their distribution's support and for scales that underflow to 0, or "
+            "give a point where it is finite, init={site: value}."
         )

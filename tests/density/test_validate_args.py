@@ -71,7 +71,7 @@ def test_the_check_notes_it():
 @pytest.mark.parametrize(
     "fn",
     [
-        lambda s: dist.Uniform(0.0, s, validate_args=False),
+        lambda s: dist.Uniform(0.0, 1.0, validate_args=False),
         lambda s: dist.Gamma(s, 1.0, validate_args=False),
     ],
 )
@@ -113,3 +113,34 @@ def test_a_multinomial_of_one_trial_is_taken_as_pyro_takes_it():
         held = poutine.condition(model, data={"a": point})
         expected = poutine.trace(held).get_trace(counts.double()).log_prob_sum()
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("fn", "log_prob"),
+    [
+        (
+            lambda a: dist.Pareto(a, 2.0),
+            lambda a, y: (2 * a**2 / y**3).log() if y >= a else -torch.inf,
+        ),
+        (lambda a: dist.Uniform(0.0, a), lambda a, y: -a.log() if y < a else -torch.inf),
+        (
+            lambda a: dist.Uniform(0.0, a).expand([1]).to_event(1),
+            lambda a, y: -a.log() if y < a else -torch.inf,
+        ),
+    ],
+)
+def test_a_support_that_follows_a_latent_is_empty_outside(fn, log_prob):
+    """Data outside of it at one value of the latent may be inside at another."""
+
+    def model(y):
+        a = pyro.sample("a", dist.LogNormal(0.0, 1.0))
+        d = fn(a)
+        pyro.sample("y", d, obs=y.expand(d.shape()))
+
+    y = torch.tensor(1.7, dtype=torch.float64)
+    density = Density(vi.Model(model, y))
+    z = torch.tensor([[-1.0], [0.0], [0.4], [0.7], [2.0]], dtype=torch.float64)
+    a = z.exp()[:, 0]
+    expected = torch.stack([torch.as_tensor(log_prob(v, y), dtype=torch.float64) for v in a])
+    prior = dist.Normal(0.0, 1.0).log_prob(z[:, 0])
+    torch.testing.assert_close(density.log_prob(z), prior + expected)
