@@ -130,14 +130,14 @@ def isolated(
             first run has them; the hot loop does not.
     """
     with LOCK:
-        outer, broadcast_shapes = torch.get_default_dtype(), torch.broadcast_shapes
+        outer, torchs_own = torch.get_default_dtype(), torch.broadcast_shapes
         torch.set_default_dtype(dtype)
-        torch.broadcast_shapes = _broadcast_shapes
+        torch.broadcast_shapes = broadcast_shapes
         try:
             with pyro.validation_enabled(validate), default_device(device):
                 yield
         finally:
-            torch.broadcast_shapes = broadcast_shapes
+            torch.broadcast_shapes = torchs_own
             torch.set_default_dtype(outer)
 
 
@@ -149,7 +149,7 @@ def default_device(device: torch.device | None) -> contextlib.AbstractContextMan
     return device  # a torch.device is such a context
 
 
-def _broadcast_shapes(*shapes: int | Sequence[int]) -> torch.Size:
+def broadcast_shapes(*shapes: int | Sequence[int]) -> torch.Size:
     """`torch.broadcast_shapes` for plain sizes; torch's own imports SymPy, a second of start-up."""
     sizes = [(shape,) if isinstance(shape, int) else tuple(shape) for shape in shapes]
     common = [1] * max(map(len, sizes), default=0)

@@ -14,6 +14,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 
 from pyro_vi_kit.density.handlers import Visit
 from pyro_vi_kit.density.problems import Problem
+from pyro_vi_kit.runtime import broadcast_shapes
 
 Shape = tuple[int, ...]
 
@@ -34,7 +35,7 @@ def shape_problem(visit: Visit) -> Problem | None:
     except (RuntimeError, ValueError, IndexError):
         return _unequal_problem(visit)
     return _repeated_problem(visit, terms) or _wide_problem(
-        visit, terms, torch.broadcast_shapes(terms, visit.fn.batch_shape)
+        visit, terms, broadcast_shapes(terms, visit.fn.batch_shape)
     )
 
 
@@ -61,7 +62,7 @@ def _unequal_problem(visit: Visit) -> Problem | None:
     """Data and distribution that do not broadcast; another error of a density is another problem's."""
     data, own = tuple(visit.value.shape), tuple(visit.fn.shape())
     try:
-        torch.broadcast_shapes(data, own)
+        broadcast_shapes(data, own)
     except RuntimeError:
         return Problem(
             f"{_told(visit)}, and they do not fit",
