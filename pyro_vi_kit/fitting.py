@@ -22,6 +22,7 @@ from pyro_vi_kit import (
     streaming,
     training,
 )
+from pyro_vi_kit.capture.turns import ending_here
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.initial import InitFunction
 from pyro_vi_kit.device import Device
@@ -39,6 +40,7 @@ from pyro_vi_kit.training import PyroGuide
 from pyro_vi_kit.types import Objective
 
 
+@ending_here()  # compilers
 @torch.enable_grad()  # the caller may have gradients off
 def fit(
     model: Model,

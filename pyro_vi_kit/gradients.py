@@ -171,6 +171,12 @@ class Gradients:
         self.in_c, shape.rest = CDensity(function, held), held
         return True
 
+    def stop(self) -> None:
+        """Have no compiler at work on it any more."""
+        for shape in self._shapes.values():
+            if shape.program is not None:
+                shape.program.stop()
+
     @property
     def engine(self) -> str:
         """``captured``, ``compiled`` or ``eager``, by what evaluates any number of points now."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.machinery
+import os
 import sys
 import time
 import warnings
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from pyro_vi_kit.calibration.simulating import Simulations
 from pyro_vi_kit.calibration.trial import Result, Trial
+from pyro_vi_kit.capture.turns import SIDE_BY_SIDE
 from pyro_vi_kit.errors import ModelError, ViError, first_line
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.runtime import one_thread
@@ -169,6 +171,7 @@ def _chunk(
     payload: bytes, numbers: list[int], simulations: Simulations, references: Tensor
 ) -> list[tuple[int, Result]]:
     """Some simulations, in another process."""
+    os.environ[SIDE_BY_SIDE] = "1"
     trial = _loaded(payload)
     with one_thread():
         return [

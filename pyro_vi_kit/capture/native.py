@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.capture import cache
+from pyro_vi_kit.capture import cache, turns
 from pyro_vi_kit.capture.graph import Graph, computes_indices
 
 _WORKER, _LOWERINGS = (Path(__file__).with_name(name) for name in ("worker.py", "lowerings.py"))
@@ -61,7 +62,7 @@ class Library:
         inputs: An example of its inputs, noise included.
 
     Attributes:
-        path: Where the library is or will be.
+        path: Where the library is, or None.
         problem: Why there will be none, or empty.
     """
 
@@ -69,7 +70,8 @@ class Library:
         # Constants are inputs here: data do not land in the library, and other data give the same one.
         self._constants = list(graph.constants.values())
         self._job = json.dumps(_job(graph, [*inputs, *self._constants]), sort_keys=True)
-        self.path = cache.folder() / f"{_key(self._job)}.so"
+        self._key = _key(self._job)
+        self.path = cache.find(self._key)
         self.problem = ""
         self._worker: subprocess.Popen[bytes] | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -77,40 +79,71 @@ class Library:
     @property
     def ready(self) -> bool:
         """Whether the library is on disk."""
-        return self.path.exists()
+        return self.path is not None
 
-    def start(self) -> None:
-        """Begin to compile in another process, unless that is done or has failed."""
-        if self.ready or self.problem or self._worker is not None:
+    @property
+    def at_work(self) -> bool:
+        """Whether a compiler is."""
+        return self._worker is not None
+
+    def start(self, *, asked: bool = False) -> None:
+        """Begin to compile in another process, unless that is done or has failed.
+
+        One compiler is at work on a machine at a time: where another is, nothing happens, and it may be
+        tried again.
+
+        Args:
+            asked: Whether somebody waits for it; otherwise it is not begun on a machine that is busy.
+        """
+        if self.ready or self.problem or self.at_work or (not asked and turns.busy()):
             return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._scratch = tempfile.TemporaryDirectory(prefix="pyro_vi_kit_")
-            (Path(self._scratch.name) / "job.json").write_text(self._job)
-            self._worker = subprocess.Popen(
-                [sys.executable, str(_WORKER), self._scratch.name, str(self.path)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-            )
+            turn = turns.take()
+            if turn is None:
+                return
+            try:
+                self._worker = self._started(turn)
+            finally:
+                os.close(turn)  # the worker has it, and gives it back by ending
         except OSError as error:
             self.problem = f"the compiler could not be started: {error}"
             return
         atexit.register(self.stop)
+        turns.note_started(self)
+
+    def _started(self, turn: int) -> subprocess.Popen[bytes]:
+        self._scratch = tempfile.TemporaryDirectory(prefix="pyro_vi_kit_")
+        (Path(self._scratch.name) / "job.json").write_text(self._job)
+        return subprocess.Popen(
+            [sys.executable, str(_WORKER), self._scratch.name],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+            pass_fds=(turn,) if os.name == "posix" else (),
+            # Of a group of its own: it starts others, which would outlive it.
+            start_new_session=True,
+        )
 
     def poll(self) -> bool:
         """Whether the library is there; notes the problem once the compiler has failed."""
         if self._worker is not None and self._worker.poll() is not None:
-            if not self.ready:
+            made = Path(self._scratch.name) / "made.so" if self._scratch is not None else Path()
+            if self._worker.returncode == 0 and made.is_file():
+                try:
+                    self.path = cache.keep(self._key, made)
+                except OSError as error:
+                    self.problem = f"the compiled library could not be kept: {error}"
+            else:
                 self.problem = _said(self._scratch)
             self.stop()
         return self.ready
 
     def wait(self, seconds: float) -> bool:
-        """Wait for the compiler, for so long at the most; whether the library is there."""
+        """Have it compiled, for so long at the most; whether the library is there."""
         end = time.monotonic() + seconds
         while not self.poll() and not self.problem and time.monotonic() < end:
+            self.start(asked=True)
             time.sleep(0.05)
         return self.ready
 
@@ -123,8 +156,6 @@ class Library:
         aoti: Any = torch._C._aoti  # pyright: ignore[reportAttributeAccessIssue]
         runner = aoti.AOTIModelContainerRunnerCpu(str(self.path), _MODELS)
         run, constants = runner.run, self._constants
-        with contextlib.suppress(OSError):
-            os.utime(self.path)  # the libraries that go first are those not used for longest
 
         def replay(*inputs: Tensor) -> Sequence[Tensor]:
             return run([*inputs, *constants])
@@ -133,19 +164,20 @@ class Library:
 
     def discard(self) -> None:
         """Take a library that is of no use off the disk."""
-        cache.discard(self.path)
+        if self.path is not None:
+            cache.discard(self.path)
 
     def stop(self) -> None:
-        """End the compiler if it is still at work."""
+        """End the compiler if it is still at work, and what it has started."""
         worker, self._worker = self._worker, None
         if worker is not None:
-            worker.kill()
+            with contextlib.suppress(OSError):
+                os.killpg(worker.pid, signal.SIGKILL) if os.name == "posix" else worker.kill()
             worker.wait()
             atexit.unregister(self.stop)
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
-        cache.forget_oldest(self.path.parent)
 
 
 def _job(graph: Graph, tensors: Sequence[Tensor]) -> dict[str, Any]:

@@ -41,9 +41,10 @@ class Program:
     """A captured function, for inputs of the shapes that it was captured on.
 
     It begins in TorchScript. Once it has run for five seconds it has itself compiled, beside what goes
-    on, and is faster when that is done; a graph that was compiled before is compiled from the start.
-    On a GPU it is a CUDA graph instead, and is not compiled. Who has many calls to come may have it
-    written in C, which takes some tenths of a second and is for small work.
+    on, where the machine has time for that (`turns`), and is faster when that is done; a graph that was
+    compiled before is compiled from the start. On a GPU it is a CUDA graph instead, and is not compiled.
+    Who has many calls to come may have it written in C, which takes some tenths of a second and is for
+    small work.
 
     Args:
         graph: The recording.
@@ -126,7 +127,7 @@ class Program:
             return False
         self._library.start()
         self._next_look = 0.0
-        return not self._library.problem
+        return self._library.at_work
 
     def worth_c(self, calls: int) -> bool:
         """Whether so many calls take longer than it takes to compile C.
@@ -172,10 +173,14 @@ class Program:
             seconds: How long to wait at the most.
         """
         if self._library is not None:
-            self._library.start()
             self._library.wait(seconds)
             self._adopt([*inputs, *self.graph.draw_noise()])
         return self.how == "native"
+
+    def stop(self) -> None:
+        """Have no compiler at work any more."""
+        if self._library is not None:
+            self._library.stop()
 
     def _look(self, inputs: Sequence[Tensor]) -> None:
         """Start the compiler, or see how far it is; one thread at a time."""

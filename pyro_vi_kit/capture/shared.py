@@ -68,6 +68,9 @@ class SharedProgram:
         """See `Program.expect`: no compiler is at work on it."""
         return self._program.expect(calls, inputs)
 
+    def stop(self) -> None:
+        """See `Program.stop`: there is nothing to stop."""
+
     def holding(self, held: Held) -> list[Tensor]:
         """What `__call__` takes behind the changing inputs for these held ones."""
         names = self._whole.inputs[self._changing : self._changing + self._count]

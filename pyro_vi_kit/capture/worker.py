@@ -1,18 +1,20 @@
 """Compile one graph to a shared library; run as a script, by `native`.
 
-    python worker.py FOLDER LIBRARY
+    python worker.py FOLDER
 
-reads FOLDER/job.json and writes LIBRARY, or FOLDER/error.txt. Imports nothing of this package but the
-file beside it.
+reads FOLDER/job.json and writes FOLDER/made.so, or FOLDER/error.txt. Imports nothing of this package but
+the file beside it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import operator
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -20,37 +22,38 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+# The fit that it works for comes first.
+_NICE = 10
 
-def main(folder: Path, library: Path) -> int:
+
+def main(folder: Path) -> int:
     """Compile the job in ``folder``; the exit status."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(os.getppid(), folder), daemon=True).start()
+    with contextlib.suppress(OSError, AttributeError):
+        os.nice(_NICE)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
     # Not tried out again for each graph, which takes seconds: where the compiler cannot, it says so.
     os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
     try:
         made = _compile(json.loads((folder / "job.json").read_text()))
         # Operations that have no C interface are named in a file that lies beside the library.
-        _place(made.with_suffix(".json"), library.with_suffix(".json"))
-        _place(made, library)
+        for suffix in (".json", ".so"):
+            if made.with_suffix(suffix).exists():
+                shutil.copyfile(made.with_suffix(suffix), folder / f"made{suffix}")
     except Exception:  # noqa: BLE001  told to the parent
         (folder / "error.txt").write_text(traceback.format_exc())
         return 1
     return 0
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int, folder: Path) -> None:
     """End when the process that asked has ended, however that came about."""
     while os.getppid() == parent:
-        time.sleep(1.0)
+        time.sleep(0.5)
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.name == "posix" and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)  # with the compilers that it has started
     os._exit(1)
-
-
-def _place(made: Path, wanted: Path) -> None:
-    """Copy a file to its place at once, so that no other process reads half of it."""
-    if made.exists():
-        partial = wanted.with_suffix(f".{os.getpid()}.partial")
-        shutil.copyfile(made, partial)
-        partial.replace(wanted)
 
 
 def _compile(job: dict[str, Any]) -> Path:
@@ -87,4 +90,4 @@ def _read(torch: Any, kind: str, text: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1])))

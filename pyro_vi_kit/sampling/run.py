@@ -114,8 +114,11 @@ def nuts(
         if cores is None:
             plan = replace(plan, cores=min(chains, threads))
         before = time.perf_counter()
-        with Progress(f"NUTS, {chains} chains", total, progress) as bar:
-            result = SAMPLERS[name](target, plan, bar)
+        try:
+            with Progress(f"NUTS, {chains} chains", total, progress) as bar:
+                result = SAMPLERS[name](target, plan, bar)
+        finally:
+            target.gradients.stop()
         seconds = time.perf_counter() - before
     facts = {
         "model": model.name,

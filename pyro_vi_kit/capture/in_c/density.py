@@ -17,6 +17,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from pyro_vi_kit.capture.in_c.library import CFunction
 
+ENTRIES = ("log_density", "keep_draw")
 _TEXT = """
 struct state { const void *const *tensors; int64_t evaluations, draws, stopped; };
 
@@ -91,7 +92,7 @@ class CDensity:
         self._tensors = function.arguments(self._held)
         self.state = State(ctypes.addressof(self._tensors), 0, 0, 0)
         self.state_address = ctypes.addressof(self.state)
-        self.log_density, self.keep_draw = map(function.address, ("log_density", "keep_draw"))
+        self.log_density, self.keep_draw = map(function.address, ENTRIES)
         prototype = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_uint64, *[ctypes.c_void_p] * 4)
         self._call = prototype(self.log_density)
 

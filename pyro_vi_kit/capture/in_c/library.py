@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -27,10 +28,14 @@ from pyro_vi_kit.capture.in_c.source import Source, source_of
 
 # Without -ffast-math: NaN and infinities mean something here.
 FLAGS = ("-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w")
-_SECONDS = 60.0
+# What a compiler is given: 0.15 s and some milliseconds a line are usual, on a machine that is not busy.
+_SECONDS, _SECONDS_A_LINE, _MOST_SECONDS = 15.0, 0.01, 60.0
 # Loops of vectors take up to half the time; to find them takes long in a graph of many loops.
 _VECTORS, _PLAIN = "-O3", "-O2"
 _MAX_VECTORS = 100
+
+# Compilers that did not end, and what was said of them: not waited for again by this process.
+_hang: dict[str, str] = {}
 
 
 def compiler() -> str | None:
@@ -52,7 +57,8 @@ class CFunction:
         path: Where the library lies.
 
     Raises:
-        RefusedError: If the graph is not written in C, or there is no compiler that takes it.
+        RefusedError: If the graph is not written in C, or there is no compiler that takes it, or what it
+            makes is no library.
     """
 
     def __init__(self, graph: Graph, inputs: Sequence[Tensor]) -> None:
@@ -68,10 +74,12 @@ class CFunction:
         self.path = library(self._source.text, found, level)
         try:
             self._library = ctypes.CDLL(str(self.path))
-        except OSError as error:
+            self._replay = self._library.replay
+            for name in self._source.entries:
+                self.address(name)
+        except (OSError, AttributeError) as error:
             self.discard()
             raise RefusedError(f"the compiled library does not load: {error}") from error
-        self._replay = self._library.replay
         self._replay.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
         self._replay.restype = ctypes.c_int64
         self._count = len(graph.inputs) + len(self._constants)
@@ -125,27 +133,57 @@ def library(text: str, with_compiler: str, level: str) -> Path:
     Raises:
         RefusedError: If the compiler fails, with what it said.
     """
-    path = cache.folder() / f"{_key(text, with_compiler, level)}.so"
-    if path.exists():
-        with contextlib.suppress(OSError):
-            os.utime(path)  # the libraries that go first are those not used for longest
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        key = _key(text, with_compiler, level)
+        kept = cache.find(key)
+        if kept is not None:
+            return kept
         with tempfile.TemporaryDirectory(prefix="pyro_vi_kit_") as scratch:
             made = Path(scratch) / "made.so"
-            command = [with_compiler, level, *FLAGS, "-x", "c", "-", "-o", str(made), "-lm"]
-            done = subprocess.run(
-                command, input=text, capture_output=True, text=True, timeout=_SECONDS, check=False
-            )
-            if done.returncode:
-                said = done.stderr.strip().splitlines() or ["no reason given"]
-                raise RefusedError(f"the C compiler failed: {said[0]}")
-            cache.place(made, path)
-    except (OSError, subprocess.TimeoutExpired) as error:
+            _compile(text, [with_compiler, level, *FLAGS, "-x", "c", "-", "-o", str(made), "-lm"])
+            if not made.is_file() or not made.stat().st_size:
+                raise RefusedError("the C compiler made no library")
+            return cache.keep(key, made)
+    except OSError as error:
         raise RefusedError(f"the C compiler failed: {error}") from error
-    cache.forget_oldest(path.parent)
-    return path
+
+
+def _compile(text: str, command: Sequence[str]) -> None:
+    """Have a source compiled, by a process that ends with what it starts, and in time."""
+    if command[0] in _hang:
+        raise RefusedError(_hang[command[0]])
+    seconds = min(_SECONDS + _SECONDS_A_LINE * text.count("\n"), _MOST_SECONDS)
+    # A group of its own: compilers start others, which outlive them.
+    worker = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+    try:
+        _, said = worker.communicate(text.encode(), timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        _hang[command[0]] = f"the C compiler {command[0]} had not ended after {seconds:.0f} s"
+        raise RefusedError(_hang[command[0]]) from error
+    finally:
+        _end(worker)
+    if worker.returncode:
+        # Compilers speak the user's language, in whatever encoding.
+        lines = said.decode(errors="replace").strip().splitlines() or ["no reason given"]
+        raise RefusedError(f"the C compiler failed: {lines[0]}")
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    """End a compiler that is still at work, and all that it started."""
+    if worker.poll() is None:
+        with contextlib.suppress(OSError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()
+    for pipe in (worker.stdin, worker.stderr):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
 
 
 def _start(tensor: Tensor) -> int:

@@ -62,10 +62,12 @@ class Source(NamedTuple):
     Attributes:
         text: The source, with all that it needs.
         results: How its results are to lie.
+        entries: Names of functions in it beside ``replay``.
     """
 
     text: str
     results: list[Layout]
+    entries: tuple[str, ...]
 
 
 def source_of(graph: Graph, inputs: Sequence[Tensor]) -> Source:
@@ -121,7 +123,8 @@ class _Translation:
         body = [*self._opening, *memory, *self._writer.lines, *closing, "return outside;"]
         results = [self._values[name] for name in self._graph.outputs]
         last = density.entry(self._inputs, results, len(self._opening))
-        return Source("\n".join([PRELUDE, _HEAD, *body, _END, last]), layouts)
+        text = "\n".join([PRELUDE, _HEAD, *body, _END, last])
+        return Source(text, layouts, density.ENTRIES if last else ())
 
     def _translate(self, node: Node) -> None:
         """The lines of one operation; none for one that only looks at what is there."""
