@@ -10,7 +10,9 @@ import torch
 
 from pyro_vi_kit.density.examination import Examination
 from pyro_vi_kit.density.problems import Problem
-from pyro_vi_kit.model import Model
+from pyro_vi_kit.model import Model, a_model
+from pyro_vi_kit.options import checks, flag
+from pyro_vi_kit.runtime import a_dtype
 
 Outcome = Literal["pass", "fail", "note"]
 
@@ -66,6 +68,7 @@ class Report:
         return f"Report({self.model!r}, {len(self.checks)} checks, {found})"
 
 
+@checks(model=a_model, dtype=a_dtype, verbose=flag)
 def check(model: Model, *, dtype: torch.dtype = torch.float64, verbose: bool = True) -> Report:
     """Look a model over before fitting it. Nothing of the user's state is changed.
 

@@ -31,15 +31,23 @@ from pyro_vi_kit.errors import ModelError, OptionError, ShapeError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.methods import fixed_draws, stochastic
 from pyro_vi_kit.methods.epochs import Epochs
-from pyro_vi_kit.model import Model
+from pyro_vi_kit.model import Model, a_model
+from pyro_vi_kit.options import SEED, checks, optional, path, positive
 from pyro_vi_kit.posterior import Posterior, is_small
 from pyro_vi_kit.record import Record
 from pyro_vi_kit.request import Request, checked
-from pyro_vi_kit.runtime import RandomStream, default_dtype, one_thread
+from pyro_vi_kit.runtime import RandomStream, a_dtype, default_dtype, one_thread
 from pyro_vi_kit.training import PyroGuide
 from pyro_vi_kit.types import Objective
 
 
+@checks(
+    model=a_model,
+    budget=optional(positive),
+    seed=optional(SEED),
+    checkpoint=optional(path),
+    dtype=optional(a_dtype),
+)
 @ending_here()  # compilers
 @torch.enable_grad()  # the caller may have gradients off
 def fit(
@@ -159,7 +167,6 @@ def fit(
         epochs,
         device,
     )
-    _require_dtype(dtype)
     if automatic:
         ladder.require_possible(request)
         density = Density(
@@ -238,11 +245,6 @@ def _record(
         batch_size=request.batch_size,
         history={name: np.asarray(column) for name, column in outcome.history.items()},
     )
-
-
-def _require_dtype(dtype: object) -> None:
-    if dtype not in (None, torch.float32, torch.float64):
-        raise OptionError(f"dtype= must be torch.float32 or torch.float64, got {dtype!r}")
 
 
 def _trainee(

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pyro_vi_kit.errors import ModelError
+from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.options import COUNT, checks, mapping, optional, text
 
 if TYPE_CHECKING:
     from pyro_vi_kit.stream import Stream
@@ -63,6 +64,7 @@ class Model:
     stream: Stream | None = None
     updates: Mapping[str, Update] = field(default_factory=dict)
 
+    @checks(kwargs=optional(mapping), name=optional(text), rows=optional(COUNT))
     def __init__(
         self,
         fn: Callable[..., Any],
@@ -141,6 +143,16 @@ class Model:
         return tuple(
             positional[i] if i < len(positional) else f"arg{i}" for i in range(len(self.args))
         )
+
+
+def a_model(option: str, value: Any) -> Model:
+    """A rule of `options.checks`: a `Model`."""
+    if isinstance(value, Model):
+        return value
+    remedy = "wrap the Pyro function and its arguments, vi.Model(fn, x, y)"
+    if isinstance(getattr(value, "model", None), Model):
+        remedy = f"pass the model that it is of, {type(value).__name__.lower()}.model"
+    raise OptionError(f"{option} must be a vi.Model, got {type(value).__name__}: {remedy}")
 
 
 def _stream(args: tuple[Any, ...], rows: int | None) -> Stream | None:

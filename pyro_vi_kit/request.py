@@ -16,13 +16,24 @@ from pyro_vi_kit.density.initial import checked as checked_init
 from pyro_vi_kit.device import Device, device_of
 from pyro_vi_kit.engines import NAMES as ENGINES
 from pyro_vi_kit.engines import OptimizerFactory
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.methods import NAMES as METHODS
 from pyro_vi_kit.methods.epochs import Epochs
 from pyro_vi_kit.methods.starts import Found
-from pyro_vi_kit.model import Model
-from pyro_vi_kit.options import require_integer, require_positive
+from pyro_vi_kit.model import Model, a_model
+from pyro_vi_kit.options import (
+    COUNT,
+    SEED,
+    checks,
+    flag,
+    function,
+    mapping,
+    one_of,
+    optional,
+    positive,
+    told,
+)
 from pyro_vi_kit.runtime import fresh_seed
 from pyro_vi_kit.types import Objective
 
@@ -72,6 +83,25 @@ class Request:
     below: Guide | None = None
 
 
+def _rows(option: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {plate: COUNT(option, rows) for plate, rows in mapping(option, value).items()}
+    return COUNT(option, value)
+
+
+@checks(
+    model=a_model,
+    method=one_of("method", METHODS),
+    engine=one_of("engine", ENGINES),
+    tol=optional(positive),
+    budget=optional(positive),
+    steps=optional(COUNT),
+    estimator=one_of("estimator", objectives.ESTIMATORS),
+    optimizer=optional(function),
+    batch_size=optional(_rows),
+    seed=optional(SEED),
+    progress=optional(flag),
+)
 def checked(
     model: Model,
     objective: str | Objective,
@@ -95,36 +125,11 @@ def checked(
     Raises:
         OptionError: If one of them cannot work, whatever the model.
     """
-    if not isinstance(model, Model):
-        raise OptionError(
-            f"fit takes a vi.Model, got {type(model).__name__}: wrap the Pyro function and its "
-            "arguments, vi.fit(vi.Model(fn, x, y))"
-        )
-    if method not in METHODS:
-        raise UnknownNameError("method", method, METHODS)
-    if engine not in ENGINES:
-        raise UnknownNameError("engine", engine, ENGINES)
-    if estimator not in objectives.ESTIMATORS:
-        raise UnknownNameError("estimator", estimator, objectives.ESTIMATORS)
-    if tol is not None:
-        require_positive("tol", tol)
-    require_integer("steps", steps, at_least=1, optional=True)
-    if budget is not None:
-        require_positive("budget", budget)
-    each = batch_size.values() if isinstance(batch_size, Mapping) else [batch_size]
-    for size in each:
-        require_integer("batch_size", size, at_least=1, optional=True)
-    require_integer("seed", seed, at_least=0, optional=True)
     if resumed and init != "auto":
         raise OptionError(
             "init= does not go with resume=, which starts where the earlier fit ended"
         )
     init = checked_init(init, ("auto", "origin"))
-    if optimizer is not None and not callable(optimizer):
-        raise OptionError(
-            "optimizer= must make an optimiser from parameters, e.g. "
-            "functools.partial(torch.optim.Adam, lr=1e-3)"
-        )
     plan = _plan(epochs, method, engine)
     if plan is not None and plan.rate is not None and optimizer is not None:
         raise OptionError(
@@ -169,8 +174,7 @@ def _plan(epochs: object, method: str, engine: str) -> Epochs | None:
     if epochs is None or isinstance(epochs, Epochs):
         plan = epochs
     else:
-        require_integer("epochs", epochs, at_least=1)
-        plan = Epochs(epochs)  # type: ignore[arg-type]
+        plan = Epochs(COUNT("epochs", epochs))
     wrong = "engine='pyro'" if engine == "pyro" else ""
     if method in ("cavi", "lbfgs"):
         wrong = f"method={method!r}"

@@ -19,6 +19,9 @@ from typing import Any
 import pyro
 import torch
 
+from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.options import told
+
 LOCK = threading.RLock()
 
 
@@ -54,6 +57,13 @@ def default_dtype() -> torch.dtype:
     """The user's default dtype, and not the one that a fit in another thread has borrowed it for."""
     with LOCK:
         return torch.get_default_dtype()
+
+
+def a_dtype(option: str, value: Any) -> torch.dtype:
+    """A rule of `options.checks`: a precision that models are run in."""
+    if not isinstance(value, torch.dtype) or value not in (torch.float32, torch.float64):
+        raise OptionError(f"{option}= must be torch.float32 or torch.float64, got {told(value)}")
+    return value
 
 
 def _generators() -> list[torch.Generator]:

@@ -19,6 +19,7 @@ import pyro_vi_kit as vi
 # of one layer do not know each other. A new module takes its place here.
 LAYERS = (
     ("errors", "types"),
+    ("options",),
     (
         "runtime",
         "device",
@@ -31,7 +32,6 @@ LAYERS = (
         "undefined",
         "advice",
         "headed",
-        "options",
     ),
     ("stream",),
     ("model", "export", "capture", "psis_rows", "shifts"),

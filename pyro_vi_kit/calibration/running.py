@@ -17,8 +17,8 @@ from pyro_vi_kit.calibration.workers import run_all
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import GuideSpec
-from pyro_vi_kit.model import Model
-from pyro_vi_kit.options import require_integer
+from pyro_vi_kit.model import Model, a_model
+from pyro_vi_kit.options import COUNT, SEED, checks, flag, function, integer, names, optional
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import checked
 from pyro_vi_kit.runtime import RandomStream, default_dtype, fresh_seed
@@ -26,9 +26,20 @@ from pyro_vi_kit.types import Objective
 
 FEWEST = 20
 FEWEST_DRAWS = 19
+MOST = 10_000_000  # of either; ranks of so many are 80 MB a number
 _RANKED = ("latent", "deterministic", "discrete")
 
 
+@checks(
+    model=a_model,
+    simulations=integer(FEWEST, MOST),
+    draws=integer(FEWEST_DRAWS, MOST),
+    fitter=optional(function),
+    sites=optional(names),
+    seed=optional(SEED),
+    jobs=optional(COUNT),
+    progress=optional(flag),
+)
 def calibrate(
     model: Model,
     guide: str | GuideSpec | None = None,
@@ -82,9 +93,6 @@ def calibrate(
         KeyboardInterrupt: If the user interrupts; nothing is kept.
     """
     started = time.monotonic()
-    require_integer("simulations", simulations, at_least=FEWEST)
-    require_integer("draws", draws, at_least=FEWEST_DRAWS)
-    require_integer("jobs", jobs, at_least=1, optional=True)
     spec = _spec(guide, fitter)
     options: dict[str, Any] = {
         "objective": "elbo" if objective is None else objective,
@@ -115,10 +123,6 @@ def _spec(guide: object, fitter: object) -> GuideSpec | None:
     if fitter is not None:
         if guide is not None:
             raise OptionError("guide= and fitter= both say what to fit: give one of them")
-        if not callable(fitter):
-            raise OptionError(
-                f"fitter= must be callable on a model and a seed, got {type(fitter).__name__}"
-            )
         return None
     if guide is not None and not isinstance(guide, str | GuideSpec):
         raise OptionError(

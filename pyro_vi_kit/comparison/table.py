@@ -17,8 +17,8 @@ from pyro_vi_kit.comparison.measures import (
     mean_error_mcse,
     mean_error_noise,
 )
-from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.export import Tree
+from pyro_vi_kit.options import SEED, checks, integer
 from pyro_vi_kit.posterior import Posterior
 from pyro_vi_kit.sampling import SamplerWarning
 
@@ -43,6 +43,7 @@ COLUMNS = (
 )
 
 
+@checks(draws=integer(4, 10**8), seed=SEED)
 def compare(
     reference: Tree,
     posteriors: Mapping[str, Posterior] | Posterior,
@@ -90,8 +91,6 @@ def compare(
     import pandas as pd
 
     fits = by_name(posteriors)
-    if not isinstance(draws, int) or isinstance(draws, bool) or draws < 4:
-        raise OptionError(f"draws must be a whole number of 4 or more, got {draws!r}")
     truth = Reference(reference)
     _warn_unconverged(truth)
     distances = Distances(seed)

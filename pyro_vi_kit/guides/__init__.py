@@ -29,9 +29,10 @@ from pyro_vi_kit.guides.planar import Planar
 from pyro_vi_kit.guides.radial import Radial
 from pyro_vi_kit.guides.structured import Structured
 from pyro_vi_kit.guides.student_t import StudentT
-from pyro_vi_kit.model import Model
+from pyro_vi_kit.model import Model, a_model
+from pyro_vi_kit.options import SEED, checks, optional
 from pyro_vi_kit.registry import About, first_line, resolve
-from pyro_vi_kit.runtime import RandomStream, default_dtype
+from pyro_vi_kit.runtime import RandomStream, a_dtype, default_dtype
 
 
 @runtime_checkable
@@ -157,6 +158,11 @@ def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:
     )
 
 
+def _fittable(option: str, value: Any) -> Model | Density:
+    return value if isinstance(value, Density) else a_model(option, value)
+
+
+@checks(model=_fittable, seed=SEED, dtype=optional(a_dtype))
 def make(
     guide: str | GuideSpec,
     model: Model | Density,

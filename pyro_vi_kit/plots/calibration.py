@@ -12,6 +12,8 @@ from pyro_vi_kit.calibration import Calibration
 from pyro_vi_kit.calibration.judging import CALIBRATED, JOINT
 from pyro_vi_kit.calibration.uniformity import Band, band, ecdf
 from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.options import checks, names, of_class, optional
+from pyro_vi_kit.options import path as a_path
 from pyro_vi_kit.plots.style import COLOURS, GREY, INK, destination, panels, save
 
 if TYPE_CHECKING:
@@ -22,9 +24,14 @@ _MOST_PANELS = 12
 # Of more curves in a panel each is thin.
 _FEW = 3
 _FINE, _WRONG = COLOURS[0], COLOURS[1]
+_CALIBRATION = of_class(Calibration, "pass what vi.calibrate returns")
 _BAND_WORDS = "95 % band, if calibrated"
 
 
+_OF_SITES = checks(calibration=_CALIBRATION, sites=optional(names), path=optional(a_path))
+
+
+@_OF_SITES
 def rank_ecdf(
     calibration: Calibration,
     sites: Sequence[str] | None = None,
@@ -69,6 +76,7 @@ def rank_ecdf(
     )
 
 
+@_OF_SITES
 def coverage(
     calibration: Calibration,
     sites: Sequence[str] | None = None,
@@ -105,6 +113,7 @@ def coverage(
     )
 
 
+@checks(calibration=_CALIBRATION, path=optional(a_path))
 def expected_coverage(calibration: Calibration, path: str | Path | None = None) -> Figure:
     """How often regions about random points hold the truth, all latents jointly (TARP).
 

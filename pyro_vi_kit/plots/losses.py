@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyro_vi_kit.comparison import by_name
+from pyro_vi_kit.options import checks, optional
+from pyro_vi_kit.options import path as a_path
 from pyro_vi_kit.plots.style import INK, destination, number, panels, save, styles
 from pyro_vi_kit.posterior import Posterior
 
@@ -24,6 +26,7 @@ _CUT = 0.15
 _LEAST_HEIGHT = 0.1  # nats
 
 
+@checks(path=optional(a_path))
 def losses(
     posteriors: Mapping[str, Posterior] | Posterior, path: str | Path | None = None
 ) -> Figure:

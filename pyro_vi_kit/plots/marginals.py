@@ -10,8 +10,10 @@ import numpy as np
 
 from pyro_vi_kit.comparison import Paired, Reference, by_name, error_table, pair
 from pyro_vi_kit.comparison.measures import varies
-from pyro_vi_kit.errors import ModelError, OptionError, UnknownNameError
+from pyro_vi_kit.errors import ModelError, UnknownNameError
 from pyro_vi_kit.export import Tree
+from pyro_vi_kit.options import COUNT, SEED, checks, integer, names, optional
+from pyro_vi_kit.options import path as a_path
 from pyro_vi_kit.plots.density import density, support
 from pyro_vi_kit.plots.style import GREY, INK, destination, panels, quality, save, styles
 from pyro_vi_kit.posterior import Posterior
@@ -28,6 +30,13 @@ _LONGEST_TAIL = 6.0  # interquartile ranges
 _POINT = 1e-9
 
 
+@checks(
+    path=optional(a_path),
+    sites=optional(names),
+    max_panels=COUNT,
+    draws=integer(4, 10**8),
+    seed=SEED,
+)
 def marginals(
     reference: Tree,
     posteriors: Mapping[str, Posterior] | Posterior,
@@ -60,8 +69,6 @@ def marginals(
         MissingDependencyError: If matplotlib is not installed.
     """
     target = destination(path)
-    if max_panels < 1:
-        raise OptionError(f"max_panels must be 1 or more, got {max_panels}")
     fits, truth = by_name(posteriors), Reference(reference)
     pairs = {name: pair(truth, fit, name, draws=draws, seed=seed) for name, fit in fits.items()}
     shown, total = _chosen(pairs, sites, max_panels)

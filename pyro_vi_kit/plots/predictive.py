@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.options import COUNT, checks, mapping, of_class, optional
+from pyro_vi_kit.options import path as a_path
 from pyro_vi_kit.plots.density import density, support
 from pyro_vi_kit.plots.style import COLOURS, INK, destination, number, panels, quality, save
 from pyro_vi_kit.posterior import Posterior
@@ -29,6 +30,12 @@ _PALE = 0.45
 _MOST_COUNTS = 25
 
 
+@checks(
+    posterior=of_class(Posterior, "pass what vi.fit or vi.load returns"),
+    path=optional(a_path),
+    statistics=optional(mapping),
+    max_panels=COUNT,
+)
 def predictive(
     posterior: Posterior,
     path: str | Path | None = None,
@@ -65,8 +72,6 @@ def predictive(
         MissingDependencyError: If matplotlib is not installed.
     """
     target = destination(path)
-    if max_panels < 1:
-        raise OptionError(f"max_panels must be 1 or more, got {max_panels}")
     replicates = posterior.replicate(draws, seed, sites=sites, corrected=corrected)
     found = [c for c in comparisons(replicates, statistics) if np.isfinite(c.observed)]
     shown = replicates.sites[:max_panels]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pyro_vi_kit import loo, predictive
+from pyro_vi_kit.options import DRAWS, SEED, checks, flag, mapping, names, optional, share, text
 from pyro_vi_kit.posterior.judged import Judged
-from pyro_vi_kit.posterior.options import require_draws
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class AgainstData(Judged):
     """The part of a posterior that holds the model against the data."""
 
+    @checks(sites=optional(names), plate=optional(text), draws=DRAWS, seed=SEED)
     def loo(
         self,
         sites: str | Sequence[str] | None = None,
@@ -53,7 +54,6 @@ class AgainstData(Judged):
         Warns:
             LooWarning: Where k-hat says that an observation's elpd may be off; with the remedy.
         """
-        require_draws(draws)
         self._require_spread()
         with self._few_threads():
             return loo.loo(
@@ -66,6 +66,14 @@ class AgainstData(Judged):
                 seed=seed,
             )
 
+    @checks(
+        statistics=optional(mapping),
+        sites=optional(names),
+        draws=DRAWS,
+        seed=SEED,
+        prob=share,
+        corrected=optional(flag),
+    )
     def check_predictive(
         self,
         statistics: Mapping[str, Callable[[np.ndarray], float]] | None = None,
@@ -103,6 +111,7 @@ class AgainstData(Judged):
         replicates = self.replicate(draws, seed, sites=sites, corrected=corrected)
         return predictive.table(replicates, statistics, prob)
 
+    @checks(draws=DRAWS, seed=SEED, sites=optional(names), corrected=optional(flag))
     def replicate(
         self,
         draws: int = 1000,
@@ -119,7 +128,6 @@ class AgainstData(Judged):
             sites: Observed sites; all when None.
             corrected: As `check_predictive` has it.
         """
-        require_draws(draws)
         level = None if self.approximation.point else (self.verdict and self.verdict.level)
         with self._few_threads():
             return predictive.replicate(

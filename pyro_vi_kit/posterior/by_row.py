@@ -12,12 +12,8 @@ from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.model import Model
-from pyro_vi_kit.options import require_integer
+from pyro_vi_kit.options import COUNT, DRAWS, SEED, checks, flag, optional, positive, text
 from pyro_vi_kit.posterior.fitted import Fitted
-from pyro_vi_kit.posterior.options import (
-    require_draws,
-    require_tolerance,
-)
 from pyro_vi_kit.runtime import fresh_seed
 
 if TYPE_CHECKING:
@@ -55,6 +51,13 @@ class ByRow(Fitted):
         local = [block for block in guide.blocks if block.plate is not None]
         return bool(local) and all(guide.table(block) is None for block in local)
 
+    @checks(
+        steps=optional(COUNT),
+        tol=positive,
+        seed=optional(SEED),
+        batch_size=optional(COUNT),
+        progress=optional(flag),
+    )
     def refine(
         self,
         *args: Any,
@@ -83,9 +86,6 @@ class ByRow(Fitted):
         Raises:
             OptionError: If the guide has no distribution for each datum, or an option is wrong.
         """
-        require_integer("steps", steps, at_least=1, optional=True)
-        require_integer("batch_size", batch_size, at_least=1, optional=True)
-        require_tolerance(tol)
         target = self._on(args, kwargs)
         seed = fresh_seed() if seed is None else seed
         with target._few_threads(), torch.enable_grad():
@@ -100,6 +100,7 @@ class ByRow(Fitted):
             )
         return self._of(target.model, refined, record, self.spec)
 
+    @checks(draws=DRAWS, seed=SEED, plate=optional(text))
     def per_datum(
         self,
         *args: Any,
@@ -129,7 +130,6 @@ class ByRow(Fitted):
             OptionError: If the guide has no distribution for each datum, or the rows of the plate depend
                 on each other's latents.
         """
-        require_draws(draws)
         self._require_spread()
         target = self._on(args, kwargs)
         approximation = target._of_this_package()
@@ -137,6 +137,14 @@ class ByRow(Fitted):
             seen = pointwise.seen_per_datum(approximation.guide, approximation.params, plate)
             return pointwise.table(seen, draws, seed, target.model.coords)
 
+    @checks(
+        draws=DRAWS,
+        seed=SEED,
+        plate=optional(text),
+        steps=optional(COUNT),
+        tol=positive,
+        progress=optional(flag),
+    )
     def amortization_gap(
         self,
         *args: Any,
@@ -169,9 +177,6 @@ class ByRow(Fitted):
         Raises:
             OptionError: If the guide has no encoder, or an option is wrong.
         """
-        require_draws(draws)
-        require_integer("steps", steps, at_least=1, optional=True)
-        require_tolerance(tol)
         target = self._on(args, kwargs)
         with target._few_threads(), torch.enable_grad():
             return amortization.gaps(

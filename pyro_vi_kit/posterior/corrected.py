@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Self
 
 from pyro_vi_kit import evidence, linear_response
 from pyro_vi_kit.guides import FullRank
+from pyro_vi_kit.options import DRAWS, SEED, checks, flag, optional
 from pyro_vi_kit.posterior.fitted import Fitted
-from pyro_vi_kit.posterior.options import require_draws
 from pyro_vi_kit.runtime import fresh_seed
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Corrected(Fitted):
     """The part of a posterior that mends it."""
 
+    @checks(draws=DRAWS, seed=optional(SEED))
     def evidence(self, draws: int = 10_000, seed: int | None = None) -> tuple[float, float]:
         """Log evidence by importance weights and a standard error that knows of the tail, nats.
 
@@ -33,12 +34,12 @@ class Corrected(Fitted):
             OptionError: For a point estimate, for fewer than 2 draws, or where none has a positive
                 density.
         """
-        require_draws(draws)
         self._require_spread()
         seed = fresh_seed() if seed is None else seed
         with self._few_threads():
             return evidence.estimate(self.approximation, draws, seed)
 
+    @checks(draws=optional(DRAWS), seed=SEED, progress=optional(flag))
     def linear_response(
         self, draws: int | None = None, seed: int = 0, progress: bool | None = None
     ) -> Self:
@@ -67,6 +68,7 @@ class Corrected(Fitted):
         )
         return self._of(self.model, approximation, record, FullRank())
 
+    @checks(draws=optional(DRAWS), seed=SEED, progress=optional(flag))
     def linear_response_summary(
         self, draws: int | None = None, seed: int = 0, progress: bool | None = None
     ) -> pd.DataFrame:

@@ -8,8 +8,8 @@ import numpy as np
 
 from pyro_vi_kit.errors import ModelError, OptionError, ViError
 from pyro_vi_kit.evaluation import usable
+from pyro_vi_kit.options import DRAWS, SEED, checks, flag, optional
 from pyro_vi_kit.posterior.fitted import Fitted
-from pyro_vi_kit.posterior.options import require_draws
 from pyro_vi_kit.psis import psis, resample
 from pyro_vi_kit.runtime import fresh_seed, seed_of
 
@@ -17,6 +17,7 @@ from pyro_vi_kit.runtime import fresh_seed, seed_of
 class Drawn(Fitted):
     """The part of a posterior that draws."""
 
+    @checks(draws=DRAWS, seed=optional(SEED))
     def sample(self, draws: int = 1000, seed: int | None = None) -> dict[str, np.ndarray]:
         """Draws from q, `{site: [draws, *site shape]}`, deterministic and discrete sites too.
 
@@ -26,11 +27,11 @@ class Drawn(Fitted):
             draws: How many.
             seed: The same seed gives the same draws.
         """
-        require_draws(draws)
         seed = fresh_seed() if seed is None else seed
         with self._few_threads():
             return self._named(self.approximation.draw(draws, seed))
 
+    @checks(draws=DRAWS, seed=optional(SEED))
     def resample(self, draws: int = 1000, seed: int | None = None) -> dict[str, np.ndarray]:
         """Draws corrected by Pareto-smoothed importance resampling, as `sample` gives them.
 
@@ -39,7 +40,6 @@ class Drawn(Fitted):
         Raises:
             OptionError: For a point estimate, or where no draw has a positive density.
         """
-        require_draws(draws)
         self._require_spread()
         seed = fresh_seed() if seed is None else seed
         with self._few_threads():
@@ -50,18 +50,19 @@ class Drawn(Fitted):
         )
         return {name: value[chosen] for name, value in self._named(values).items()}
 
+    @checks(draws=DRAWS, seed=optional(SEED))
     def log_weights(self, draws: int = 1000, seed: int | None = None) -> np.ndarray:
         """Log p(x, z) - log q(z) in nats, `[draws]`, at what `sample` draws with that seed.
 
         Raises:
             OptionError: For a point estimate, which has no density.
         """
-        require_draws(draws)
         self._require_spread()
         with self._few_threads():
             weighed = self.approximation.weigh(draws, fresh_seed() if seed is None else seed)
         return (weighed.log_p - weighed.log_q).numpy()
 
+    @checks(draws=DRAWS, seed=optional(SEED), corrected=flag)
     def predict(
         self,
         *args: Any,
@@ -85,7 +86,6 @@ class Drawn(Fitted):
             ModelError: If the model refuses the arguments.
             OptionError: If a point estimate, which has no weights, is to be corrected.
         """
-        require_draws(draws)
         if corrected:
             self._require_spread()
         seed = fresh_seed() if seed is None else seed

@@ -7,8 +7,9 @@ from typing import Any
 
 from pyro_vi_kit import export, storage
 from pyro_vi_kit.groups import coords_of, width_of
+from pyro_vi_kit.options import DRAWS, SEED, checks, optional
+from pyro_vi_kit.options import path as a_path
 from pyro_vi_kit.posterior.judged import Judged
-from pyro_vi_kit.posterior.options import require_draws
 
 # Numbers that the draws of an export make together where nobody says how many there shall be: about
 # 100 MB of file.
@@ -26,6 +27,7 @@ _LEFT_OUT = (
 class Exported(Judged):
     """The part of a posterior that leaves as ArviZ data."""
 
+    @checks(draws=optional(DRAWS), seed=SEED)
     def to_arviz(self, draws: int | None = None, seed: int = 0) -> Any:
         """`InferenceData` (ArviZ 0.x) or `DataTree` (1.x) with one chain of draws from q.
 
@@ -43,6 +45,7 @@ class Exported(Judged):
         coords = coords_of(self.model, groups)
         return export.to_arviz(groups, coords, self.attrs(seed))
 
+    @checks(draws=DRAWS, seed=SEED)
     def groups(self, draws: int, seed: int) -> dict[str, export.Group]:
         """What `to_arviz` exports, as plain arrays."""
         groups = self.approximation.groups(draws, seed)
@@ -62,6 +65,7 @@ class Exported(Judged):
         """Whether so many draws are weighed on all data in about a minute."""
         return self.model.stream is None or draws * self.approximation.cost <= _WEIGHABLE
 
+    @checks(seed=SEED)
     def attrs(self, seed: int) -> dict[str, Any]:
         """How it was made and how good it is, in what netCDF can hold."""
         attrs = {"model": self.model.name, "guide": self.guide, "draws_seed": seed}
@@ -78,6 +82,7 @@ class Exported(Judged):
             attrs["learned_parameters"] = ", ".join(self.parameters)
         return attrs
 
+    @checks(path=a_path, draws=optional(DRAWS))
     def save(self, path: str | Path, draws: int | None = None) -> Path:
         """Write valid ArviZ netCDF that also holds the guide's tensors; read it with `vi.load`.
 
@@ -99,7 +104,6 @@ class Exported(Judged):
     def _exported(self, draws: int | None) -> int:
         """How many draws an export holds."""
         if draws is not None:
-            require_draws(draws)
             return draws
         numbers = 1 if self.density is None else max(width_of(self.density), 1)
         return min(_MOST_DRAWS, max(_FEWEST_DRAWS, _EXPORTED // numbers))

@@ -10,6 +10,7 @@ import numpy as np
 from pyro_vi_kit import diagnosis
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.evaluation import Evaluation, evaluate
+from pyro_vi_kit.options import checks, share
 from pyro_vi_kit.posterior.fitted import Fitted
 from pyro_vi_kit.summary import summarise
 from pyro_vi_kit.verdict import Verdict
@@ -107,6 +108,7 @@ class Judged(Fitted):
         with self._few_threads():
             return found.table(self.approximation)
 
+    @checks(prob=share)
     def summary(self, prob: float = 0.9) -> pd.DataFrame:
         """Mean, sd, interval and Monte Carlo error of each parameter, with its verdict.
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from pyro_vi_kit import storage
 from pyro_vi_kit.device import Device
-from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import GuideSpec
-from pyro_vi_kit.model import Model
+from pyro_vi_kit.model import Model, a_model
+from pyro_vi_kit.options import checks
+from pyro_vi_kit.options import path as a_path
 from pyro_vi_kit.posterior.against_data import AgainstData
 from pyro_vi_kit.posterior.by_row import ByRow
 from pyro_vi_kit.posterior.corrected import Corrected
@@ -30,6 +31,7 @@ class Posterior(Drawn, Corrected, AgainstData, ByRow, Exported):
     """
 
 
+@checks(path=a_path, model=a_model)
 def load(
     path: str | Path,
     model: Model,
@@ -51,8 +53,6 @@ def load(
         ModelError: If the model's latents are not those of the file.
         OptionError: If ``guide=`` is needed, or `model` is no `Model`.
     """
-    if not isinstance(model, Model):
-        raise OptionError(f"load takes the vi.Model of the posterior, got {type(model).__name__}")
     restored = storage.restore(path, model, guide, device)
     return Posterior(
         model, restored.approximation, restored.record, restored.density, restored.spec

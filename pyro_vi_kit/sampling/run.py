@@ -16,10 +16,11 @@ from torch import Tensor
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.initial import InitFunction
 from pyro_vi_kit.density.initial import checked as checked_init
-from pyro_vi_kit.errors import MissingDependencyError, OptionError, UnknownNameError
+from pyro_vi_kit.errors import MissingDependencyError, OptionError
 from pyro_vi_kit.export import Group, Tree, to_arviz
 from pyro_vi_kit.groups import coords_of, model_groups, shares_outside
-from pyro_vi_kit.model import Model
+from pyro_vi_kit.model import Model, a_model
+from pyro_vi_kit.options import COUNT, SEED, checks, flag, integer, mapping, one_of, optional, share
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.runtime import RandomStream, fresh_seed, one_thread
 from pyro_vi_kit.sampling import with_nutpie, with_pyro
@@ -34,6 +35,18 @@ _INSIDE = "write the argument as exp, softplus or sigmoid of latents, which keep
 _TUNE = {"nutpie": 400, "pyro": 800}
 
 
+@checks(
+    model=a_model,
+    chains=integer(1, 10_000),
+    draws=integer(4, 10**8),
+    tune=optional(integer(10, 10**8)),
+    seed=optional(SEED),
+    sampler=one_of("sampler", (*SAMPLERS, "auto")),
+    target_accept=share,
+    cores=optional(COUNT),
+    params=optional(mapping),
+    progress=optional(flag),
+)
 def nuts(
     model: Model,
     *,
@@ -91,7 +104,7 @@ def nuts(
     Warns:
         SamplerWarning: For each problem of the draws, and where ``auto`` falls back on Pyro.
     """
-    if isinstance(model, Model) and model.stream is not None:
+    if model.stream is not None:
         raise OptionError(
             "nuts reads all data at each step, and those of this model are streamed: pass tensors, "
             "vi.Model(fn, x, y)"
@@ -103,7 +116,6 @@ def nuts(
     plan = Plan(
         chains, draws, _TUNE[name] if tune is None else tune, seed, target_accept, cores or 1
     )
-    _validate(plan)
     total = chains * (draws + plan.tune)
     # The caller may be inside torch.no_grad().
     with torch.enable_grad(), one_thread():
@@ -146,8 +158,6 @@ def _processors() -> int:
 
 def _choose(sampler: str) -> str:
     """The sampler to use."""
-    if sampler not in (*SAMPLERS, "auto"):
-        raise UnknownNameError("sampler", sampler, (*SAMPLERS, "auto"))
     if sampler == "nutpie":
         with_nutpie.import_nutpie()
     if sampler != "auto":
@@ -163,22 +173,6 @@ def _choose(sampler: str) -> str:
         )
         return "pyro"
     return "nutpie"
-
-
-def _validate(plan: Plan) -> None:
-    """Refuse numbers that no sampler can use, before the model is run."""
-    least = {"chains": 1, "draws": 4, "tune": 10, "seed": 0, "cores": 1}
-    for option, value in asdict(plan).items():
-        if option == "target_accept":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least[option]:
-            raise OptionError(
-                f"{option}={value!r} must be a whole number of {least[option]} or more"
-            )
-    if not 0.0 < plan.target_accept < 1.0:
-        raise OptionError(
-            f"target_accept={plan.target_accept!r} must be between 0 and 1; 0.9 is the default"
-        )
 
 
 def _groups(target: Target, plan: Plan, result: Draws) -> dict[str, Group]:
