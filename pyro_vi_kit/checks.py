@@ -8,8 +8,11 @@ from typing import Literal
 
 import torch
 
+from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.examination import Examination
 from pyro_vi_kit.density.problems import Problem
+from pyro_vi_kit.errors import ModelError, ViError
+from pyro_vi_kit.groups import require_names
 from pyro_vi_kit.model import Model, a_model
 from pyro_vi_kit.options import checks, flag
 from pyro_vi_kit.runtime import a_dtype
@@ -89,6 +92,8 @@ def check(model: Model, *, dtype: torch.dtype = torch.float64, verbose: bool = T
 def _checks(found: Examination) -> Iterator[Check]:
     for name, make in _CHECKS.items():
         if name == "stream" and found.model.stream is None:
+            continue
+        if name == "names" and not (found.model.dims or found.model.coords):
             continue
         if name in _NEED_A_RUN and found.last is None:
             yield Check(name, "note", "not checked, since the model does not run")
@@ -207,6 +212,18 @@ def _stream(name: str, found: Examination) -> Check:
     return _verdict(name, found.stream_problems, f"batches stand for {rows:,} rows")
 
 
+def _names(name: str, found: Examination) -> Check:
+    try:
+        density = Density(found.model)
+    except ModelError:
+        return Check(name, "note", "not checked, since the model cannot be fitted")
+    try:
+        require_names(density)
+    except ViError as error:
+        return Check(name, "fail", str(error), "correct dims= and coords= of vi.Model")
+    return Check(name, "pass", "dims and coords fit the model's sites and arguments")
+
+
 def _verdict(
     name: str, problems: list[Problem], otherwise: str, outcome: Outcome = "fail"
 ) -> Check:
@@ -230,5 +247,6 @@ _CHECKS: dict[str, Callable[[str, Examination], Check]] = {
     "length": _length,
     "parameters": _parameters,
     "stream": _stream,
+    "names": _names,
 }
 _NEED_A_RUN = frozenset(_CHECKS) - {"model runs", "data"}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_vi_kit.errors import OptionError, first_line
+from pyro_vi_kit.errors import OptionError, first_line, told
 
 Device = str | torch.device
 
@@ -22,7 +22,7 @@ def checked(device: Device | None) -> torch.device | None:
     if device is None:
         return None
     if not isinstance(device, str | torch.device):
-        raise OptionError(f"device= must be 'cpu', 'cuda' or a torch.device, got {device!r}")
+        raise OptionError(f"device= must be 'cpu', 'cuda' or a torch.device, got {told(device)}")
     try:
         named = torch.device(device)
     except RuntimeError as error:

@@ -5,6 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 80
+
+
+def told(value: object) -> str:
+    """A value of the user's as messages show it: in a line, and cut where it is long."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # noqa: BLE001  a repr of the user's own
+        text = f"an object of {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
+
 
 class ViError(Exception):
     """Base of every error this package raises on purpose.
@@ -37,10 +48,13 @@ class UnknownNameError(OptionError, KeyError):
 
     def __init__(self, kind: str, name: object, choices: Iterable[str]) -> None:
         known = sorted(choices)
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        super().__init__(f"unknown {kind} {name!r}.{hint} Known {kind}s: {', '.join(known)}.")
-        self._init_args = (kind, str(name), tuple(known))
+        shown = told(name)
+        folded = {choice.casefold(): choice for choice in known}
+        wanted = name.casefold() if isinstance(name, str) else shown
+        nearest = difflib.get_close_matches(wanted, folded, n=1, cutoff=0.4)
+        hint = f" Did you mean {folded[nearest[0]]!r}?" if nearest else ""
+        super().__init__(f"unknown {kind} {shown}.{hint} Known {kind}s: {', '.join(known)}.")
+        self._init_args = (kind, name if isinstance(name, str) else shown, tuple(known))
 
     def __reduce__(self) -> tuple[type, tuple[str, str, tuple[str, ...]]]:
         # The default would call the class with the message alone, in whichever process unpickles it.

@@ -10,11 +10,12 @@ import importlib.metadata
 import itertools
 import json
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -31,7 +32,21 @@ Tree: TypeAlias = Any  # arviz.InferenceData (ArviZ 0.x) or xarray.DataTree (Arv
 
 _SAMPLE_DIMS = ("chain", "draw")
 _ENGINE = "h5netcdf"
-_LABEL_TYPES = (str, int, float, np.integer, np.floating, np.bool_, np.datetime64)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_LABEL_TYPES = (str, int, float, np.integer, np.floating, np.bool_)
+# Groups of the model's own sites, in which one name means one thing. Arguments and a fit's records are
+# not among them: a plate "county" and an argument `county`, its indices, are usual.
+_OF_SITES = frozenset(
+    {
+        "posterior",
+        "unconstrained_posterior",
+        "posterior_predictive",
+        "log_likelihood",
+        "prior",
+        "prior_predictive",
+        "observed_data",
+    }
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,15 +76,17 @@ def to_arviz(
     """Make an ArviZ object: ``InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
 
     Names are changed only where ArviZ or netCDF cannot hold them. A dimension that a variable has
-    twice becomes ``"school"`` and ``"school_1"``; one called like a variable, ``"chain"`` or
+    twice becomes ``"school"`` and ``"school_1"``; one called like a site, ``"chain"`` or
     ``"draw"`` gets the suffix ``"_dim"``, and a variable called ``"chain"`` or ``"draw"`` the
-    suffix ``"_site"``; a slash becomes a dot. Complex arrays are split into ``"{name}_real"`` and
+    suffix ``"_site"``; a slash becomes a dot, and a control character ``"_"``. Where two names become
+    one, the second gets a number. Complex arrays are split into ``"{name}_real"`` and
     ``"{name}_imag"``. Groups without variables are left out.
 
     Args:
         groups: Arrays by group, in the order in which they shall appear.
         coords: What a dimension's positions are called; other dimensions are numbered from 0.
-            Labels that are no numbers, strings or ``datetime64`` become their text.
+            Dates and times become ``datetime64``, but with a time zone their text, as whatever else is
+            no number or string.
         attrs: Facts about the whole. ``created_at`` (UTC), ``inference_library`` and
             ``inference_library_version`` are added here and to every group unless they are given.
 
@@ -85,7 +102,7 @@ def to_arviz(
         "inference_library": "pyro_vi_kit",
         "inference_library_version": __version__,
     }
-    taken = {_variable_name(site) for group in groups.values() for site in group.variables}
+    names = _variable_names(groups)
     built = {}
     for name, group in groups.items():
         if not group.variables:
@@ -95,7 +112,9 @@ def to_arviz(
                     "move its attrs to the whole"
                 )
             continue
-        built[name] = _dataset(name, group, coords or {}, taken)
+        others = [g for n, g in groups.items() if name not in _OF_SITES or n in _OF_SITES]
+        taken = {names[site] for other in others for site in other.variables}
+        built[name] = _dataset(name, group, coords or {}, names, taken)
         built[name].attrs.update(_plain_attrs({**stamp, **group.attrs}))
     return _assemble(built, _plain_attrs({**stamp, **(attrs or {})}))
 
@@ -227,7 +246,11 @@ def _assemble(groups: Mapping[str, xr.Dataset], attrs: Mapping[str, Any]) -> Tre
 
 
 def _dataset(
-    name: str, group: Group, coords: Mapping[str, Sequence[Any]], taken: set[str]
+    name: str,
+    group: Group,
+    coords: Mapping[str, Sequence[Any]],
+    called: Mapping[str, str],
+    taken: set[str],
 ) -> xr.Dataset:
     """One group's dataset: every variable with named dimensions, every dimension with a coord."""
     import xarray as xr
@@ -246,7 +269,7 @@ def _dataset(
                     f"dimension {source!r} of group {name!r} has length {length} in site {site!r} "
                     f"but {len(labels[dim])} in site {owner!r}: name them apart with dims="
                 )
-        for key, part in _real_parts(_variable_name(site), array).items():
+        for key, part in _real_parts(called[site], array).items():
             if key in variables:
                 raise ModelError(f"two sites of group {name!r} become {key!r}: rename one of them")
             variables[key] = (tuple(dim for dim, _ in names), part)
@@ -256,7 +279,10 @@ def _dataset(
 def _dim_names(
     site: str, shape: Sequence[int], group: Group, taken: set[str]
 ) -> list[tuple[str, str]]:
-    """For each dimension of an array its unique name, and the name it has in ``coords``."""
+    """For each dimension of an array its unique name, and the name it has in ``coords``.
+
+    The latter is empty for chains and draws, which have no coords; a plate may be called so.
+    """
     lead = _SAMPLE_DIMS if group.sampled else ()
     if len(shape) < len(lead):
         raise ModelError(f"site {site!r} must be [chain, draw, ...], got shape {tuple(shape)}")
@@ -267,7 +293,7 @@ def _dim_names(
             f"dims of site {site!r} name {len(given)} dimensions {given}, but its shape is {inner}"
         )
     given += [f"{site}_dim_{i}" for i in range(len(given), len(inner))]
-    names = [(dim, dim) for dim in lead]
+    names = [(dim, "") for dim in lead]
     for source in given:
         names.append((_unique_dim(source, {dim for dim, _ in names}, taken), source))
     return names
@@ -276,7 +302,7 @@ def _dim_names(
 def _unique_dim(source: str, used: set[str], taken: set[str]) -> str:
     """A dimension's name that neither a variable nor another dimension of its variable has."""
     dim = _safe(source)
-    while dim in taken or dim in _SAMPLE_DIMS:
+    while dim in taken or dim in _SAMPLE_DIMS or not dim.strip("."):
         dim += "_dim"
     candidates = itertools.chain([dim], (f"{dim}_{i}" for i in itertools.count(1)))
     return next(name for name in candidates if name not in used and name not in taken)
@@ -284,7 +310,7 @@ def _unique_dim(source: str, used: set[str], taken: set[str]) -> str:
 
 def _labels(site: str, dim: str, length: int, coords: Mapping[str, Sequence[Any]]) -> np.ndarray:
     """The coordinate values of a dimension: those given, else 0, 1, ..."""
-    if dim not in coords or dim in _SAMPLE_DIMS:
+    if dim not in coords or not dim:
         return np.arange(length)
     values = list(coords[dim])
     if len(values) != length:
@@ -292,9 +318,28 @@ def _labels(site: str, dim: str, length: int, coords: Mapping[str, Sequence[Any]
             f"dimension {dim!r} has length {length} in site {site!r}, but coords[{dim!r}] holds "
             f"{len(values)} names: give one name for each position"
         )
+    times = _times(values)
+    if times is not None:
+        return times
     if not all(isinstance(value, _LABEL_TYPES) for value in values):
         values = [str(value) for value in values]
+    values = [_text(value) if isinstance(value, str) else value for value in values]
     return np.asarray(values) if values else np.arange(0)
+
+
+def _times(values: Sequence[Any]) -> np.ndarray | None:
+    """Dates and times, of Python, NumPy or pandas, as ``datetime64``; None where a value is none.
+
+    A time zone is kept in the text of a label, since ``datetime64`` has none.
+    """
+    if not values or not all(isinstance(value, np.datetime64 | date) for value in values):
+        return None
+    if any(getattr(value, "tzinfo", None) is not None for value in values):
+        return None
+    exact = np.asarray(values, dtype="datetime64[us]")
+    # Nanoseconds, which pandas has, end in the years 1677 and 2262.
+    near = np.abs(exact.astype(np.int64)) < np.iinfo(np.int64).max // 1000
+    return np.asarray(values, dtype="datetime64[ns]") if near.all() else exact
 
 
 def _storable(site: str, values: Any) -> np.ndarray:
@@ -319,14 +364,34 @@ def _real_parts(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
     return {f"{name}_real": np.real(array), f"{name}_imag": np.imag(array)}
 
 
+def _variable_names(groups: Mapping[str, Group]) -> dict[str, str]:
+    """The variable of each site of all groups: names that netCDF can hold, each another."""
+    sites = dict.fromkeys(site for group in groups.values() for site in group.variables)
+    # Those that need no change keep their names whatever comes before them.
+    names = {site: site for site in sites if _variable_name(site) == site}
+    for site in sites:
+        if site not in names:
+            name = _variable_name(site)
+            candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+            used = set(names.values())
+            names[site] = next(candidate for candidate in candidates if candidate not in used)
+    return names
+
+
 def _variable_name(site: str) -> str:
-    """The name of a site's variable."""
-    return f"{site}_site" if site in _SAMPLE_DIMS else _safe(site)
+    """The name of a site's variable; dots alone mean folders in HDF5."""
+    name = _safe(site)
+    return f"{name}_site" if name in _SAMPLE_DIMS or not name.strip(".") else name
 
 
 def _safe(name: str) -> str:
-    """A name without slashes, which separate groups in netCDF."""
-    return str(name).replace("/", ".")
+    """A name without slashes, which separate groups in netCDF, and without control characters."""
+    return _text(_CONTROL.sub("_", str(name).replace("/", ".")))
+
+
+def _text(value: str) -> str:
+    """Text without what a file cannot hold: NUL, and halves of characters."""
+    return value.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def _plain_attrs(attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -342,12 +407,16 @@ def _native_attrs(attrs: Mapping[Any, Any]) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Text, numbers and flat lists of one of these as they are; anything else as JSON."""
     value = _native(value)
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
         return value
     if isinstance(value, list | tuple) and value:
         items = [_native(item) for item in value]
         kinds = {type(item) for item in items}
-        if kinds == {str} or kinds <= {int, float}:
+        if kinds == {str}:
+            return [_text(item) for item in items]
+        if kinds <= {int, float}:
             return items
     return json.dumps(value, default=lambda item: item.tolist() if _is_numpy(item) else str(item))
 

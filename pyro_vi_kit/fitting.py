@@ -28,6 +28,7 @@ from pyro_vi_kit.density.initial import InitFunction
 from pyro_vi_kit.device import Device
 from pyro_vi_kit.engines import OptimizerFactory
 from pyro_vi_kit.errors import ModelError, OptionError, ShapeError
+from pyro_vi_kit.groups import require_names
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.methods import fixed_draws, stochastic
 from pyro_vi_kit.methods.epochs import Epochs
@@ -175,6 +176,7 @@ def fit(
             device=request.device,
             init=starting.site_values(request),
         )
+        require_names(density)
         request = starting.located(request, density)
         posterior = ladder.climb(request, density, _fit_one)
         seconds = time.monotonic() - started
@@ -189,6 +191,8 @@ def fit(
         trainee, density = resuming.trained_again(earlier, model, dtype, request.device)
         state = None if isinstance(trainee, Guide) else resuming.state_of(earlier)
     name = training.name_of(trainee)
+    if density is not None:
+        require_names(density)
     kept = None
     if checkpoint is not None:
         told = identity.of(request, guide, trainee, density, earlier)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from pyro_vi_kit.density import Density, Site
-from pyro_vi_kit.errors import ModelError
+from pyro_vi_kit.density.masks import shown
+from pyro_vi_kit.errors import ModelError, UnknownNameError
 from pyro_vi_kit.export import Group
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream
@@ -114,8 +116,13 @@ def sampled(
         else:
             array = squeeze(site, value)
             dims[name] = dims_of(density.model, site, unconstrained=unconstrained)
-        variables[name] = array.reshape(chains, -1, *array.shape[1:])
+        variables[name] = by_chain(array, chains)
     return Group(variables, dims)
+
+
+def by_chain(array: np.ndarray, chains: int) -> np.ndarray:
+    """`[chains * draws, ...]` as `[chain, draw, ...]`; a site may have no numbers."""
+    return array.reshape(chains, len(array) // chains, *array.shape[1:])
 
 
 def model_groups(
@@ -158,7 +165,8 @@ def model_groups(
             simulated = in_chunks(lambda part: density.simulate(part, params=params), z, width)
             predictive = {name: simulated[name] for name in observed}
             groups["posterior_predictive"] = sampled(density, predictive, chains)
-        groups["log_likelihood"] = log_likelihood(density, z, chains, params, seed)
+        found = log_likelihood(density, z, chains, params, seed)
+        groups["log_likelihood"] = _without_hidden(density, found)
     groups |= prior_groups(density, prior_draws, params=params, seed=seed)
     return groups | data_groups(density)
 
@@ -212,7 +220,7 @@ def by_observation(density: Density, values: Mapping[str, Tensor], chains: int) 
         batch_only = value.reshape(*value.shape, *(1,) * len(site.event_shape))
         array = squeeze(site, batch_only)
         array = array.reshape(array.shape[: array.ndim - len(site.event_shape)])
-        variables[name] = array.reshape(chains, -1, *array.shape[1:])
+        variables[name] = by_chain(array, chains)
     return Group(variables, dims)
 
 
@@ -251,12 +259,31 @@ def data_groups(density: Density) -> dict[str, Group]:
         variables[name] = squeeze(site, value.unsqueeze(0))[0]
         dims[name] = dims_of(model, site)[-variables[name].ndim :] if variables[name].ndim else []
     if variables:
-        groups["observed_data"] = Group(variables, dims, sampled=False)
+        groups["observed_data"] = _without_hidden(density, Group(variables, dims, sampled=False))
     constants = _constants(density)
     if constants:
         dims = {name: _argument_dims(density, name, array) for name, array in constants.items()}
         groups["constant_data"] = Group(constants, dims, sampled=False)
     return groups
+
+
+def _without_hidden(density: Density, group: Group) -> Group:
+    """The group with NaN in the place of what a mask hides of its observed sites."""
+    if density.streamed is not None:
+        return group
+    origin = torch.zeros(1, density.dim, dtype=density.dtype, device=density.device)
+    visits, _ = density.visits(density.block.unpack(origin))
+    variables = dict(group.variables)
+    for name, values in variables.items():
+        site = density.structure.sites[name]
+        counted = squeeze(site, shown(visits[name], site)[None])[0]
+        if group.sampled:  # a number for each whole observation
+            event = range(counted.ndim - len(site.event_shape), counted.ndim)
+            counted = counted.any(axis=tuple(event))
+        if not counted.all():
+            real = values if values.dtype.kind == "f" else values.astype(float)
+            variables[name] = np.where(counted, real, np.nan)
+    return replace(group, variables=variables)
 
 
 def _constants(density: Density) -> Arrays:
@@ -289,6 +316,52 @@ def _argument_dims(density: Density, name: str, array: np.ndarray) -> list[str]:
         unique = len(matches) == 1 and matches[0] not in names
         names.append(matches[0] if unique else f"{name}_dim_{i}")
     return names
+
+
+def require_names(density: Density) -> None:
+    """Refuse ``dims=`` and ``coords=`` that name nothing or do not fit, before any work.
+
+    Raises:
+        UnknownNameError: If a name is that of no site, argument or dimension; names the nearest.
+        ModelError: If a dimension has another length than its ``coords``.
+    """
+    model, structure = density.model, density.structure
+    args, kwargs = density.arguments()
+    sites = structure.of_kind("latent", "discrete", "deterministic", "observed")
+    constants = _constants(density)
+    named = [
+        *(site.name for site in sites),
+        *model.argument_names[: len(args)],
+        *kwargs,
+        *constants,
+    ]
+    for name in model.dims:
+        if name not in named:
+            raise UnknownNameError("dims= name", name, dict.fromkeys(named))
+    lengths: dict[str, tuple[int, str]] = {}
+    for site in sites:
+        for dim, length in zip(dims_of(model, site), _own_shape(site), strict=True):
+            lengths.setdefault(dim, (length, f"site {site.name!r}"))
+    for name, array in constants.items():
+        for dim, length in zip(_argument_dims(density, name, array), array.shape, strict=True):
+            lengths.setdefault(dim, (length, f"argument {name!r}"))
+    for dim, labels in model.coords.items():
+        if dim not in lengths:
+            raise UnknownNameError("coords= dimension", dim, lengths)
+        length, where = lengths[dim]
+        # Of streamed data an example is at hand, whose plate is as long as a batch.
+        if len(labels) != length and not (density.streamed and dim in structure.plates):
+            raise ModelError(
+                f"coords[{dim!r}] holds {len(labels)} names, and dimension {dim!r} of {where} has "
+                f"length {length}: give one name for each position"
+            )
+
+
+def _own_shape(site: Site) -> list[int]:
+    """A site's shape after `squeeze`."""
+    plates, batch = {plate.dim for plate in site.plates}, len(site.batch_shape)
+    kept = [n for i, n in enumerate(site.batch_shape) if n != 1 or i - batch in plates]
+    return [*kept, *site.event_shape]
 
 
 def coords_of(model: Model, groups: Mapping[str, Group]) -> dict[str, Sequence[Any]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.groups import GIVEN_DRAWS, in_chunks, width_of
 from pyro_vi_kit.guides import FullRank
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
@@ -326,7 +326,7 @@ def _draws(dim: int, draws: int | None) -> int:
     if not whole or draws % 2 or draws < least:
         raise OptionError(
             f"draws= of a linear response must be an even number of at least {least:,} (four for each "
-            f"of {dim} unconstrained dimensions, and 64), got {draws!r}"
+            f"of {dim} unconstrained dimensions, and 64), got {told(draws)}"
         )
     return draws
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.errors import ModelError, OptionError, told
 from pyro_vi_kit.options import COUNT, checks, mapping, optional, text
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _names(option: str, mapping: Mapping[str, Sequence[Any]] | None) -> dict[str
         raise ModelError(f"{option}= must be a dict of sequences, got {type(mapping).__name__}")
     for key, values in mapping.items():
         if isinstance(values, str) or not hasattr(values, "__iter__"):
-            raise ModelError(f"{option}[{key!r}] must be a sequence of names, got {values!r}")
+            raise ModelError(f"{option}[{key!r}] must be a sequence of names, got {told(values)}")
     return {str(key): tuple(values) for key, values in mapping.items()}
 
 

@@ -9,17 +9,15 @@ from typing import Any, Literal
 import numpy as np
 import pyro.distributions as dist
 import torch
-from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vi_kit.density import Density, Site
 from pyro_vi_kit.density.handlers import Visit
+from pyro_vi_kit.density.masks import WRAPPERS, shown
 from pyro_vi_kit.errors import OptionError, UnknownNameError
 from pyro_vi_kit.groups import dims_of, squeeze
 
 Kind = Literal["real", "positive", "angle", "count", "binary", "category"]
-
-_WRAPPERS = ("Independent", "MaskedDistribution", "ExpandedDistribution")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,29 +123,13 @@ def _observation(density: Density, visit: Visit) -> Observation:
     site = density.structure.sites[visit.name]
     shape = site.batch_shape + site.event_shape
     value = squeeze(site, visit.value.expand(shape)[None])[0]
-    shown = squeeze(site, _shown(visit, site)[None])[0]
+    counted = squeeze(site, shown(visit, site)[None])[0]
     scaled = bool((torch.as_tensor(visit.scale) != 1).any())
     dims = tuple(dims_of(density.model, site))
-    return Observation(site, value, shown, dims, kind_of(visit.fn), scaled)
-
-
-def _shown(visit: Visit, site: Site) -> Tensor:
-    """What neither `poutine.mask` nor the masks in the distribution hide, `[*batch, *event]`."""
-    shape = site.batch_shape + site.event_shape
-    shown = torch.ones(shape, dtype=torch.bool, device=visit.value.device)
-    masks = [] if visit.mask is None else [(visit.mask, len(site.event_shape))]
-    fn = visit.fn
-    while type(fn).__name__ in _WRAPPERS:
-        if type(fn).__name__ == "MaskedDistribution":
-            masks.append((fn._mask, len(fn.event_shape)))
-        fn = fn.base_dist
-    for mask, event in masks:
-        hides = torch.as_tensor(mask, device=shown.device)
-        shown = shown & hides.reshape(*hides.shape, *(1,) * event)
-    return shown
+    return Observation(site, value, counted, dims, kind_of(visit.fn), scaled)
 
 
 def _innermost(fn: Any) -> Any:
-    while type(fn).__name__ in _WRAPPERS:
+    while type(fn).__name__ in WRAPPERS:
         fn = fn.base_dist
     return fn

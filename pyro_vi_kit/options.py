@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.errors import OptionError, UnknownNameError, told
 
 Rule = Callable[[str, Any], Any]
 """``rule(option, value)`` gives the value to use, or raises `OptionError`."""
@@ -31,7 +31,6 @@ _LARGEST_SEED = 2**63 - 1
 # So many draws of a single number fill 0.8 GB.
 _MOST_DRAWS = 10**8
 _MOST = 2**53
-_SHOWN = 80
 
 
 def checks(**rules: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -63,15 +62,6 @@ def checks(**rules: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
-def told(value: object) -> str:
-    """A value as messages show it, in a line."""
-    try:
-        text = " ".join(repr(value).split())
-    except Exception:  # noqa: BLE001  a repr of the user's own
-        text = f"an object of {type(value).__name__}"
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
-
-
 def optional(rule: Rule) -> Rule:
     """The rule, with None let through."""
     return lambda option, value: None if value is None else rule(option, value)
@@ -93,7 +83,7 @@ def integer(at_least: int, at_most: int = _MOST) -> Rule:
 
 def positive(option: str, value: Any) -> float:
     """A positive, finite number."""
-    if not is_number(value) or not 0 < value <= sys.float_info.max:
+    if not is_finite(value) or not value > 0:
         raise OptionError(f"{option}= must be a positive number, got {told(value)}")
     return float(value)
 
@@ -134,7 +124,7 @@ def names(option: str, value: Any) -> Any:
     """A name, or several."""
     if isinstance(value, str):
         return value
-    several = list(value) if isinstance(value, Iterable) and not is_tensor(value) else [None]
+    several = list(value) if isinstance(value, Iterable) and not is_array(value) else [None]
     if not several or not all(isinstance(name, str) for name in several):
         raise OptionError(f"{option}= must be a name or a list of names, got {told(value)}")
     return several
@@ -182,9 +172,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def is_tensor(value: object) -> bool:
-    """Whether a value is an array, of torch or NumPy, which holds no names."""
-    return hasattr(value, "dtype")
+def is_finite(value: object) -> bool:
+    """Whether a value is a real number that a float can hold."""
+    return is_number(value) and abs(value) <= sys.float_info.max  # type: ignore[operator, arg-type]
+
+
+def is_array(value: object) -> bool:
+    """Whether a value is a whole of its own, text or an array, and not the list of several."""
+    return isinstance(value, str | bytes) or hasattr(value, "dtype")
 
 
 COUNT = integer(1)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeVar
 
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.errors import OptionError, UnknownNameError, told
 
 Part = TypeVar("Part")
 
@@ -81,7 +81,7 @@ def resolve(
     if not isinstance(given, protocol) or isinstance(given, type):
         raise OptionError(
             f"{kind}= takes a name ({', '.join(table)}) or an instance such as {example}, "
-            f"got {given!r}"
+            f"got {told(given)}"
         )
     if options:
         raise OptionError(f"options go into the {kind} itself: {example}")

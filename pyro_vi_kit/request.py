@@ -16,7 +16,7 @@ from pyro_vi_kit.density.initial import checked as checked_init
 from pyro_vi_kit.device import Device, device_of
 from pyro_vi_kit.engines import NAMES as ENGINES
 from pyro_vi_kit.engines import OptimizerFactory
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.methods import NAMES as METHODS
 from pyro_vi_kit.methods.epochs import Epochs
@@ -32,7 +32,6 @@ from pyro_vi_kit.options import (
     one_of,
     optional,
     positive,
-    told,
 )
 from pyro_vi_kit.runtime import fresh_seed
 from pyro_vi_kit.types import Objective

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from pyro_vi_kit.metrics import interval, mcse_mean
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
 
 
 def summarise(
@@ -72,6 +74,13 @@ def labels_of(
     return found, sites
 
 
+def labels_in(array: xr.DataArray) -> list[str]:
+    """Label of each number of a site in an ArviZ object, `[chain, draw, *shape]`."""
+    dims = [str(dim) for dim in array.dims[2:]]
+    coords = {dim: array[dim].to_numpy() for dim in dims if dim in array.coords}
+    return [label for _, label in labels(str(array.name), array.shape[2:], dims, coords)]
+
+
 def labels(
     name: str,
     shape: tuple[int, ...],
@@ -81,7 +90,14 @@ def labels(
     """Index and label, as ``theta[Choate]``, of each number of a site."""
     for index in np.ndindex(*shape):
         parts = [
-            str(coords[dim][i]) if dim in coords and len(coords[dim]) == size else str(i)
+            _word(coords[dim][i]) if dim in coords and len(coords[dim]) == size else str(i)
             for dim, i, size in zip(dims or [""] * len(shape), index, shape, strict=False)
         ]
         yield index, f"{name}[{', '.join(parts)}]" if parts else name
+
+
+def _word(label: Any) -> str:
+    """A coordinate's label in words; of a time that is a day, the day."""
+    if isinstance(label, np.datetime64 | datetime):
+        return str(np.datetime64(label, "us")).removesuffix("T00:00:00.000000")
+    return str(label)

@@ -417,11 +417,11 @@ def test_a_point_has_no_weights():
     [
         ({"steps": 0}, "steps= must be an integer of at least 1, got 0"),
         ({"batch_size": 2.5}, "batch_size= must be an integer of at least 1"),
-        ({"tol": 0}, "tol= must be a positive number of nats"),
+        ({"tol": 0}, "tol= must be a positive number"),
     ],
 )
 def test_options_of_a_refinement(trained, options, message):
     with pytest.raises(OptionError, match=message):
         trained.refine(**options)
-    with pytest.raises(OptionError, match="draws must be a positive integer"):
+    with pytest.raises(OptionError, match="draws= must be an integer of at least 1"):
         trained.per_datum(draws=0)

@@ -327,5 +327,5 @@ def test_options_that_cannot_be_used(reference, fits):
         compare(reference, {})
     with pytest.raises(OptionError, match=r"posteriors\['a'\] must be what vi.fit.*got str"):
         compare(reference, {"a": "full_rank"})  # pyright: ignore[reportArgumentType]
-    with pytest.raises(OptionError, match="draws must be a whole number of 4 or more, got 1"):
+    with pytest.raises(OptionError, match="draws= must be an integer of at least 4, got 1"):
         compare(reference, fits, draws=1)

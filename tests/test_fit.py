@@ -600,9 +600,9 @@ def test_resampling_corrects_the_sds_of_mean_field():
 @pytest.mark.parametrize("draws", [0, -1, 2.5, True, "3"])
 def test_a_number_of_draws_is_a_positive_integer(draws, schools):
     for method in (schools.sample, schools.resample, schools.log_weights, schools.to_arviz):
-        with pytest.raises(OptionError, match="draws must be a positive integer"):
+        with pytest.raises(OptionError, match="draws= must be an integer of at least 1"):
             method(draws)
-    with pytest.raises(OptionError, match="draws must be a positive integer"):
+    with pytest.raises(OptionError, match="draws= must be an integer of at least 1"):
         schools.predict(draws=draws)
 
 

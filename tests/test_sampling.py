@@ -301,7 +301,7 @@ def test_interrupt(sampler):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        (dict(chains=0), OptionError, "chains=0 must be a whole number of 1 or more"),
+        (dict(chains=0), OptionError, "chains= must be an integer of at least 1, got 0"),
         (dict(draws=3), OptionError, "draws=3"),
         (dict(draws=1.5), OptionError, "draws=1.5"),
         (dict(tune=0), OptionError, "tune=0"),

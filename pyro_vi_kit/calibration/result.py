@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,20 @@ from pyro_vi_kit.calibration.simulating import Simulations
 from pyro_vi_kit.calibration.trial import Result
 from pyro_vi_kit.calibration.uniformity import band, ecdf
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.groups import dims_of, squeeze
 from pyro_vi_kit.model import Model
+from pyro_vi_kit.options import checks, is_array, share
 from pyro_vi_kit.summary import labels
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+def _masses(option: str, value: Any) -> list[float]:
+    if not isinstance(value, Iterable) or is_array(value):
+        raise OptionError(f"{option}= are masses between 0 and 1, got {told(value)}")
+    return [share(option, prob) for prob in value]
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,6 +163,7 @@ class Calibration:
                 }
         return pd.DataFrame.from_dict(rows, orient="index")
 
+    @checks(probs=_masses)
     def coverage(self, probs: Sequence[float] = PROBS) -> pd.DataFrame:
         """How often central intervals hold the truth, with 95 % intervals of that share (binomial).
 
@@ -170,9 +178,6 @@ class Calibration:
         """
         import pandas as pd
 
-        for prob in probs:
-            if not 0 < prob < 1:
-                raise OptionError(f"probs= are masses between 0 and 1, got {prob!r}")
         rows = [
             {"parameter": label, **coverage_row(values, prob)}
             for site, own in self.by_site.items()

@@ -16,9 +16,10 @@ from pyro_vi_kit.calibration.trial import Fitter, Trial
 from pyro_vi_kit.calibration.workers import run_all
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.groups import require_names
 from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.model import Model, a_model
-from pyro_vi_kit.options import COUNT, SEED, checks, flag, function, integer, names, optional
+from pyro_vi_kit.options import SEED, checks, flag, function, integer, names, optional
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import checked
 from pyro_vi_kit.runtime import RandomStream, default_dtype, fresh_seed
@@ -26,6 +27,7 @@ from pyro_vi_kit.types import Objective
 
 FEWEST = 20
 FEWEST_DRAWS = 19
+MOST_JOBS = 1000
 MOST = 10_000_000  # of either; ranks of so many are 80 MB a number
 _RANKED = ("latent", "deterministic", "discrete")
 
@@ -37,7 +39,7 @@ _RANKED = ("latent", "deterministic", "discrete")
     fitter=optional(function),
     sites=optional(names),
     seed=optional(SEED),
-    jobs=optional(COUNT),
+    jobs=optional(integer(1, MOST_JOBS)),
     progress=optional(flag),
 )
 def calibrate(
@@ -104,6 +106,7 @@ def calibrate(
     seed = _checked_seed(model, options, seed)
     own = spec is not None and spec.name == "amortized"
     density = Density(model, dtype=default_dtype() if own else torch.float64)
+    require_names(density)
     observing = require_generative(model, density)
     if spec is not None:
         _require_spread(spec, density)

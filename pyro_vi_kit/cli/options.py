@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.errors import OptionError, UnknownNameError, told
 
 if TYPE_CHECKING:
     from pyro_vi_kit.types import Objective
@@ -128,7 +128,7 @@ def key_values(option: str, pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = (part.strip() for part in pair.partition("="))
         if not (key.isidentifier() and equals and text):
-            raise OptionError(f"{option} takes KEY=VALUE, as in layers=4, got {pair!r}")
+            raise OptionError(f"{option} takes KEY=VALUE, as in layers=4, got {told(pair)}")
         try:
             values[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.errors import ModelError, OptionError, told
 from pyro_vi_kit.export import Group, Tree, datasets, to_arviz
 from pyro_vi_kit.groups import coords_of, dims_of
 from pyro_vi_kit.posterior import Posterior
 from pyro_vi_kit.sampling import SamplerReport, diagnose
-from pyro_vi_kit.summary import labels
+from pyro_vi_kit.summary import labels_in
 
 _LEAD = ("chain", "draw")
 
@@ -78,7 +78,7 @@ def by_name(posteriors: Mapping[str, Posterior] | Posterior) -> dict[str, Poster
         return {posteriors.guide: posteriors}
     if not isinstance(posteriors, Mapping) or not posteriors:
         raise OptionError(
-            f"posteriors must be a fit or a dict of named fits, got {posteriors!r}: "
+            f"posteriors must be a fit or a dict of named fits, got {told(posteriors)}: "
             "{'full_rank': vi.fit(model, guide='full_rank')}"
         )
     for name, posterior in posteriors.items():
@@ -122,7 +122,7 @@ def pair(reference: Reference, posterior: Posterior, name: str, *, draws: int, s
         exact = _like(reference.posterior[site], fit[site], name)
         truth.append(exact.reshape(*exact.shape[:2], -1))
         approx.append(values.reshape(len(values), -1))
-        names += [(str(site), label) for label in _labels(fit[site])]
+        names += [(str(site), label) for label in labels_in(fit[site])]
     sites, columns = zip(*names, strict=True)
     return Paired(
         labels=columns,
@@ -197,12 +197,6 @@ def _relabelled(truth: xr.DataArray, dim: Any, fit: xr.DataArray) -> xr.DataArra
     if theirs == ours or sorted(theirs) != sorted(ours) or len(set(ours)) < len(ours):
         return truth
     return truth.isel({dim: [theirs.index(label) for label in ours]})
-
-
-def _labels(fit: xr.DataArray) -> list[str]:
-    dims = [str(dim) for dim in fit.dims[2:]]
-    coords = {dim: list(fit[dim].to_numpy()) for dim in dims}
-    return [label for _, label in labels(str(fit.name), fit.shape[2:], dims, coords)]
 
 
 def _list(dataset: xr.Dataset) -> str:

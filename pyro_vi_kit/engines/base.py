@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from pyro_vi_kit.errors import OptionError, first_line, told
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,32 @@ class Engine(Protocol):
         Every call uses the same noise, so that two calls can be compared pair by pair.
         """
         ...
+
+
+def torch_optimizer(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes optimisers, with what it makes looked at.
+
+    Args:
+        factory: The user's: from parameters to a torch optimiser.
+    """
+
+    def make(parameters: Any, **options: Any) -> Any:
+        remedy = "as functools.partial(torch.optim.Adam, lr=1e-3) does"
+        try:
+            made = factory(list(parameters), **options)
+        except Exception as error:
+            raise OptionError(
+                f"optimizer= raised {type(error).__name__}: {first_line(error)}; it must make a torch "
+                f"optimiser from a list of parameters, {remedy}"
+            ) from error
+        if not isinstance(made, torch.optim.Optimizer):
+            raise OptionError(
+                f"optimizer= must make a torch optimiser from a list of parameters, {remedy}, and made "
+                f"{told(made)}"
+            )
+        return made
+
+    return make
 
 
 class Average:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.density import Plate
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 
 _CPU = torch.device("cpu")
 
@@ -80,7 +80,7 @@ class Batches:
             if not whole or not 1 <= size <= plate.size:
                 raise OptionError(
                     f"batch_size must be between 1 and the {plate.size} rows of plate "
-                    f"{plate.name!r}, got {size!r}"
+                    f"{plate.name!r}, got {told(size)}"
                 )
         self.sizes = {plate.name: size for plate, size in sizes.items()}
         self._rows = {plate.name: plate.size for plate in sizes}

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from pyro_vi_kit.checkpoint import cloned
 from pyro_vi_kit.density import Density, Plate
 from pyro_vi_kit.engines import adam, tables
-from pyro_vi_kit.engines.base import Average, Stretch
+from pyro_vi_kit.engines.base import Average, Stretch, torch_optimizer
 from pyro_vi_kit.engines.batches import Batch, BatchSource
 from pyro_vi_kit.engines.clipping import clipped
 from pyro_vi_kit.engines.streaming import StreamedBatches
@@ -90,7 +90,9 @@ class EagerEngine:
                 f"plate {self.tables[0].plate!r} leave it out"
             )
         self.adam = adam.start(_flattened(self.trained, guide.density))
-        self._optimizer = optimizer(self.trained.values()) if optimizer is not None else None
+        self._optimizer = None
+        if optimizer is not None:
+            self._optimizer = torch_optimizer(optimizer)(self.trained.values())
         groups = self._optimizer.param_groups if self._optimizer is not None else []
         self._rates = [group.get("lr") for group in groups]
         # The noise of a minibatch does not know of draws: times a draw and its mirror image it cancels.

@@ -21,7 +21,7 @@ from torch.optim import Adam
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.handlers import sample_sites, subsample_indices
 from pyro_vi_kit.device import device_of
-from pyro_vi_kit.engines.base import Average, Stretch, all_finite
+from pyro_vi_kit.engines.base import Average, Stretch, all_finite, torch_optimizer
 from pyro_vi_kit.engines.batches import BatchSource
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
@@ -105,7 +105,7 @@ class PyroEngine:
         self._looks = seed_of(seed, "looks")
         self._state: dict[str, Any] = state or {"params": {}, "constraints": {}}
         self._own_rate = optimizer is not None
-        self._optim = _GuardedOptim(optimizer or Adam, {})
+        self._optim = _GuardedOptim(Adam if optimizer is None else torch_optimizer(optimizer), {})
         self._loss = objective.stock_loss()
         self._fn = model.fn if density is None else density.each_run_anew(model.fn)
         self._svi: Any = SVI(

@@ -8,13 +8,13 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.coupling import CouplingFlow
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import (
     require_count,
     require_dense,
+    require_one_of,
     require_positive,
     require_widths,
 )
@@ -56,11 +56,7 @@ class AffineCoupling(OneBlock):
         require_positive(self.name, "init_scale", self.init_scale)
         require_count(self.name, "layers", self.layers)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
-        if self.permutations not in get_args(Permutations):
-            known = ", ".join(get_args(Permutations))
-            raise OptionError(
-                f"{self.name}: permutations must be one of {known}, got {self.permutations!r}"
-            )
+        require_one_of(self.name, "permutations", self.permutations, get_args(Permutations))
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 from pyro_vi_kit.density import Block, Density, Drawn, Plate, Site
 from pyro_vi_kit.density.relaxing import require_smooth
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.errors import OptionError, UnknownNameError, told
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.heads import Head
@@ -56,7 +56,7 @@ def require_discrete(guide: str, discrete: object) -> None:
         if how is not None and not isinstance(how, str | Relaxed):
             raise OptionError(
                 f"{guide}: discrete= takes 'score', 'relaxed', vi.guides.Relaxed(temperature=0.3), or a "
-                f"dict of these by site, got {how!r}"
+                f"dict of these by site, got {told(how)}"
             )
     if isinstance(discrete, Mapping) and (not discrete or None in discrete.values()):
         raise OptionError(

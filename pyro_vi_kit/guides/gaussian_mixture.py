@@ -18,7 +18,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.normal_mixture import NormalMixture
 from pyro_vi_kit.guides.one_block import OneBlock
-from pyro_vi_kit.guides.options import require_count, require_positive
+from pyro_vi_kit.guides.options import require_count, require_one_of, require_positive
 from pyro_vi_kit.registry import About
 
 Covariance = Literal["full", "diagonal"]
@@ -60,11 +60,7 @@ class Mixture(OneBlock):
         require_positive(self.name, "init_scale", self.init_scale)
         if self.components is not None:
             require_count(self.name, "components", self.components)
-        if self.covariance not in get_args(Covariance):
-            known = ", ".join(get_args(Covariance))
-            raise OptionError(
-                f"{self.name}: covariance must be one of {known}, got {self.covariance!r}"
-            )
+        require_one_of(self.name, "covariance", self.covariance, get_args(Covariance))
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_vi_kit.density import Plate
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.errors import OptionError, UnknownNameError, told
 from pyro_vi_kit.guides.conditional import CouplingHead
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.heads import DenseHead, Head, NormalHead, PointHead
@@ -106,7 +106,7 @@ def head_for(local: str | HeadSpec, dim: int) -> Head:
     if not isinstance(local, HeadSpec) or isinstance(local, type):
         raise OptionError(
             f"local= takes a name ({', '.join(HEADS)}), vi.guides.LocalMixture(components=4) or "
-            f"vi.guides.LocalFlow(layers=4), got {local!r}"
+            f"vi.guides.LocalFlow(layers=4), got {told(local)}"
         )
     return local.head(dim)
 

@@ -12,7 +12,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
 from pyro_vi_kit.guides.families import Family, GaussianFamily
@@ -53,7 +53,9 @@ class LowRank:
         require_positive(self.name, "init_scale", self.init_scale)
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank > 0
         if self.rank is not None and not whole:
-            raise OptionError(f"{self.name}: rank must be a positive integer, got {self.rank!r}")
+            raise OptionError(
+                f"{self.name}: rank must be a positive integer, got {told(self.rank)}"
+            )
 
     def build(self, density: Density) -> Guide:
         """The guide for this model, centred on the origin of unconstrained space."""

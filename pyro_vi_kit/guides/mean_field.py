@@ -10,7 +10,7 @@ from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
 from pyro_vi_kit.guides.families import DiagonalNormal, Family
-from pyro_vi_kit.guides.options import require_positive
+from pyro_vi_kit.guides.options import require_one_of, require_positive
 from pyro_vi_kit.guides.support_family import SupportFamily
 from pyro_vi_kit.registry import About
 
@@ -51,11 +51,7 @@ class MeanField:
     def __post_init__(self) -> None:
         require_discrete(self.name, self.discrete)
         require_positive(self.name, "init_scale", self.init_scale)
-        if self.families not in get_args(Families):
-            known = ", ".join(get_args(Families))
-            raise OptionError(
-                f"{self.name}: families must be one of {known}, got {self.families!r}"
-            )
+        require_one_of(self.name, "families", self.families, get_args(Families))
         if self.families == "support" and self.discrete is not None:
             raise OptionError(
                 f"{self.name}: discrete= goes with families='normal': leave one of them out"

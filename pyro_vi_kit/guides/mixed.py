@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vi_kit.density.drawn import hardened
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.guides.families import drawn_from
 from pyro_vi_kit.guides.heads import Head
 from pyro_vi_kit.guides.implicit import gumbel
@@ -53,7 +53,7 @@ class Relaxed:
         require_count("Relaxed", "steps", self.steps)
         if not isinstance(self.straight_through, bool):
             raise OptionError(
-                f"Relaxed: straight_through must be True or False, got {self.straight_through!r}"
+                f"Relaxed: straight_through must be True or False, got {told(self.straight_through)}"
             )
 
     def at(self, updates: Tensor | None) -> float | Tensor:

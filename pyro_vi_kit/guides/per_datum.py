@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pyro_vi_kit.density import Block, Density, Plate
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.amortized import GlobalSpec
 from pyro_vi_kit.guides.discrete import arranged, by_plate, drawing, head_of
@@ -53,7 +53,7 @@ def per_datum(spec: object, density: Density, plates: Sequence[Plate]) -> Guide:
     if name not in _LOCAL or not isinstance(spec, GlobalSpec):
         raise OptionError(
             f"batch_size= with latents inside plate {plates[0].name!r} needs guide='amortized' or one "
-            f"of {', '.join(_LOCAL)}, which have a form for a single datum; got {name!r}"
+            f"of {', '.join(_LOCAL)}, which have a form for a single datum; got {told(name)}"
         )
     discrete = getattr(spec, "discrete", None)
     if discrete is not None:

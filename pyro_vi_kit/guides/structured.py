@@ -13,10 +13,10 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import GaussianFamily
-from pyro_vi_kit.guides.options import require_dense, require_positive
+from pyro_vi_kit.guides.options import require_dense, require_one_of, require_positive
 from pyro_vi_kit.registry import About
 
 Between = Literal["independent", "first", "linear"]
@@ -52,9 +52,7 @@ class Structured:
 
     def __post_init__(self) -> None:
         require_positive(self.name, "init_scale", self.init_scale)
-        if self.between not in get_args(Between):
-            known = ", ".join(get_args(Between))
-            raise OptionError(f"{self.name}: between must be one of {known}, got {self.between!r}")
+        require_one_of(self.name, "between", self.between, get_args(Between))
         object.__setattr__(self, "blocks", _require_blocks(self.name, self.blocks))
         named = [site for block in self.blocks for site in block]
         doubled = sorted({site for site in named if named.count(site) > 1})
@@ -87,12 +85,14 @@ def _require_blocks(name: str, blocks: object) -> tuple[tuple[str, ...], ...]:
     """Groups of names as tuples."""
     example = 'blocks=[("mu", "tau"), ("theta",)]'
     if isinstance(blocks, str) or not isinstance(blocks, Sequence):
-        raise OptionError(f"{name}: blocks must be groups of site names, {example}, got {blocks!r}")
+        raise OptionError(
+            f"{name}: blocks must be groups of site names, {example}, got {told(blocks)}"
+        )
     for block in blocks:
         words = isinstance(block, Sequence) and not isinstance(block, str)
         if not words or not block or not all(isinstance(site, str) for site in block):
             raise OptionError(
-                f"{name}: each block must be a group of site names, {example}, got {block!r}"
+                f"{name}: each block must be a group of site names, {example}, got {told(block)}"
             )
     return tuple(tuple(block) for block in blocks)
 

@@ -11,7 +11,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.guides.families import DenseNormal, Family, GaussianFamily
 from pyro_vi_kit.guides.gamma_draws import NOISE, gamma_draws
 from pyro_vi_kit.guides.one_block import OneBlock
@@ -53,7 +53,8 @@ class StudentT(OneBlock):
         require_positive(self.name, "df", self.df)
         if self.df <= MIN_DF:
             raise OptionError(
-                f"{self.name}: df must be above {MIN_DF:g}, where a t has a variance, got {self.df!r}"
+                f"{self.name}: df must be above {MIN_DF:g}, where a t has a variance, "
+                f"got {told(self.df)}"
             )
 
     def family(self, dim: int) -> Family:

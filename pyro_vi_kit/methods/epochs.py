@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.errors import OptionError, told
+from pyro_vi_kit.options import one_of, optional
 
 _SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
@@ -55,10 +56,12 @@ class Epochs:
         _require_count("epochs", self.epochs)
         for name in ("rate", "clip"):
             _require_positive(name, getattr(self, name))
-        if not callable(self.schedule) and self.schedule not in _SCHEDULES:
-            raise UnknownNameError("schedule", self.schedule, _SCHEDULES)
+        if not callable(self.schedule):
+            one_of("schedule", _SCHEDULES)("schedule", self.schedule)
         if not _is_number(self.warmup) or not 0.0 <= self.warmup < 1.0:
-            raise OptionError(f"Epochs: warmup must be a share from 0 to 1, got {self.warmup!r}")
+            raise OptionError(
+                f"Epochs: warmup must be a share from 0 to 1, got {told(self.warmup)}"
+            )
         if self.validation is not None and not isinstance(self.validation, tuple | list):
             raise OptionError(
                 "Epochs: validation must be a tuple of the model's arguments, (x_test, y_test) or "
@@ -70,8 +73,7 @@ class Epochs:
                 raise OptionError(
                     "Epochs: patience waits for a better validation bound: give validation=(...) too"
                 )
-        if self.precision not in (None, *_PRECISIONS):
-            raise UnknownNameError("precision", self.precision, _PRECISIONS)
+        optional(one_of("precision", _PRECISIONS))("precision", self.precision)
 
     @property
     def waits(self) -> int:
@@ -96,7 +98,7 @@ class Epochs:
         factor = schedule(share)
         if not _is_number(factor) or not 0.0 <= factor < math.inf:
             raise OptionError(
-                f"Epochs: schedule must give a factor of at least 0, got {factor!r} at {share:.3g}"
+                f"Epochs: schedule must give a factor of at least 0, got {told(factor)} at {share:.3g}"
             )
         return float(factor) * (share / self.warmup if share < self.warmup else 1.0)
 
@@ -123,9 +125,9 @@ def _is_number(value: object) -> bool:
 
 def _require_count(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(f"Epochs: {name} must be an integer of at least 1, got {value!r}")
+        raise OptionError(f"Epochs: {name} must be an integer of at least 1, got {told(value)}")
 
 
 def _require_positive(name: str, value: Any) -> None:
     if value is not None and not (_is_number(value) and 0.0 < value < math.inf):
-        raise OptionError(f"Epochs: {name} must be a positive number, got {value!r}")
+        raise OptionError(f"Epochs: {name} must be a positive number, got {told(value)}")

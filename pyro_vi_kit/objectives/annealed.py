@@ -11,7 +11,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.errors import OptionError, UnknownNameError, told
 from pyro_vi_kit.objectives.elbo import Elbo, no_stock_loss, require_particles
 from pyro_vi_kit.registry import About
 from pyro_vi_kit.types import LogWeights
@@ -61,13 +61,13 @@ class Annealed(Elbo):
 
     def __post_init__(self) -> None:
         require_particles(self.name, self.particles)
-        if self.schedule not in SCHEDULES:
+        if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
             raise UnknownNameError("schedule", self.schedule, list(SCHEDULES))
         number = isinstance(self.first, int | float) and not isinstance(self.first, bool)
         if not number or not 0.0 < self.first <= 1.0:
-            raise OptionError(f"annealed: first must be in (0, 1], got {self.first!r}")
+            raise OptionError(f"annealed: first must be in (0, 1], got {told(self.first)}")
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise OptionError(f"annealed: steps must be a positive integer, got {self.steps!r}")
+            raise OptionError(f"annealed: steps must be a positive integer, got {told(self.steps)}")
 
     @property
     def warmup(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
 from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
 from pyro_vi_kit.registry import About
@@ -47,7 +47,7 @@ class Beta(Bound):
         require_particles(self.name, self.particles)
         number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
         if not number or not 0.0 < self.beta < inf:
-            raise OptionError(f"beta: beta must be a positive number, got {self.beta!r}")
+            raise OptionError(f"beta: beta must be a positive number, got {told(self.beta)}")
 
     @property
     def multi_sample(self) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import ClassVar
 
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.upper import UpperBound, require_several
+from pyro_vi_kit.options import is_finite
 from pyro_vi_kit.registry import About
 
 
@@ -43,10 +43,9 @@ class ChiSquare(UpperBound):
 
     def __post_init__(self) -> None:
         require_several(self.name, self.particles)
-        number = isinstance(self.n, int | float) and not isinstance(self.n, bool)
-        if not number or not isfinite(self.n) or not self.n > 1.0:
+        if not is_finite(self.n) or not self.n > 1.0:
             raise OptionError(
-                f"chi_square: n must be a finite number above 1, got {self.n!r}; for n = 1 use "
+                f"chi_square: n must be a finite number above 1, got {told(self.n)}; for n = 1 use "
                 "objective='forward_kl'"
             )
 

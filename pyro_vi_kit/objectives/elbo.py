@@ -8,9 +8,11 @@ from typing import ClassVar
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
 from pyro_vi_kit.registry import About
+
+_MOST_PARTICLES = 10**6
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,11 @@ class Elbo(Bound):
 def require_particles(name: str, particles: object) -> None:
     """Refuse a number of particles that is no positive integer."""
     if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
-        raise OptionError(f"{name}: particles must be a positive integer, got {particles!r}")
+        raise OptionError(f"{name}: particles must be a positive integer, got {told(particles)}")
+    if particles > _MOST_PARTICLES:
+        raise OptionError(
+            f"{name}: particles must be at most {_MOST_PARTICLES:,}, got {told(particles)}"
+        )
 
 
 def no_stock_loss(name: str, other: str) -> OptionError:

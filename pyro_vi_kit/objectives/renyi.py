@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 from typing import ClassVar
 
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
+from pyro_vi_kit.options import is_finite, is_number
 from pyro_vi_kit.registry import About
 
 
@@ -45,10 +46,9 @@ class Renyi(Bound):
 
     def __post_init__(self) -> None:
         require_particles(self.name, self.particles)
-        number = isinstance(self.alpha, int | float) and not isinstance(self.alpha, bool)
-        if not number or not (isfinite(self.alpha) or self.alpha == -inf):
+        if not (is_finite(self.alpha) or (is_number(self.alpha) and self.alpha == -inf)):
             raise OptionError(
-                f"renyi: alpha must be a finite number, or -inf for VR-max, got {self.alpha!r}"
+                f"renyi: alpha must be a finite number, or -inf for VR-max, got {told(self.alpha)}"
             )
 
     @property

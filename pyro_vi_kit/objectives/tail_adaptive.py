@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 from typing import Any, ClassVar
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.objectives.base import Bound, draws_discrete
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.upper import require_apart, require_several
+from pyro_vi_kit.options import is_finite
 from pyro_vi_kit.registry import About
 
 
@@ -51,11 +52,10 @@ class TailAdaptive(Bound):
 
     def __post_init__(self) -> None:
         require_several(self.name, self.particles)
-        number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
-        if not number or not isfinite(self.beta) or self.beta > 0.0:
+        if not is_finite(self.beta) or self.beta > 0.0:
             raise OptionError(
-                f"tail_adaptive: beta must be a finite number of at most 0, got {self.beta!r}; that of "
-                "the paper is -1"
+                f"tail_adaptive: beta must be a finite number of at most 0, got {told(self.beta)}; "
+                "that of the paper is -1"
             )
 
     @property

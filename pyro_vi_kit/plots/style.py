@@ -92,7 +92,20 @@ def number(value: float, form: str) -> str:
 
 
 def save(figure: Figure, path: Path | None) -> Figure:
-    """Write the figure where a path is given, and hand it back."""
+    """Write the figure where a path is given, and hand it back.
+
+    Names in it are the user's own, and a dollar sign in one begins no formula.
+    """
+    from matplotlib.text import Text
+
+    ticks = {
+        id(label)
+        for axis in figure.axes
+        for label in (*axis.get_xticklabels(), *axis.get_yticklabels())
+    }
+    for text in figure.findobj(Text):
+        if isinstance(text, Text) and id(text) not in ticks:
+            text.set_parse_math(False)
     if path is not None:
         figure.savefig(path, dpi=_DPI, facecolor="white")
     return figure

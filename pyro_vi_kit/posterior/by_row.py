@@ -10,7 +10,7 @@ import torch
 from pyro_vi_kit import amortization, pointwise, refinement
 from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import ModelError, OptionError, ViError, first_line
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.options import COUNT, DRAWS, SEED, checks, flag, optional, positive, text
 from pyro_vi_kit.posterior.fitted import Fitted
@@ -38,7 +38,17 @@ class ByRow(Fitted):
                 f"guide {self.guide!r} has no encoder to infer new data with: fit with "
                 "guide='amortized', or fit the new data"
             )
-        moved = self._of_this_package().moved_to(self.model.with_args(*args, **kwargs))
+        own = self._of_this_package()
+        try:
+            moved = own.moved_to(self.model.with_args(*args, **kwargs))
+        except ViError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                "the model and the encoder cannot take these arguments "
+                f"({type(error).__name__}: {first_line(error)}): give data of the kind that it was "
+                "fitted to"
+            ) from error
         model = _named_as_far_as_known(moved.density)
         return self._of(model, moved, self.record, self.spec)
 

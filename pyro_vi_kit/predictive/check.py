@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import OptionError, told
 from pyro_vi_kit.predictive.replicates import Replicated, Replicates
 from pyro_vi_kit.predictive.statistics import Function, apply, defaults
 
@@ -104,7 +104,7 @@ def table(
     import pandas as pd
 
     if not 0 < prob < 1:
-        raise OptionError(f"prob= must lie between 0 and 1, got {prob!r}")
+        raise OptionError(f"prob= must lie between 0 and 1, got {told(prob)}")
     tail = 50.0 * (1.0 - prob)
     rows = []
     for found in comparisons(replicates, statistics):

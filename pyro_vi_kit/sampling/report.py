@@ -10,6 +10,7 @@ import numpy as np
 
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.export import Tree, datasets, import_arviz
+from pyro_vi_kit.summary import labels_in
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -105,20 +106,17 @@ def _numbers(posterior: xr.Dataset | None) -> tuple[_Numbers, np.ndarray]:
     labels: list[str] = []
     columns: list[np.ndarray] = []
     constant: list[np.ndarray] = []
-    for name, variable in posterior.data_vars.items():
-        if not {"chain", "draw"} <= set(variable.dims) or variable.dtype.kind not in "biuf":
+    for values in posterior.data_vars.values():
+        if not {"chain", "draw"} <= set(values.dims) or values.dtype.kind not in "biuf":
             continue
-        array = variable.transpose("chain", "draw", ...).to_numpy()
-        labels += [_label(str(name), index) for index in np.ndindex(array.shape[2:])]
+        variable = values.transpose("chain", "draw", ...)
+        array = variable.to_numpy()
+        labels += labels_in(variable)
         columns.append(array.reshape(*array.shape[:2], -1).astype(np.float64))
         constant.append(_constant(columns[-1], array.dtype))
     if not labels:
         raise ModelError("no draws to diagnose: the posterior holds no numbers")
     return _Numbers(np.array(labels), np.concatenate(columns, -1)), np.concatenate(constant)
-
-
-def _label(name: str, index: tuple[int, ...]) -> str:
-    return f"{name}[{', '.join(map(str, index))}]" if index else name
 
 
 def _constant(values: np.ndarray, dtype: np.dtype) -> np.ndarray:

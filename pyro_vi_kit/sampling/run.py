@@ -18,7 +18,7 @@ from pyro_vi_kit.density.initial import InitFunction
 from pyro_vi_kit.density.initial import checked as checked_init
 from pyro_vi_kit.errors import MissingDependencyError, OptionError
 from pyro_vi_kit.export import Group, Tree, to_arviz
-from pyro_vi_kit.groups import coords_of, model_groups, shares_outside
+from pyro_vi_kit.groups import coords_of, model_groups, require_names, shares_outside
 from pyro_vi_kit.model import Model, a_model
 from pyro_vi_kit.options import COUNT, SEED, checks, flag, integer, mapping, one_of, optional, share
 from pyro_vi_kit.progress import Progress
@@ -121,6 +121,7 @@ def nuts(
     with torch.enable_grad(), one_thread():
         # One point at a time, from NumPy and back: that is the CPU's work, wherever the data are.
         density = Density(model, dtype=torch.float64, device="cpu", init=where)
+        require_names(density)
         target = Target(density, params)
         threads = target.threads(total, _processors())
         if cores is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.errors import ModelError, OptionError, told
 from pyro_vi_kit.stream.feed import Feed, LoaderFeed, RowFeed
 from pyro_vi_kit.stream.layout import Arguments, Layout, joined, len_of
 from pyro_vi_kit.stream.sources import Batches, Rows
@@ -41,7 +41,7 @@ class Stream:
 
     def __init__(self, source: Dataset[Any] | DataLoader[Any], rows: int | None = None) -> None:
         if rows is not None and (not isinstance(rows, int) or isinstance(rows, bool) or rows < 1):
-            raise ModelError(f"rows= must be the number of all rows, at least 1, got {rows!r}")
+            raise ModelError(f"rows= must be the number of all rows, at least 1, got {told(rows)}")
         if isinstance(source, DataLoader):
             self.source: Rows | Batches = Batches(source, rows)
         else:
