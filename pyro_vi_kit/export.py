@@ -266,8 +266,8 @@ def _dataset(
             owner = owners.setdefault(dim, site)
             if len(labels.setdefault(dim, new)) != length:
                 raise ModelError(
-                    f"dimension {source!r} of group {name!r} has length {length} in site {site!r} "
-                    f"but {len(labels[dim])} in site {owner!r}: name them apart with dims="
+                    f"dimension {source or dim!r} of group {name!r} has length {length} in site "
+                    f"{site!r} but {len(labels[dim])} in site {owner!r}: name them apart with dims="
                 )
         for key, part in _real_parts(called[site], array).items():
             if key in variables:
@@ -330,16 +330,18 @@ def _labels(site: str, dim: str, length: int, coords: Mapping[str, Sequence[Any]
 def _times(values: Sequence[Any]) -> np.ndarray | None:
     """Dates and times, of Python, NumPy or pandas, as ``datetime64``; None where a value is none.
 
-    A time zone is kept in the text of a label, since ``datetime64`` has none.
+    A time zone is kept in the text of a label, since ``datetime64`` has none, and so are times before
+    1678 and after 2261.
     """
     if not values or not all(isinstance(value, np.datetime64 | date) for value in values):
         return None
     if any(getattr(value, "tzinfo", None) is not None for value in values):
         return None
-    exact = np.asarray(values, dtype="datetime64[us]")
-    # Nanoseconds, which pandas has, end in the years 1677 and 2262.
-    near = np.abs(exact.astype(np.int64)) < np.iinfo(np.int64).max // 1000
-    return np.asarray(values, dtype="datetime64[ns]") if near.all() else exact
+    # Nanoseconds, in which times are read from a file, end in the years 1677 and 2262.
+    since = np.asarray(values, dtype="datetime64[us]").astype(np.int64)
+    if (np.abs(since) >= np.iinfo(np.int64).max // 1000).any():
+        return None
+    return np.asarray(values, dtype="datetime64[ns]")
 
 
 def _storable(site: str, values: Any) -> np.ndarray:

@@ -132,6 +132,7 @@ def fit(
         OptionError: If a name or an option is wrong, or a combination cannot work.
     """
     started = time.monotonic()
+    guides.require_choice(guide)
     automatic = isinstance(guide, str) and guide == guides.AUTO
     if automatic:
         budget = ladder.BUDGET if budget is None else budget

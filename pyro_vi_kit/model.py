@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pyro_vi_kit.errors import ModelError, OptionError, told
-from pyro_vi_kit.options import COUNT, checks, mapping, optional, text
+from pyro_vi_kit.options import checks, mapping, optional, text
 
 if TYPE_CHECKING:
     from pyro_vi_kit.stream import Stream
@@ -51,6 +51,7 @@ class Model:
             ``kwargs`` then hold an example of a batch, read when they are first asked for.
 
     Raises:
+        OptionError: If ``kwargs`` is no dict or ``name`` no text.
         ModelError: If ``fn`` is not callable, ``coords`` / ``dims`` are not mappings of sequences,
             ``updates`` not one of callables, or a dataset cannot be streamed.
     """
@@ -64,7 +65,7 @@ class Model:
     stream: Stream | None = None
     updates: Mapping[str, Update] = field(default_factory=dict)
 
-    @checks(kwargs=optional(mapping), name=optional(text), rows=optional(COUNT))
+    @checks(kwargs=optional(mapping), name=optional(text))
     def __init__(
         self,
         fn: Callable[..., Any],

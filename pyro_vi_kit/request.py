@@ -27,7 +27,6 @@ from pyro_vi_kit.options import (
     SEED,
     checks,
     flag,
-    function,
     mapping,
     one_of,
     optional,
@@ -82,6 +81,15 @@ class Request:
     below: Guide | None = None
 
 
+def _optimizer(option: str, value: Any) -> Any:
+    if not callable(value):
+        raise OptionError(
+            f"{option}= must make an optimiser from parameters, e.g. "
+            f"functools.partial(torch.optim.Adam, lr=1e-3), got {told(value)}"
+        )
+    return value
+
+
 def _rows(option: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return {plate: COUNT(option, rows) for plate, rows in mapping(option, value).items()}
@@ -96,7 +104,7 @@ def _rows(option: str, value: Any) -> Any:
     budget=optional(positive),
     steps=optional(COUNT),
     estimator=one_of("estimator", objectives.ESTIMATORS),
-    optimizer=optional(function),
+    optimizer=optional(_optimizer),
     batch_size=optional(_rows),
     seed=optional(SEED),
     progress=optional(flag),

@@ -14,6 +14,7 @@ from toys import MODELS
 
 import pyro_vi_kit.fitting
 from pyro_vi_kit.cli import main
+from pyro_vi_kit.cli.output import in_options
 from pyro_vi_kit.methods import stochastic
 
 LINE = str(MODELS / "gaussian_regression_2d.py")
@@ -220,10 +221,17 @@ def test_long_summaries_are_cut_with_a_note(model):
         (NARROW, ("--alpha", "0.5"), ["no option 'alpha'"]),
         (NARROW, ("--method", "adam"), ["unknown method 'adam'"]),
         (NARROW, ("--engine", "fast"), ["unknown engine 'fast'"]),
-        (NARROW, ("--tol", "-1"), ["tol="]),
+        (NARROW, ("--guide", "aut"), ["Did you mean 'auto'"]),
+        (NARROW, ("--tol", "-1"), ["--tol must be a positive number"]),
+        (
+            NARROW,
+            ("--engine", "pyro", "--epochs", "2"),
+            ["--epochs are", "leave out --engine pyro"],
+        ),
+        (NARROW, ("--out", "fit.csv"), ["--out fit.csv", "end it in .nc"]),
         (NARROW, ("--out", "/no/such/folder/x.nc"), ["cannot write", "mkdir -p"]),
         (NARROW, ("--out", "/"), ["cannot write"]),
-        (NARROW, ("--guide", "amortized"), ["'full_rank'"]),
+        (NARROW, ("--guide", "amortized"), ["--guide full_rank"]),
         (NARROW, ("--guide", "delta", "--objective", "iwae"), ["point"]),
     ],
 )
@@ -314,13 +322,47 @@ def test_quiet_and_json_keep_the_streams_apart(tmp_path):
 def test_nuts(tmp_path):
     out = tmp_path / "nuts.nc"
     result = vi_kit("nuts", LINE, *SHORT, "--out", out)
-    assert result.exit_code == 0
+    assert result.exit_code == (3 if "NOT converged" in result.stdout else 0)
     assert result.stdout.startswith("NUTS posterior of gaussian_regression_2d: ")
     assert "slope" in result.stdout
     assert az.from_netcdf(out).posterior.sizes["chain"] == 2
     document = json.loads(vi_kit("nuts", LINE, *SHORT, "--json").stdout)
     assert document["max_rhat"] > 0.9
     assert {row["parameter"] for row in document["summary"]} == {"intercept", "slope"}
+
+
+def test_numbers_are_called_by_their_coords(model):
+    text = """
+def f(y):
+    with pyro.plate("city", 3):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+MODEL = vi.Model(f, Y, coords={"city": ["Lincoln", "Bonn", "Lima"]})
+"""
+    named = ["theta[Lincoln]", "theta[Bonn]", "theta[Lima]"]
+    short = ("--chains", 2, "--draws", 20, "--tune", 20, "--json")
+    document = json.loads(vi_kit("nuts", model(text), *short).stdout)
+    assert [row["parameter"] for row in document["summary"]] == named
+    assert any(name in document["warnings"] for name in named)
+    document = json.loads(vi_kit("fit", model(text), "--json", "--quiet").stdout)
+    assert [row["parameter"] for row in document["summary"]] == named
+
+
+@pytest.mark.parametrize(
+    ("said", "spoken"),
+    [
+        ("steps= must be", "--steps must be"),
+        ("leave batch_size= out", "leave --batch-size out"),
+        ("use guide='mean_field'.", "use --guide mean_field."),
+        ("raise tol=0.5.", "raise --tol 0.5."),
+        ("as in vi.fit(model, steps=10): steps=10", "as in vi.fit(model, steps=10): --steps 10"),
+        ("init= is no option", "init= is no option"),
+        ("Epochs(rate=) and x.steps=3", "Epochs(rate=) and x.steps=3"),
+    ],
+)
+def test_messages_speak_of_the_options_of_a_command(said, spoken):
+    assert in_options(said, main.commands["fit"]) == spoken
 
 
 def test_doubts_about_nuts_are_not_hidden():
@@ -331,6 +373,9 @@ def test_doubts_about_nuts_are_not_hidden():
     document = json.loads(vi_kit("nuts", LINE, *short, "--json").stdout)
     assert document["converged"] is False
     assert document["warnings"]
+    assert result.exit_code == 3
+    assert "--draws" in result.stderr
+    assert "draws=" not in result.stderr + result.stdout
 
 
 def test_compare(tmp_path):

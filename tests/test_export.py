@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from datetime import UTC, date, datetime
 
 import numpy as np
+import pandas as pd
 import pytest
 import xarray as xr
 
@@ -155,13 +157,94 @@ def test_attrs(kind):
         (Group({"x": np.zeros(9)}), "\\[chain, draw, ...\\], got shape \\(9,\\)"),
         (Group({"x": np.zeros((1, 9)), "y": np.zeros((1, 8))}), "'draw'.* 8 in site 'y' but 9"),
         (Group({"x": np.array(object())}, sampled=False), "'x' holds object values"),
-        (Group({"a/b": 1.0, "a.b": 2.0}, sampled=False), "two sites .* become 'a.b'"),
         (Group({}, attrs={"fact": 1}), "'posterior' has attrs but no variables"),
     ],
 )
 def test_what_does_not_fit_is_named(group, message):
     with pytest.raises(ModelError, match=message):
         export.to_arviz({"posterior": group}, {"school": SCHOOLS})
+
+
+def test_names_that_a_file_cannot_hold(kind, tmp_path):
+    sites = [
+        "a/b",
+        "a.b",
+        ".",
+        "/",
+        "..",
+        "",
+        "new\nline",
+        "nul\0",
+        "draw",
+        "draw_site",
+        "$x$",
+        "n" * 300,
+    ]
+    values = {site: np.full((1, 2), i) for i, site in enumerate(sites)}
+    attrs = {"model": "half a \0 name", "names": ["a\0", "b"]}
+    tree = export.to_arviz({"posterior": Group(values)}, attrs=attrs)
+    stored = export.datasets(export.read(export.write(tree, tmp_path / "odd.nc")))["posterior"]
+    named = {str(name): int(stored[name].to_numpy()[0, 0]) for name in stored.data_vars}
+    assert named == {
+        "a.b_1": 0,
+        "a.b": 1,
+        "._site": 2,
+        "._site_1": 3,
+        ".._site": 4,
+        "_site": 5,
+        "new_line": 6,
+        "nul_": 7,
+        "draw_site_1": 8,
+        "draw_site": 9,
+        "$x$": 10,
+        "n" * 300: 11,
+    }
+
+
+@pytest.mark.parametrize(
+    ("labels", "kept"),
+    [
+        ([date(2020, 1, 31), date(2020, 2, 1)], True),
+        ([datetime(2020, 1, 31, 12), datetime(2020, 2, 1)], True),
+        (pd.date_range("2020-01-31", periods=2), True),
+        (np.array(["2020-01-31", "2020-02-01"], "M8[D]"), True),
+        ([date(1000, 1, 31), date(1000, 2, 1)], False),
+        ([datetime(2020, 1, 31, tzinfo=UTC), datetime(2020, 2, 1, tzinfo=UTC)], False),
+        ([date(2020, 1, 31), "later"], False),
+    ],
+)
+def test_dates_are_dates(labels, kept, kind, tmp_path):
+    tree = export.to_arviz(
+        {"posterior": Group({"x": np.zeros((1, 4, 2))}, {"x": ["t"]})}, {"t": labels}
+    )
+    stored = export.datasets(export.read(export.write(tree, tmp_path / "dates.nc")))["posterior"]
+    if kept:
+        assert stored["t"].dtype.kind == "M"
+        np.testing.assert_array_equal(stored["t"].values, np.array([*labels], "M8[us]"))
+    else:
+        assert list(stored["t"].values) == [str(label) for label in labels]
+
+
+def test_a_plate_and_an_argument_of_one_name(kind):
+    groups = {
+        "posterior": Group({"theta": np.zeros((1, 4, 3))}, {"theta": ["school"]}),
+        "constant_data": Group(
+            {"school": np.array([0, 1, 2, 0]), "u": np.zeros(3)},
+            {"school": ["row"], "u": ["school"]},
+            sampled=False,
+        ),
+    }
+    built = export.datasets(export.to_arviz(groups, {"school": SCHOOLS}))
+    assert built["posterior"]["theta"].dims == ("chain", "draw", "school")
+    assert list(built["posterior"]["school"].values) == SCHOOLS
+    assert list(built["constant_data"]["school"].values) == [0, 1, 2, 0]
+    assert built["constant_data"]["u"].dims == ("school_dim",)
+
+
+def test_a_plate_called_draw_keeps_its_labels(kind):
+    data = _one({"x": np.zeros((1, 4, 3))}, {"x": ["draw"]}, coords={"draw": SCHOOLS}, sampled=True)
+    assert data["x"].dims == ("chain", "draw", "draw_dim")
+    assert list(data["draw_dim"].values) == SCHOOLS
 
 
 def test_wrong_coords_name_both_lengths():

@@ -384,7 +384,7 @@ def test_a_wrong_option_is_refused_before_the_model_runs(options, message):
 
 @pytest.mark.parametrize("wrong", [local_normals, None, "model.py"])
 def test_what_is_no_model_is_refused(wrong):
-    with pytest.raises(OptionError, match=r"fit takes a vi\.Model.*vi\.fit\(vi\.Model\(fn"):
+    with pytest.raises(OptionError, match=r"model must be a vi\.Model.*vi\.Model\(fn"):
         vi.fit(wrong)
 
 
@@ -847,9 +847,7 @@ def test_a_file_of_another_model_is_refused(tmp_path, schools):
     path = schools.save(tmp_path / "fit.nc", draws=5)
     with pytest.raises(ModelError, match=r"latents mu\(\), tau\(\), theta_trans\(8,\)"):
         vi.load(path, two_scales_model())
-    with pytest.raises(
-        OptionError, match=r"load takes the vi\.Model of the posterior, got function"
-    ):
+    with pytest.raises(OptionError, match=r"model must be a vi\.Model, got function"):
         vi.load(path, local_normals)
 
 

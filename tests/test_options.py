@@ -87,6 +87,17 @@ def local(y):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
 
 
+def over_loader(rows):
+    """A model over a loader that does not say how long it is."""
+    loader = torch.utils.data.DataLoader(Unsized(), batch_size=2)
+    return vi.Model(normal, loader, rows=rows)
+
+
+class Unsized(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(Y)
+
+
 Y = torch.tensor([1.0, 2.0, 4.0])
 
 
@@ -168,6 +179,7 @@ BY_PACKAGE = {
     "drawn_of",
     "held_at_mean",
     "mean_of_globals",
+    "require_choice",
     "per_datum",
     "tabulated",
     "evaluate",
@@ -245,6 +257,7 @@ CALLS += [
     for name, part in specs().items()
     for parameter in parameters(part)
 ]
+CALLS.append(("Model(loader, rows)", over_loader, {}, "rows"))
 CALLS += [
     (f"Model({parameter})", vi.Model, {"fn": lambda: normal}, parameter)
     for parameter in parameters(vi.Model)

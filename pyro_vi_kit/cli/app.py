@@ -17,7 +17,7 @@ from pyro_vi_kit.cli.calibrating import calibrate_command
 from pyro_vi_kit.cli.listing import estimators_command, guides_command, objectives_command
 from pyro_vi_kit.cli.many import bench_command, compare_command
 from pyro_vi_kit.cli.options import common_options, debugging
-from pyro_vi_kit.cli.output import warnings_as_messages
+from pyro_vi_kit.cli.output import in_options, warnings_as_messages
 from pyro_vi_kit.cli.single import check_command, fit_command, nuts_command
 from pyro_vi_kit.errors import ViError
 
@@ -30,7 +30,8 @@ A MODEL is a Python file with one MODEL = vi.Model(function, *data).
 Results go to stdout, progress and messages to stderr.
 
 Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 3 fit finished, but its verdict is
-"reject", or calibrate's is "not calibrated"; 130 interrupted.
+"reject", the chains of nuts did not converge, or calibrate's verdict is "not calibrated"; 130
+interrupted.
 """
 
 
@@ -48,7 +49,8 @@ class Commands(click.Group):
             _explain(ctx, error, "interrupted")
             ctx.exit(INTERRUPTED)
         except ViError as error:
-            _explain(ctx, error, f"error: {error}")
+            called = self.commands.get(ctx.invoked_subcommand or "", self)
+            _explain(ctx, error, f"error: {in_options(str(error), called)}")
             ctx.exit(WRONG_REQUEST)
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:

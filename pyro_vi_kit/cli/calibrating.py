@@ -16,7 +16,7 @@ from pyro_vi_kit.cli.options import (
     progress_wanted,
     seed_option,
 )
-from pyro_vi_kit.cli.output import message, print_json, print_table, records, relative
+from pyro_vi_kit.cli.output import in_options, message, print_json, print_table, records, relative
 from pyro_vi_kit.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def calibrate_command(
     if as_json:
         print_json(_facts(found, None if folder is None else str(folder)))
     else:
-        click.echo(f"{found!r}\n")
+        click.echo(in_options(f"{found!r}\n"))
         print_table(found.summary(), "--json prints all of them")
     if not found.verdict.calibrated:
         ctx.exit(NOT_CALIBRATED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _META = "pyro_vi_kit"
+_NETCDF = (".nc", ".nc4", ".netcdf", ".h5", ".hdf5")
 
 model_argument = click.argument("model_file", metavar="MODEL.py", type=click.Path())
 json_option = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
@@ -110,6 +112,26 @@ def split_names(kind: str, text: str, known: Iterable[str]) -> list[str]:
         if name not in known:
             raise UnknownNameError(kind, name, known)
     return names
+
+
+def netcdf_target(out: str | None) -> Path | None:
+    """Where ``--out`` writes ArviZ netCDF, refused before any work where it cannot.
+
+    Raises:
+        OptionError: If its ending is that of another kind of file.
+        FileError: If it cannot be written.
+    """
+    from pyro_vi_kit.export import check_writable
+
+    if out is None:
+        return None
+    suffix = Path(out).suffix.lower()
+    if suffix not in ("", *_NETCDF):
+        raise OptionError(
+            f"--out {out}: what is written is ArviZ netCDF, and {suffix} is another kind of file: end "
+            "it in .nc. --json prints the summary for other programs"
+        )
+    return check_writable(out)
 
 
 def key_values(option: str, pairs: Sequence[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,36 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _ROWS = 40
+_KEYWORD = re.compile(
+    r"""(?<![\w.'"-])(?P<name>[a-z_]+)=(?:'(?P<quoted>[^']*)'|(?P<plain>\w[\w.+-]*\w|\w))?"""
+)
+_CALL = re.compile(r"\w\([^()]*$")
+
+
+def in_options(text: str, command: click.Command | None = None) -> str:
+    """Text that speaks of ``steps=`` and ``guide='delta'`` with the options of a command: ``--steps``.
+
+    Args:
+        text: What a function of Python says. Calls in it, as ``vi.fit(model, steps=10)``, stay.
+        command: The command; the one that is running when None.
+    """
+    command = click.get_current_context().command if command is None else command
+    options = {
+        name.lstrip("-").replace("-", "_"): name
+        for parameter in command.params
+        if isinstance(parameter, click.Option)
+        for name in parameter.opts
+        if name.startswith("--")
+    }
+
+    def spoken(found: re.Match[str]) -> str:
+        option = options.get(found["name"])
+        if option is None or _CALL.search(text[: found.start()]):
+            return found[0]
+        value = found["quoted"] or found["plain"] or ""
+        return f"{option} {value}" if value else option
+
+    return _KEYWORD.sub(spoken, text)
 
 
 def message(text: str) -> None:
@@ -31,7 +62,7 @@ def warnings_as_messages() -> Iterator[None]:
     """Show each warning as one line on stderr; also where none of the rest is shown."""
 
     def show(text: Warning | str, *_: Any, **__: Any) -> None:
-        click.echo(f"warning: {text}", err=True)
+        click.echo(f"warning: {in_options(str(text))}", err=True)
 
     with warnings.catch_warnings():
         # Ours are UserWarnings, and say what must not be missed; the others stay as Python has them.

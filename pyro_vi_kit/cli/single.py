@@ -13,17 +13,18 @@ from pyro_vi_kit.cli.options import (
     key_values,
     make_objective,
     model_argument,
+    netcdf_target,
     nuts_options,
     progress_wanted,
     seed_option,
 )
-from pyro_vi_kit.cli.output import message, print_json, print_table, records, relative
+from pyro_vi_kit.cli.output import in_options, message, print_json, print_table, records, relative
 
 if TYPE_CHECKING:
     from pyro_vi_kit.export import Tree
     from pyro_vi_kit.posterior import Posterior
 
-WRONG_REQUEST, REJECTED, INTERRUPTED = 2, 3, 130
+WRONG_REQUEST, REJECTED, NOT_CONVERGED, INTERRUPTED = 2, 3, 3, 130
 
 _REPORT = ("max_rhat", "min_ess_bulk", "min_ess_tail", "divergences", "seconds", "warnings")
 
@@ -110,7 +111,6 @@ def fit_command(
     **options: Any,
 ) -> None:
     """Fit a guide; print the verdict and a summary. Exit code 3 if the verdict is reject."""
-    from pyro_vi_kit.export import check_writable
     from pyro_vi_kit.fitting import fit
     from pyro_vi_kit.modelfile import load_model_file
 
@@ -120,7 +120,7 @@ def fit_command(
     goal = None
     if fresh or objective is not None or particles is not None or alpha is not None:
         goal = make_objective(objective or "elbo", particles, alpha)
-    target = None if out is None else check_writable(out)
+    target = netcdf_target(out)
     model = load_model_file(model_file)
     posterior = fit(model, spec, goal, progress=progress_wanted(), **options)
     if target is not None:
@@ -129,7 +129,7 @@ def fit_command(
     if as_json:
         print_json(_fit_facts(posterior, None if target is None else str(target)))
     else:
-        click.echo(f"{posterior!r}\n")
+        click.echo(in_options(f"{posterior!r}\n"))
         print_table(posterior.summary(), "--json prints all of them")
     if posterior.status.reason == "interrupted":
         ctx.exit(INTERRUPTED)
@@ -146,13 +146,19 @@ def fit_command(
 @click.option("--out", type=click.Path(), help="Write the draws here, ArviZ netCDF (.nc).")
 @json_option
 @common_options
-def nuts_command(model_file: str, out: str | None, as_json: bool, **options: Any) -> None:
-    """Sample with NUTS; print whether the chains converged and a summary."""
-    from pyro_vi_kit.export import check_writable, write
+@click.pass_context
+def nuts_command(
+    ctx: click.Context, model_file: str, out: str | None, as_json: bool, **options: Any
+) -> None:
+    """Sample with NUTS; print whether the chains converged and a summary.
+
+    Exit code 3 if they did not.
+    """
+    from pyro_vi_kit.export import write
     from pyro_vi_kit.modelfile import load_model_file
     from pyro_vi_kit.sampling import nuts
 
-    target = None if out is None else check_writable(out)
+    target = netcdf_target(out)
     model = load_model_file(model_file)
     tree = nuts(model, progress=progress_wanted(), **options)
     if target is not None:
@@ -164,8 +170,10 @@ def nuts_command(model_file: str, out: str | None, as_json: bool, **options: Any
         rows = records(_draws_summary(tree).reset_index(names="parameter"))
         print_json(facts | {"file": None if target is None else str(target), "summary": rows})
     else:
-        click.echo(_nuts_report(tree) + "\n")
+        click.echo(in_options(_nuts_report(tree)) + "\n")
         print_table(_draws_summary(tree), "--json prints all of them")
+    if not tree.attrs["converged"]:
+        ctx.exit(NOT_CONVERGED)
 
 
 def _guide(name: str | None, options: dict[str, Any]) -> Any:
@@ -173,6 +181,7 @@ def _guide(name: str | None, options: dict[str, Any]) -> Any:
     from pyro_vi_kit import guides
     from pyro_vi_kit.errors import OptionError
 
+    guides.require_choice(name)
     if name != guides.AUTO:
         return guides.specify(name or "full_rank", **options) if name or options else None
     if options:
@@ -231,7 +240,9 @@ def _nuts_report(tree: Tree) -> str:
 
 def _draws_summary(tree: Tree) -> Any:
     """ArviZ's summary: mean, sd, interval, Monte Carlo errors, ESS and R-hat of each number."""
-    from pyro_vi_kit.export import import_arviz
+    from pyro_vi_kit.export import datasets, import_arviz
+    from pyro_vi_kit.summary import labels_in
 
-    arviz = import_arviz()
-    return arviz.summary(tree, round_to="none")
+    frame = import_arviz().summary(tree, round_to="none")
+    labels = [label for site in datasets(tree)["posterior"].values() for label in labels_in(site)]
+    return frame.set_axis(labels) if len(labels) == len(frame) else frame

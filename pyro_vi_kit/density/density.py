@@ -34,7 +34,7 @@ from pyro_vi_kit.density.usable import (
     unchecked_note,
 )
 from pyro_vi_kit.device import Device, checked
-from pyro_vi_kit.errors import ModelError, ModelWarning, ViError, told
+from pyro_vi_kit.errors import ModelError, ModelWarning, ViError
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.errors import ModelError, OptionError, ViError, first_line
+from pyro_vi_kit.errors import ModelError, OptionError, ViError, first_line, told
 
 InitFunction = Callable[[Any], Any]
 """From a Pyro site to its constrained value, as Pyro's ``init_to_*``; None where it does not know it."""
@@ -40,7 +40,7 @@ def checked(init: Any, words: Sequence[str]) -> Any:
     known = ", ".join(repr(word) for word in (*words, *PYROS))
     raise OptionError(
         f"init= must be {known}, a dict of site values, or a function of the site such as "
-        f"pyro.infer.autoguide.init_to_value(values=...), got {init!r}"
+        f"pyro.infer.autoguide.init_to_value(values=...), got {told(init)}"
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.device import Device
+from pyro_vi_kit.errors import UnknownNameError
 from pyro_vi_kit.guides.adaptor import Draw, Guide
 from pyro_vi_kit.guides.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.amortized import Amortized
@@ -116,6 +117,7 @@ __all__ = [
     "mean_of_globals",
     "names",
     "per_datum",
+    "require_choice",
     "specify",
     "tabulated",
 ]
@@ -139,6 +141,16 @@ def choices() -> dict[str, str]:
 def about() -> dict[str, About]:
     """What each of `choices` can represent, what it costs, when to use it, and its paper."""
     return {name: cls.about for name, cls in REGISTRY.items()} | {AUTO: _ABOUT_AUTO}
+
+
+def require_choice(guide: object) -> None:
+    """Refuse a name that is none of `choices`.
+
+    Raises:
+        UnknownNameError: Names the nearest.
+    """
+    if isinstance(guide, str) and guide not in choices():
+        raise UnknownNameError("guide", guide, choices())
 
 
 def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:

@@ -145,7 +145,8 @@ def nuts(
     }
     groups = _groups(target, plan, result)
     judged = {"posterior": _sampled_group(target, groups), "sample_stats": groups["sample_stats"]}
-    report = _with_domain(diagnose(to_arviz(judged)), target, result)
+    judging = to_arviz(judged, coords_of(model, groups))
+    report = _with_domain(diagnose(judging), target, result)
     for problem in report.problems:
         warnings.warn(problem, SamplerWarning, stacklevel=2)
     return to_arviz(groups, coords_of(model, groups), facts | _verdict(report))
