@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -72,11 +71,14 @@ def integer(at_least: int, at_most: int = _MOST) -> Rule:
 
     def rule(option: str, value: Any) -> int:
         wanted = f"{option}= must be an integer of at least {at_least}"
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < at_least:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
             raise OptionError(f"{wanted}, got {told(value)}")
-        if value > at_most:
+        plain = int(value)
+        if plain < at_least:
+            raise OptionError(f"{wanted}, got {told(value)}")
+        if plain > at_most:
             raise OptionError(f"{wanted} and at most {at_most:,}, got {told(value)}")
-        return operator.index(value)
+        return plain
 
     return rule
 

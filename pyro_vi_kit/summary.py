@@ -77,7 +77,7 @@ def labels_of(
 def labels_in(array: xr.DataArray) -> list[str]:
     """Label of each number of a site in an ArviZ object, `[chain, draw, *shape]`."""
     dims = [str(dim) for dim in array.dims[2:]]
-    coords = {dim: array[dim].to_numpy() for dim in dims if dim in array.coords}
+    coords = {dim: list(array[dim].to_numpy()) for dim in dims if dim in array.coords}
     return [label for _, label in labels(str(array.name), array.shape[2:], dims, coords)]
 
 
@@ -99,5 +99,6 @@ def labels(
 def _word(label: Any) -> str:
     """A coordinate's label in words; of a time that is a day, the day."""
     if isinstance(label, np.datetime64 | datetime):
-        return str(np.datetime64(label, "us")).removesuffix("T00:00:00.000000")
+        exact = np.asarray(label, dtype="datetime64[us]")
+        return str(exact).removesuffix("T00:00:00.000000")
     return str(label)
