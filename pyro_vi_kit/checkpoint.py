@@ -1,25 +1,26 @@
 """A fit under way in one file, from which it goes on with exactly the same numbers.
 
 The file holds tensors, numbers and text, is read with ``weights_only``, and so can never run code. It
-is written beside its place and moved there in one step: whenever the process dies, the file is either
-the old or the new one.
+is written in one piece and sealed (`files`): whenever the process dies, the file is either the old or
+the new one, and one that is damaged is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import io
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.errors import FileError, OptionError, first_line
+from pyro_vi_kit import files
+from pyro_vi_kit.errors import FileError, OptionError, ViError, first_line
 
-_FORMAT = 1
+_FORMAT = 2
 _KIND = "pyro_vi_kit checkpoint"
 # Seconds between two writes; what a killed process loses at the most.
 _EVERY = 30.0
@@ -46,23 +47,20 @@ class Checkpoint:
 
     Args:
         path: The file.
-        identity: The request, in plain words and numbers; only the same one goes on.
-        saved: What the file holds already.
+        identity: The request, in plain words and numbers.
+        saved: What the file holds already, of the same request.
 
     Attributes:
         state: Where to go on from; None for a fit that begins.
         facts: What else the file is to keep, plain values; what it has kept where it goes on.
         seconds: Wall time that the fit had taken when it was stopped.
-
-    Raises:
-        OptionError: If the file is of another request; names what differs.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], saved: Saved | None) -> None:
         self.path = path
+        # A relative path is of the folder that the process is in now.
+        self._target = files.check_writable(path)
         self.identity = dict(identity)
-        if saved is not None:
-            _require_same(path, saved.identity, self.identity)
         self.state: State | None = None if saved is None else saved.state
         self.facts: dict[str, Any] = {} if saved is None else saved.state["facts"]
         self.seconds = 0.0 if saved is None else saved.seconds
@@ -99,8 +97,24 @@ class Checkpoint:
             "state": cloned(self._marked, "cpu") | {"losses": losses, "facts": self.facts},
             "seconds": self.seconds + time.monotonic() - self._began,
         }
-        _replace(self.path, content)
+        memory = io.BytesIO()
+        torch.save(content, memory)
+        files.write(self._target, files.sealed(memory.getvalue()))
         self._written = time.monotonic()
+
+    @contextlib.contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Around what goes on from `state`.
+
+        Raises:
+            FileError: If the state is none that a fit can go on from.
+        """
+        try:
+            yield
+        except ViError:
+            raise
+        except Exception as error:  # whatever a part says that is missing or of another kind
+            raise _damaged(self.path, error) from error
 
 
 def read(path: str | Path) -> Saved | None:
@@ -112,26 +126,39 @@ def read(path: str | Path) -> Saved | None:
     """
     if not isinstance(path, str | Path):
         raise OptionError(f"checkpoint= takes the path of a file, got {type(path).__name__}")
-    path = Path(path)
-    if not os.access(path.absolute().parent, os.W_OK) or path.is_dir():
-        raise FileError(f"cannot write checkpoint {path}: it needs a folder that can be written to")
+    path = files.check_writable(path)
     if not path.exists():
         return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content, whole = files.unsealed(path.read_bytes(), path)
+        if not whole:
+            raise ValueError("it has no checksum at its end")
+        content = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        kind, form = content["kind"], content["format"]
+        saved = Saved(*(content[name] for name in Saved._fields))
+        parts = (saved.identity, saved.state, saved.state["facts"], saved.state["losses"])
+        if not all(map(isinstance, parts, (dict, dict, dict, Tensor))):
+            raise TypeError("a part of it is of another kind")
+        saved = saved._replace(seconds=float(saved.seconds))
+    except FileError:
+        raise
     except Exception as error:
-        raise FileError(
-            f"{path} is no checkpoint, or a damaged one ({type(error).__name__}: "
-            f"{first_line(error)}): delete it to begin anew, or name another file"
-        ) from error
-    if not isinstance(content, dict) or content.get("kind") != _KIND:
+        raise _damaged(path, error) from error
+    if kind != _KIND:
         raise FileError(f"{path} is no checkpoint of pyro_vi_kit: name another file")
-    if content["format"] != _FORMAT:
+    if form != _FORMAT:
         raise FileError(
-            f"{path} has format {content['format']}, this version reads {_FORMAT}: go on with the "
-            "version that wrote it, or delete it to begin anew"
+            f"{path} has format {form}, this version reads {_FORMAT}: go on with the version that wrote "
+            "it, or delete it to begin anew"
         )
-    return Saved(content["identity"], content["state"], content["seconds"])
+    return saved
+
+
+def _damaged(path: Path, error: Exception) -> FileError:
+    return FileError(
+        f"{path} is no checkpoint, or a damaged one ({type(error).__name__}: {first_line(error)}): "
+        "delete it to begin anew, or name another file"
+    )
 
 
 def cloned(value: Any, device: str | None = None) -> Any:
@@ -149,30 +176,3 @@ def cloned(value: Any, device: str | None = None) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(cloned(part, device) for part in value)
     return value
-
-
-def _replace(path: Path, content: State) -> None:
-    # Always the same name: what a killed process leaves behind is overwritten by the next one.
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise FileError(f"cannot write checkpoint {path}: {error}") from error
-        raise
-
-
-def _require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if keys:
-        told = "; ".join(f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in keys)
-        raise OptionError(
-            f"checkpoint= {path} is of another fit ({told}): ask for the same, name another file, or "
-            "delete it to begin anew. To change a fit that has ended, use resume="
-        )

@@ -73,6 +73,10 @@ class FileError(ViError, OSError):
     """A file cannot be read or written as asked."""
 
 
+class OtherDataWarning(UserWarning):
+    """A posterior was read beside a model of other data than those it was fitted to."""
+
+
 class MissingDependencyError(ViError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

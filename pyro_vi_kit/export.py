@@ -7,11 +7,11 @@ ArviZ 1.x; both are made of the same datasets and written to the same files.
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import itertools
 import json
 import os
 import re
-import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from pyro_vi_kit import __version__
-from pyro_vi_kit.errors import FileError, ModelError
+from pyro_vi_kit import __version__, files
+from pyro_vi_kit.errors import FileError, ModelError, first_line
 
 if TYPE_CHECKING:
     import xarray as xr  # a second of start-up, and a fit does without
@@ -47,6 +47,8 @@ _OF_SITES = frozenset(
         "observed_data",
     }
 )
+# Bytes of a variable from which on compressing it saves more than the chunks' index takes.
+_COMPRESSED = 16_384
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +62,14 @@ class Group:
         sampled: Whether the arrays' leading dimensions are (chain, draw).
         attrs: Facts about the group. Strings, numbers and lists of them are kept; anything else
             is stored as JSON text.
+        numbered: Whether dimensions without coords get the numbers of their positions.
     """
 
     variables: Mapping[str, Any]
     dims: Mapping[str, Sequence[str]] = field(default_factory=dict)
     sampled: bool = True
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    numbered: bool = True
 
 
 def to_arviz(
@@ -129,7 +133,7 @@ def datasets(tree: Tree) -> dict[str, xr.Dataset]:
 
 
 def write(tree: Tree, path: str | os.PathLike[str]) -> Path:
-    """Write an ArviZ object to a netCDF-4 file, all of it or nothing.
+    """Write an ArviZ object to a netCDF-4 file, all of it or nothing, with a checksum at its end.
 
     A list of one element is read back as the element: netCDF does not tell them apart.
 
@@ -143,23 +147,32 @@ def write(tree: Tree, path: str | os.PathLike[str]) -> Path:
     Raises:
         FileError: If the file cannot be written.
     """
-    import xarray as xr
+    return files.write(path, files.sealed(_netcdf(tree)))
 
-    target = check_writable(path)
-    groups = {f"/{name}": dataset.drop_encoding() for name, dataset in datasets(tree).items()}
-    whole = xr.DataTree.from_dict({"/": xr.Dataset(attrs=tree.attrs), **groups})
-    # In the same folder, so that replacing the file is one step of the file system.
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        whole.to_netcdf(partial, engine=_ENGINE)
-        partial.replace(target)
-    except OSError as error:
-        raise FileError(
-            f"cannot write {target}: {error}; check the space and the rights on {target.parent}"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+
+def _netcdf(tree: Tree) -> bytes:
+    """The file in memory: HDF5 takes the whole process with it where a disk is full."""
+    import h5netcdf
+    import xarray as xr
+    from xarray.backends import H5NetCDFStore
+
+    whole = {"/": xr.Dataset(attrs=tree.attrs)}
+    whole |= {f"/{name}": dataset.drop_encoding() for name, dataset in datasets(tree).items()}
+    memory = io.BytesIO()
+    with h5netcdf.File(memory, "w") as file:
+        for name, dataset in whole.items():
+            store = H5NetCDFStore(file, group=name)
+            dataset.dump_to_store(store, encoding=_encoding(dataset))
+    return memory.getvalue()
+
+
+def _encoding(dataset: xr.Dataset) -> dict[str, Any]:
+    """Compression for the variables that are worth it."""
+    return {
+        str(name): {"zlib": True, "complevel": 1, "shuffle": True}
+        for name, variable in dataset.variables.items()
+        if variable.dtype.kind in "biuf" and variable.nbytes >= _COMPRESSED
+    }
 
 
 def read(path: str | os.PathLike[str]) -> Tree:
@@ -172,53 +185,42 @@ def read(path: str | os.PathLike[str]) -> Tree:
         The ArviZ object. The file is closed again.
 
     Raises:
-        FileError: If the file is missing, is not netCDF-4, or holds no groups.
+        FileError: If the file is missing, is not netCDF-4, holds no groups, or is not what was written.
     """
-    source = Path(path)
-    if not source.is_file():
-        raise FileError(f"no file {source}: check the path, it must be a netCDF file (.nc)")
+    if not isinstance(path, str | os.PathLike):
+        raise FileError(f"a file is named by its path, got {type(path).__name__}")
+    source = Path(path).expanduser()
     try:
-        import xarray as xr
-
-        with xr.open_datatree(source, engine=_ENGINE) as tree:
-            groups = {name: dataset.load() for name, dataset in datasets(tree).items()}
-            attrs = _native_attrs(tree.attrs)
+        content = source.read_bytes()
     except (OSError, ValueError) as error:
+        if source.is_file():
+            raise FileError(f"cannot read {source}: {error}") from error
         raise FileError(
-            f"cannot read {source} as netCDF-4: {error}; was it written by pyro_vi_kit or ArviZ?"
+            f"no file {source}: check the path, it must be a netCDF file (.nc)"
+        ) from error
+    content, _ = files.unsealed(content, source)
+    try:
+        groups, attrs = _groups(content)
+    except Exception as error:  # whatever HDF5 and xarray say of bytes that are no netCDF
+        raise FileError(
+            f"cannot read {source} as netCDF-4: {type(error).__name__}: {first_line(error)}; was it "
+            "written by pyro_vi_kit or ArviZ, and is it whole?"
         ) from error
     if not groups:
         raise FileError(f"{source} holds no groups: it is netCDF, but not of an ArviZ object")
-    for dataset in groups.values():
-        dataset.attrs = _native_attrs(dataset.attrs)
     return _assemble(groups, attrs)
 
 
-def check_writable(path: str | os.PathLike[str]) -> Path:
-    """Say whether a result file can be written, before any work is done for it.
+def _groups(content: bytes) -> tuple[dict[str, xr.Dataset], dict[str, Any]]:
+    """The groups of a netCDF-4 file, in memory, and the attrs of the whole."""
+    import xarray as xr
 
-    Args:
-        path: The file to be written.
-
-    Returns:
-        Its absolute path, links resolved.
-
-    Raises:
-        FileError: If its folder is missing or read-only, or the path is a folder, a device or a
-            read-only file.
-    """
-    target = Path(path).expanduser().resolve()
-    folder = target.parent
-    if not folder.is_dir():
-        raise FileError(f"cannot write {target}: no folder {folder}; create it with mkdir -p")
-    if target.exists() and not target.is_file():
-        raise FileError(f"cannot write {target}: it is not a plain file; name a file in a folder")
-    for place in (folder, target) if target.exists() else (folder,):
-        if not os.access(place, os.W_OK):
-            raise FileError(
-                f"cannot write {target}: no right to write to {place}; choose another path"
-            )
-    return target
+    with xr.open_datatree(io.BytesIO(content), engine=_ENGINE) as tree:
+        groups = {name: dataset.load() for name, dataset in datasets(tree).items()}
+        attrs = _native_attrs(tree.attrs)
+    for dataset in groups.values():
+        dataset.attrs = _native_attrs(dataset.attrs)
+    return groups, attrs
 
 
 def arviz_major() -> int:
@@ -273,7 +275,7 @@ def _dataset(
             if key in variables:
                 raise ModelError(f"two sites of group {name!r} become {key!r}: rename one of them")
             variables[key] = (tuple(dim for dim, _ in names), part)
-    return xr.Dataset(variables, coords=labels)
+    return xr.Dataset(variables, coords=labels if group.numbered else None)
 
 
 def _dim_names(

@@ -13,6 +13,7 @@ import torch
 
 from pyro_vi_kit import checkpoint as checkpoints
 from pyro_vi_kit import (
+    fingerprint,
     guides,
     identity,
     ladder,
@@ -150,7 +151,7 @@ def fit(
         batch_size = record.batch_size if batch_size is None else batch_size
         seed = resuming.seed_after(earlier) if seed is None else seed
     if saved is not None and seed is None:
-        seed = saved.identity["seed"]
+        seed = saved.identity.get("seed")
     request = checked(
         model,
         "elbo" if objective is None else objective,
@@ -179,9 +180,11 @@ def fit(
         )
         require_names(density)
         request = starting.located(request, density)
+        model_print = fingerprint.of(density)
         posterior = ladder.climb(request, density, _fit_one)
-        seconds = time.monotonic() - started
-        posterior.record = dataclasses.replace(posterior.record, seconds=seconds)
+        posterior.record = dataclasses.replace(
+            posterior.record, seconds=time.monotonic() - started, fingerprint=model_print
+        )
         return posterior
     streaming.require_streamable(request, guide)
     request = streaming.with_batch_size(request)
@@ -195,13 +198,19 @@ def fit(
     if density is not None:
         require_names(density)
     kept = None
+    model_print = fingerprint.of_data(model) if density is None else fingerprint.of(density)
+    if earlier is not None:
+        resuming.require_same_model(earlier, model_print)
     if checkpoint is not None:
-        told = identity.of(request, guide, trainee, density, earlier)
+        told = identity.of(request, guide, trainee, density, model_print, earlier)
+        if saved is not None:
+            identity.require_same(Path(checkpoint), saved.identity, told)
         kept = checkpoints.Checkpoint(Path(checkpoint), told, saved)
     with one_thread(density is not None and is_small(density)):
         trained = training.train(request, name, trainee, density, state, kept)
     before = 0.0 if kept is None else kept.seconds
     record = _record(request, trainee, trained, time.monotonic() - started + before)
+    record = dataclasses.replace(record, fingerprint=model_print)
     if earlier is not None:
         record = resuming.told_as_one(earlier.record, record)
     spec = guide if isinstance(guide, GuideSpec) else None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from pyro_vi_kit import fingerprint
 from pyro_vi_kit.density import Density
+from pyro_vi_kit.errors import FileError, OptionError
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.posterior import Posterior
 from pyro_vi_kit.request import Request
@@ -22,6 +21,7 @@ def of(
     guide: object,
     trainee: Guide | Callable[..., Any],
     density: Density | None,
+    model_print: fingerprint.Fingerprint,
     earlier: Posterior | None,
 ) -> dict[str, Any]:
     """All that the numbers of a fit depend on, but for the time it is given.
@@ -31,12 +31,13 @@ def of(
         guide: What ``guide=`` stands for.
         trainee: The guide itself.
         density: The model's Density, where it has one.
+        model_print: What that computes.
         earlier: The fit it goes on from with ``resume=``.
     """
     return {
         "model": request.model.name,
         "latents": None if density is None else latents_of(density),
-        "data": None if density is None else digest(density.data),
+        "fingerprint": model_print,
         "guide": _guide(guide),
         "parameters": _shapes(trainee),
         "objective": [request.objective.name, _plain(request.objective)],
@@ -57,14 +58,41 @@ def of(
     }
 
 
-def digest(tensors: list[Tensor]) -> str:
-    """A checksum of data, with their shapes."""
-    found = 0
-    for tensor in tensors:
-        found = zlib.crc32(repr((tuple(tensor.shape), str(tensor.dtype))).encode(), found)
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found = zlib.crc32(flat.numpy().data, found)
-    return f"{found:08x}"
+def require_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another fit.
+
+    Args:
+        path: The file.
+        before: The fit that it is of.
+        now: The one that is asked for.
+
+    Raises:
+        OptionError: If they differ; names what does.
+        FileError: If what the file says of its fit cannot be read.
+    """
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    told = [f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in keys if k != "fingerprint"]
+    remedy = " To change a fit that has ended, use resume="
+    if "fingerprint" in keys and "latents" not in keys:
+        found = _changed(path, before.get("fingerprint"), now["fingerprint"])
+        if found is not None:
+            told, remedy = [*told, found.words], ""
+    if told:
+        raise OptionError(
+            f"checkpoint= {path} is of another fit ({'; '.join(told)}): ask for the same, name another "
+            f"file, or delete it to begin anew.{remedy}"
+        )
+
+
+def _changed(
+    path: Path, before: Any, now: fingerprint.Fingerprint
+) -> fingerprint.Difference | None:
+    try:
+        return fingerprint.difference(before, now)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(
+            f"{path} is damaged: what it says of its model cannot be read; delete it to begin anew"
+        ) from error
 
 
 def _engine(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -66,6 +66,8 @@ class Record:
         ladder: What ``guide="auto"`` tried, in order; empty where the guide was named.
         correction: What was done to the fitted guide afterwards, in words; empty where nothing was.
         note: Why steps were not captured, where they should have been; empty otherwise.
+        fingerprint: What the model computed when it was fitted (see `fingerprint.of`); None where
+            there is no density of it.
     """
 
     objective: Objective
@@ -85,6 +87,7 @@ class Record:
     refined: bool = False
     ladder: tuple[Rung, ...] = ()
     correction: str = ""
+    fingerprint: Mapping[str, Any] | None = None
 
     def attrs(self) -> dict[str, str | int | float]:
         """What an exported file says of it."""

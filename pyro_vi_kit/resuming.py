@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pyro_vi_kit import guides, objectives
+from pyro_vi_kit import fingerprint, guides, objectives
 from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.device import Device
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.errors import ModelError, OptionError, OtherDataWarning
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.posterior import Posterior, load
@@ -43,7 +44,10 @@ def earlier_fit(
     """
     if isinstance(resume, str | Path):
         known: Any = None if isinstance(guide, str) else guide
-        return load(resume, model, guide=known, device=device)
+        with warnings.catch_warnings():
+            # Refused by `require_same_model`, in words that speak of resume=.
+            warnings.simplefilter("ignore", OtherDataWarning)
+            return load(resume, model, guide=known, device=device)
     if not isinstance(resume, Posterior):
         raise OptionError(
             f"resume= takes a posterior, or the path of a saved one, got {type(resume).__name__}"
@@ -88,7 +92,10 @@ def trained_again(
                 "a Pyro guide callable goes on where it was trained: leave device= out, or give the "
                 "path of the saved fit as resume="
             )
-        return approximation.guide, earlier.density  # type: ignore[attr-defined]
+        density = earlier.density
+        if density is not None and model is not earlier.model:
+            density = Density(model, dtype=density.dtype, device=density.device)
+        return approximation.guide, density  # type: ignore[attr-defined]
     where = device or approximation.density.device
     density = Density(
         model,
@@ -104,6 +111,26 @@ def trained_again(
         for name, value in density.params.items()
     }
     return approximation.guide.moved_to(density), density
+
+
+def require_same_model(earlier: Posterior, now: fingerprint.Fingerprint) -> None:
+    """Refuse to go on with another model, or with other data.
+
+    Args:
+        earlier: The fit to go on from.
+        now: The fingerprint of what is to be fitted.
+
+    Raises:
+        ModelError: If it does not compute what the earlier fit was made of; names the sites.
+    """
+    before = earlier.record.fingerprint
+    found = None if before is None else fingerprint.difference(before, now)
+    if found is not None:
+        what = "other data" if found.data else "another model"
+        raise ModelError(
+            f"resume= is a fit of {what} ({found.words}): go on with the model and data that it was "
+            "fitted to, or start anew without resume="
+        )
 
 
 def state_of(earlier: Posterior) -> dict[str, Any]:

@@ -78,7 +78,8 @@ def begin(
         if checkpoint is not None:
             checkpoint.facts |= found.facts()
         return found
-    return Start.of(checkpoint.facts)
+    with checkpoint.restoring():
+        return Start.of(checkpoint.facts)
 
 
 def site_values(request: Request) -> Mapping[str, Any] | InitFunction | None:

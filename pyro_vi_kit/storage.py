@@ -1,13 +1,17 @@
 """Saving a posterior as ArviZ netCDF that also holds the guide's tensors, and reading it back.
 
 Numbers are stored as arrays and options as JSON. Nothing is ever pickled: a file from a stranger can
-be wrong, and is refused then, but it cannot run code.
+be wrong, and is refused then, but it cannot run code. The guide has a checksum of its own beside that of
+the whole file, which is lost where ArviZ writes the file anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_vi_kit import export, guides, objectives
+from pyro_vi_kit import export, fingerprint, guides, objectives
 from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.runner import placed
 from pyro_vi_kit.device import Device, checked, device_of
-from pyro_vi_kit.errors import FileError, ModelError, OptionError
+from pyro_vi_kit.errors import (
+    FileError,
+    ModelError,
+    OptionError,
+    OtherDataWarning,
+    ViError,
+    first_line,
+)
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.record import Record, Rung
@@ -29,7 +40,7 @@ from pyro_vi_kit.runtime import RandomStream, default_device, private_params
 from pyro_vi_kit.types import Status
 
 GROUP = "vi_guide"
-_FORMAT = 2
+_FORMAT = 3
 _HISTORY = "history_"
 
 
@@ -74,6 +85,7 @@ def guide_group(
                 "batch_size",
                 "refined",
                 "correction",
+                "fingerprint",
             )
         },
         "ladder": [dataclasses.asdict(rung) for rung in record.ladder],
@@ -85,7 +97,9 @@ def guide_group(
     variables = {f"tensor_{i}": array for i, array in enumerate(tensors.values())}
     variables["losses"] = record.losses
     variables |= {f"{_HISTORY}{name}": column for name, column in record.history.items()}
-    return export.Group(variables, sampled=False, attrs={"header": json.dumps(header)})
+    text = json.dumps(header)
+    attrs = {"header": text, "checksum": _checksum(text, variables)}
+    return export.Group(variables, sampled=False, attrs=attrs, numbered=False)
 
 
 def restore(
@@ -103,11 +117,33 @@ def restore(
         device: Where to put it; where the model's data are when None.
 
     Raises:
-        FileError: If the file cannot be read or holds no posterior of this package.
-        ModelError: If the model's latents are not those of the file.
+        FileError: If the file cannot be read, is damaged, or holds no posterior of this package.
+        ModelError: If the model is not that of the file.
         OptionError: If ``guide=`` is needed.
+
+    Warns:
+        OtherDataWarning: If the model has other data.
     """
     header, tensors, record = _read(path)
+    try:
+        restored = _restored(path, model, guide, device, header, tensors, record)
+        _require_same_model(path, model, restored)
+    except ViError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return restored
+
+
+def _restored(
+    path: str | Path,
+    model: Model,
+    guide: GuideSpec | Callable[..., Any] | None,
+    device: Device | None,
+    header: Mapping[str, Any],
+    tensors: dict[str, Tensor],
+    record: Record,
+) -> Restored:
     dtype = getattr(torch, header["dtype"])
     if header["guide"] is None:
         where = checked(device) or device_of((model.args, dict(model.kwargs)))
@@ -150,27 +186,93 @@ def _built(spec: GuideSpec, density: Density, tables: Sequence[str]) -> Guide:
         return guides.per_datum(spec, density, plates)
 
 
+def _require_same_model(path: str | Path, model: Model, restored: Restored) -> None:
+    """Refuse another model than the file's, and say so where it has other data."""
+    before = restored.record.fingerprint
+    if before is None:
+        return
+    density = restored.density
+    if density is None and before["sites"] is not None:
+        with contextlib.suppress(ModelError):  # it may have been one that Pyro alone can run
+            density = Density(model, dtype=getattr(torch, before["dtype"]))
+    now = fingerprint.of_data(model) if density is None else fingerprint.of(density)
+    found = fingerprint.difference(before, now)
+    if found is None:
+        return
+    if not found.data:
+        raise ModelError(
+            f"{path} is a posterior of another model: {found.words}. Load it with the model as it was "
+            "when it was fitted, or fit this one anew"
+        )
+    warnings.warn(
+        f"{path} is a posterior of other data than this model has ({found.words}): draws and "
+        "predictions are of the data that it was fitted to, while ELBO, k-hat and verdict hold it "
+        "against those of this model. Load it with the data that it was fitted to, or fit these anew",
+        OtherDataWarning,
+        stacklevel=4,
+    )
+
+
 def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], Record]:
     """Header, tensors by name, and how it was fitted."""
     datasets = export.datasets(export.read(path))
     if GROUP not in datasets:
         raise FileError(f"{path} holds no guide: it was not written by Posterior.save")
     dataset = datasets[GROUP]
-    header = json.loads(dataset.attrs["header"])
-    if header["format"] != _FORMAT:
-        raise FileError(
-            f"{path} has format {header['format']}, this version reads {_FORMAT}: upgrade pyro_vi_kit"
-        )
-    tensors = {
-        name: torch.from_numpy(np.array(dataset[f"tensor_{i}"].values, dtype=dtype))
-        for i, (name, dtype) in enumerate(header["tensors"])
-    }
-    history = {
-        str(name).removeprefix(_HISTORY): np.array(dataset[name].values)
-        for name in dataset.data_vars
-        if str(name).startswith(_HISTORY)
-    }
-    return header, tensors, _record(header, dataset["losses"].values, history)
+    try:
+        text = dataset.attrs["header"]
+        header = json.loads(text)
+        form = header["format"]
+        if form != _FORMAT:
+            raise FileError(
+                f"{path} has format {form}, this version reads {_FORMAT}: load it with the version of "
+                "pyro_vi_kit that wrote it, or fit and save it anew"
+            )
+        arrays = {
+            f"tensor_{i}": np.array(dataset[f"tensor_{i}"].values, dtype=dtype)
+            for i, (_, dtype) in enumerate(header["tensors"])
+        }
+        told = {
+            str(name): np.array(dataset[name].values)
+            for name in dataset.data_vars
+            if name == "losses" or str(name).startswith(_HISTORY)
+        }
+        if dataset.attrs["checksum"] != _checksum(text, arrays | told):
+            raise FileError(
+                f"{path} is damaged: its guide's checksum is not that of what it holds. Restore it from "
+                "a copy, or fit and save it anew"
+            )
+        history = {
+            name.removeprefix(_HISTORY): column for name, column in told.items() if name != "losses"
+        }
+        record = _record(header, told["losses"], history)
+    except ViError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise _damaged(path, error) from error
+    names = [name for name, _ in header["tensors"]]
+    tensors = dict(zip(names, map(torch.from_numpy, arrays.values()), strict=True))
+    return header, tensors, record
+
+
+def _damaged(path: str | Path, error: Exception) -> FileError:
+    return FileError(
+        f"{path} is damaged, or not of this version: its guide cannot be read ({type(error).__name__}: "
+        f"{first_line(error)}). Restore it from a copy, or fit and save it anew"
+    )
+
+
+def _checksum(header: str, variables: Mapping[str, np.ndarray]) -> str:
+    """Of the header and of all numbers, in whatever order they come."""
+    found = hashlib.sha256(header.encode())
+    for name in sorted(variables):
+        array = np.ascontiguousarray(variables[name])
+        if array.dtype.kind == "f":
+            # Files keep that a number is NaN, but not which of many.
+            array = np.where(np.isnan(array), np.array(np.nan, array.dtype), array)
+        found.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()
 
 
 def _part(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

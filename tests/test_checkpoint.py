@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import os
 import signal
@@ -19,7 +20,7 @@ from toys import gaussian, local_and_global_model, local_model, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import checkpoint as checkpoints
-from pyro_vi_kit import guides
+from pyro_vi_kit import files, guides
 from pyro_vi_kit.engines import CapturedEngine, EagerEngine
 from pyro_vi_kit.errors import FileError, OptionError
 from pyro_vi_kit.methods.runs import Runs
@@ -327,8 +328,8 @@ def test_a_disk_that_is_full_is_told_of_and_leaves_the_old_file(tmp_path, monkey
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "_EVERY", 0.0)
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
-    with pytest.raises(FileError, match=r"cannot write checkpoint .*No space left"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileError, match=r"cannot write .*run\.ckpt.*No space left"):
         fit("eager", path, steps=5)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["run.ckpt"]
@@ -394,19 +395,27 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         fit("eager", path)
 
 
+def rewrite(source, target, change):
+    """Another checkpoint with a seal of its own, as only somebody who means to could make it."""
+    content = torch.load(io.BytesIO(files.unsealed(source.read_bytes(), source)[0]))
+    memory = io.BytesIO()
+    torch.save(change(content), memory)
+    target.write_bytes(files.sealed(memory.getvalue()))
+
+
 @pytest.mark.parametrize(
     ("change", "words"), [({"kind": "x"}, "no checkpoint of"), ({"format": 99}, "format 99")]
 )
 def test_a_foreign_file_is_refused(written, tmp_path, change, words):
     path = tmp_path / "run.ckpt"
-    torch.save(torch.load(written, weights_only=True) | change, path)
+    rewrite(written, path, lambda content: content | change)
     with pytest.raises(FileError, match=words):
         fit("eager", path)
 
 
 def test_a_place_that_cannot_be_written_to_is_refused_at_once(tmp_path):
     for path in (tmp_path, tmp_path / "none" / "run.ckpt"):
-        with pytest.raises(FileError, match="cannot write checkpoint"):
+        with pytest.raises(FileError, match="cannot write"):
             fit("eager", path)
     with pytest.raises(OptionError, match="takes the path of a file"):
         fit("eager", 3)

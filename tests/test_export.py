@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from pyro_vi_kit import export
+from pyro_vi_kit import export, files
 from pyro_vi_kit.errors import FileError, ModelError
 from pyro_vi_kit.export import Group
 
@@ -317,11 +317,10 @@ def test_a_failing_write_leaves_what_was_there(old, tmp_path, monkeypatch):
     if old is not None:
         path.write_bytes(old)
 
-    def broken(self, filepath, **_):
-        filepath.write_bytes(b"half of it")
+    def broken(descriptor):
         raise OSError("no space left")
 
-    monkeypatch.setattr(xr.DataTree, "to_netcdf", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(FileError, match=r"cannot write .*fit.nc: no space left"):
         export.write(_tree(), path)
     assert [p.name for p in tmp_path.iterdir()] == ([] if old is None else ["fit.nc"])
@@ -341,17 +340,17 @@ def test_writing_keeps_a_link_and_the_usual_rights(tmp_path):
 
 def test_unwritable_paths_are_refused_before_any_work(tmp_path, monkeypatch):
     with pytest.raises(FileError, match=r"no folder .*missing; create it with mkdir -p"):
-        export.check_writable(tmp_path / "missing" / "fit.nc")
+        files.check_writable(tmp_path / "missing" / "fit.nc")
     with pytest.raises(FileError, match="not a plain file"):
-        export.check_writable(tmp_path)
+        files.check_writable(tmp_path)
     with pytest.raises(FileError, match="not a plain file"):
-        export.check_writable(os.devnull)
+        files.check_writable(os.devnull)
     target = tmp_path / "fit.nc"
-    assert export.check_writable(target) == target
+    assert files.check_writable(target) == target
     assert not target.exists()
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(FileError, match=r"no right to write to .*choose another path"):
-        export.check_writable(target)
+        files.check_writable(target)
 
 
 def test_unreadable_files_are_named(tmp_path):

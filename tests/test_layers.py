@@ -19,7 +19,7 @@ import pyro_vi_kit as vi
 # of one layer do not know each other. A new module takes its place here.
 LAYERS = (
     ("errors", "types"),
-    ("options",),
+    ("options", "files"),
     (
         "runtime",
         "device",
@@ -36,7 +36,7 @@ LAYERS = (
     ("stream",),
     ("model", "export", "capture", "psis_rows", "shifts"),
     ("density", "modelfile"),
-    ("groups", "gradients", "site_khats"),
+    ("groups", "gradients", "site_khats", "fingerprint"),
     ("checks", "objectives", "guides"),
     ("engines", "approximation", "summary", "verdict", "record", "observations"),
     ("methods", "evaluation", "storage", "pointwise", "chains", "loo", "predictive"),

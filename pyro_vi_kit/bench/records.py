@@ -6,12 +6,13 @@ posterior, ``.nc``, and beside those of a model its reference, ``reference.nc``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyro_vi_kit import files
 from pyro_vi_kit.bench.cells import Cell
 from pyro_vi_kit.errors import FileError
 
@@ -85,17 +86,25 @@ def write_record(out: Path, cell: Cell, settings: str, row: dict[str, Any]) -> N
     if unknown:
         raise ValueError(f"not columns of the table: {sorted(unknown)}")
     facts = {"model": cell.model, "guide": cell.guide, "objective": cell.objective}
-    text = json.dumps({"settings": settings, "row": facts | {"seed": cell.seed} | row}, indent=1)
-    _replace(record_path(out, cell), text)
+    # As it is read back, so that its checksum is that of what is read.
+    record = {"settings": settings, "row": facts | {"seed": cell.seed} | row}
+    record = json.loads(json.dumps(record))
+    text = json.dumps(record | {"checksum": _checksum(record)}, indent=1)
+    files.write(record_path(out, cell), text.encode())
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """A record, or None where there is none that can be read."""
+    """A record, or None where there is none that is whole."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return record if {"settings", "row"} <= set(record) else None
-    except (OSError, ValueError, TypeError):
+        checksum = record.pop("checksum")
+        return record if checksum == _checksum(record) else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def collect(out: str | os.PathLike[str], first: list[Cell] | None = None) -> pd.DataFrame:
@@ -116,20 +125,5 @@ def collect(out: str | os.PathLike[str], first: list[Cell] | None = None) -> pd.
 
 def write_table(out: str | os.PathLike[str], first: list[Cell] | None = None) -> Path:
     """Write the table of all that is recorded in a folder; see `collect`."""
-    target = Path(out) / TABLE
-    _replace(target, collect(out, first).to_csv(index=False))
-    return target
-
-
-def _replace(target: Path, text: str) -> None:
-    """Write a file in one step of the file system."""
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
-    except OSError as error:
-        raise FileError(
-            f"cannot write {target}: {error}; check the space and the rights on {target.parent}"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    table = collect(out, first).to_csv(index=False)
+    return files.write(Path(out) / TABLE, table.encode())

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyro_vi_kit import export
+from pyro_vi_kit import export, files
 from pyro_vi_kit.bench.cells import Cell, enumerate_cells, obstacle, reference_settings
 from pyro_vi_kit.bench.records import (
     DONE,
@@ -163,8 +163,15 @@ def _is_done(out: Path, cell: Cell, settings: str) -> bool:
         return False
     row = record["row"]
     return row["status"] == NOT_APPLICABLE or (
-        row["status"] == DONE and (out / str(row["file"])).is_file()
+        row["status"] == DONE and _is_whole(out / str(row["file"]))
     )
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        return files.unsealed(file.read_bytes(), file)[1]
+    except OSError:
+        return False
 
 
 def _applicable(bench: _Bench, model: Model, settings: dict[Cell, str]) -> list[Cell]:

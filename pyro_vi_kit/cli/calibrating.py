@@ -16,7 +16,15 @@ from pyro_vi_kit.cli.options import (
     progress_wanted,
     seed_option,
 )
-from pyro_vi_kit.cli.output import in_options, message, print_json, print_table, records, relative
+from pyro_vi_kit.cli.output import (
+    in_options,
+    message,
+    print_json,
+    print_table,
+    records,
+    relative,
+    write_table,
+)
 from pyro_vi_kit.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -131,10 +139,10 @@ def _write(folder: Path, found: Calibration) -> None:
     """The tables, and pictures where they can be drawn."""
     from pyro_vi_kit import plots
 
-    found.summary().to_csv(folder / "summary.csv", index_label="parameter")
-    found.coverage().to_csv(folder / "coverage.csv", index=False)
-    found.expected_coverage().to_csv(folder / "expected_coverage.csv", index=False)
-    found.to_frame().to_csv(folder / "ranks.csv", index=False)
+    write_table(found.summary(), folder / "summary.csv", index_label="parameter")
+    write_table(found.coverage(), folder / "coverage.csv", index=False)
+    write_table(found.expected_coverage(), folder / "expected_coverage.csv", index=False)
+    write_table(found.to_frame(), folder / "ranks.csv", index=False)
     try:
         plots.rank_ecdf(found, path=folder / "rank_ecdf.png")
         plots.coverage(found, path=folder / "coverage.png")

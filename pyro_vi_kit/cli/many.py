@@ -19,7 +19,7 @@ from pyro_vi_kit.cli.options import (
     seed_option,
     split_names,
 )
-from pyro_vi_kit.cli.output import message, print_json, records, relative
+from pyro_vi_kit.cli.output import message, print_json, records, relative, write_table
 from pyro_vi_kit.errors import MissingDependencyError, OptionError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def compare_command(
     reference = nuts(model, init=start, seed=seed, progress=progress, **sampler)
     frame = compare(reference, posteriors, seed=seed)
     if folder is not None:
-        frame.to_csv(folder / "table.csv", index=False)
+        write_table(frame, folder / "table.csv", index=False)
         _write(folder, reference, posteriors)
     if as_json:
         place = None if folder is None else str(folder)

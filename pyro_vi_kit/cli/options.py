@@ -121,7 +121,7 @@ def netcdf_target(out: str | None) -> Path | None:
         OptionError: If its ending is that of another kind of file.
         FileError: If it cannot be written.
     """
-    from pyro_vi_kit.export import check_writable
+    from pyro_vi_kit.files import check_writable
 
     if out is None:
         return None

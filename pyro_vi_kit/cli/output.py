@@ -9,6 +9,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -79,6 +80,13 @@ def print_json(document: Mapping[str, Any]) -> None:
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """A table as a list of objects."""
     return [{str(k): v for k, v in row.items()} for row in frame.to_dict(orient="records")]
+
+
+def write_table(frame: pd.DataFrame, path: Path, **options: Any) -> None:
+    """Write a table as CSV, all of it or nothing."""
+    from pyro_vi_kit import files
+
+    files.write(path, frame.to_csv(**options).encode())
 
 
 def print_table(frame: pd.DataFrame, whole: str) -> None:

@@ -112,7 +112,8 @@ def fit(
     """
     training = _Training(course, Runs(engine, deadline, progress), engine)
     if checkpoint is not None and checkpoint.state is not None:
-        training.restore(checkpoint.state)
+        with checkpoint.restoring():
+            training.restore(checkpoint.state)
     try:
         status = training.status or _run(training, progress, checkpoint)
     except KeyboardInterrupt:

@@ -191,7 +191,8 @@ def fit(
     """
     search = _Search(schedule, Runs(engine, deadline, progress))
     if checkpoint is not None and checkpoint.state is not None:
-        search.restore(checkpoint.state)
+        with checkpoint.restoring():
+            search.restore(checkpoint.state)
     try:
         status = search.status or _run(search, checkpoint, behind_warmup)
     except KeyboardInterrupt:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from pyro_vi_kit import files
 from pyro_vi_kit.errors import MissingDependencyError, OptionError
-from pyro_vi_kit.export import check_writable
 from pyro_vi_kit.posterior import Posterior
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def destination(path: str | Path | None) -> Path | None:
     """
     if path is None:
         return None
-    target = check_writable(path)
+    target = files.check_writable(path)
     known = _figure_class()().canvas.get_supported_filetypes()
     if target.suffix.lstrip(".").lower() not in known:
         raise OptionError(
@@ -107,7 +108,9 @@ def save(figure: Figure, path: Path | None) -> Figure:
         if isinstance(text, Text) and id(text) not in ticks:
             text.set_parse_math(False)
     if path is not None:
-        figure.savefig(path, dpi=_DPI, facecolor="white")
+        memory, kind = io.BytesIO(), path.suffix.lstrip(".").lower()
+        figure.savefig(memory, format=kind, dpi=_DPI, facecolor="white")
+        files.write(path, memory.getvalue())
     return figure
 
 

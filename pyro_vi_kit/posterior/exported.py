@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pyro_vi_kit import export, storage
+from pyro_vi_kit import export, files, storage
 from pyro_vi_kit.groups import coords_of, width_of
 from pyro_vi_kit.options import DRAWS, SEED, checks, optional
 from pyro_vi_kit.options import path as a_path
@@ -94,7 +94,7 @@ class Exported(Judged):
             FileError: If the path cannot be written.
         """
         draws = self._exported(draws)
-        target = export.check_writable(path)
+        target = files.check_writable(path)
         with self._few_threads():
             groups = self.groups(draws, seed=0)
         groups[storage.GROUP] = storage.guide_group(self.approximation, self.record, self.spec)

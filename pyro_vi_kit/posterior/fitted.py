@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
+from pyro_vi_kit import fingerprint
 from pyro_vi_kit.approximation import Approximation, GuideApproximation
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import ModelError, OptionError
@@ -122,7 +124,9 @@ class Fitted:
         spec: GuideSpec | None,
     ) -> Self:
         """A posterior of this kind."""
-        return type(self)(model, approximation, record, approximation.density, spec)
+        density = approximation.density
+        record = dataclasses.replace(record, fingerprint=fingerprint.of(density))
+        return type(self)(model, approximation, record, density, spec)
 
     def _named(self, values: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         """Values in each site's own shape."""
