@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 _SHOWN = 80
 
@@ -31,6 +32,19 @@ class ModelError(ViError, ValueError):
 
 class ShapeError(ModelError):
     """Data, distributions and plates do not agree, and data would count more than once."""
+
+
+class FitError(ModelError):
+    """Something was raised in the middle of a fit, by the model as a rule; that is its ``__cause__``.
+
+    Args:
+        message: What was raised, and where.
+        posterior: What the fit had come to, as after an interrupt; None where there was nothing yet.
+    """
+
+    def __init__(self, message: str, posterior: Any = None) -> None:
+        super().__init__(message)
+        self.posterior = posterior
 
 
 class OptionError(ViError, ValueError):

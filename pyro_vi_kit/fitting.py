@@ -28,7 +28,7 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.initial import InitFunction
 from pyro_vi_kit.device import Device
 from pyro_vi_kit.engines import OptimizerFactory
-from pyro_vi_kit.errors import ModelError, OptionError, ShapeError
+from pyro_vi_kit.errors import ModelError, OptionError, ShapeError, ViError
 from pyro_vi_kit.groups import require_names
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.methods import fixed_draws, stochastic
@@ -39,6 +39,7 @@ from pyro_vi_kit.posterior import Posterior, is_small
 from pyro_vi_kit.record import Record
 from pyro_vi_kit.request import Request, checked
 from pyro_vi_kit.runtime import RandomStream, a_dtype, default_dtype, one_thread
+from pyro_vi_kit.stopping import failing_in_words, fit_error, terminable
 from pyro_vi_kit.training import PyroGuide
 from pyro_vi_kit.types import Objective
 
@@ -50,6 +51,8 @@ from pyro_vi_kit.types import Objective
     checkpoint=optional(path),
     dtype=optional(a_dtype),
 )
+@terminable
+@failing_in_words
 @ending_here()  # compilers
 @torch.enable_grad()  # the caller may have gradients off
 def fit(
@@ -131,6 +134,7 @@ def fit(
     Raises:
         ModelError: If the model or its data cannot be used.
         OptionError: If a name or an option is wrong, or a combination cannot work.
+        FitError: If the model raises in the middle of the fit; its ``posterior`` is what there is.
     """
     started = time.monotonic()
     guides.require_choice(guide)
@@ -214,7 +218,19 @@ def fit(
     if earlier is not None:
         record = resuming.told_as_one(earlier.record, record)
     spec = guide if isinstance(guide, GuideSpec) else None
-    return Posterior(model, trained.approximation, record, density, spec)
+    posterior = Posterior(model, trained.approximation, record, density, spec)
+    on = "" if kept is None else f" The same call goes on from {checkpoint}."
+    return _or_its_error(posterior, trained, on)
+
+
+def _or_its_error(posterior: Posterior, trained: training.Trained, more: str = "") -> Posterior:
+    """The posterior, unless something was raised while it was fitted."""
+    error = trained.outcome.error
+    if isinstance(error, ViError):
+        raise error
+    if isinstance(error, Exception):
+        raise fit_error(error, posterior, more) from error
+    return posterior
 
 
 def _fit_one(request: Request, spec: GuideSpec, density: Density) -> Posterior:
@@ -234,7 +250,8 @@ def _fit_one(request: Request, spec: GuideSpec, density: Density) -> Posterior:
             guide = spec.build(density)
         trained = training.train(request, spec.name, guide, density, None)
     record = _record(request, guide, trained, time.monotonic() - started)
-    return Posterior(request.model, trained.approximation, record, density, spec)
+    posterior = Posterior(request.model, trained.approximation, record, density, spec)
+    return _or_its_error(posterior, trained)
 
 
 def _record(

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.errors import FitError, OptionError, ViError
 from pyro_vi_kit.gradients import Gradients
 from pyro_vi_kit.guides import (
     AffineCoupling,
@@ -37,6 +37,7 @@ from pyro_vi_kit.record import Rung
 from pyro_vi_kit.request import Request
 from pyro_vi_kit.runtime import RandomStream, isolated
 from pyro_vi_kit.starting import starting_point
+from pyro_vi_kit.stopping import fit_error
 from pyro_vi_kit.types import Status
 from pyro_vi_kit.undefined import ERRORS, is_undefined
 from pyro_vi_kit.verdict import GOOD_KHAT
@@ -155,6 +156,13 @@ def climb(request: Request, density: Density, fit: Fit) -> Posterior:
         if not under_way.tried:
             raise
         under_way.interrupted = True
+    except FitError as error:
+        error.posterior = _told(under_way) if under_way.tried else error.posterior
+        raise
+    except Exception as error:
+        if isinstance(error, ViError) or not under_way.tried:
+            raise
+        raise fit_error(error, _told(under_way)) from error
     return _told(under_way)
 
 

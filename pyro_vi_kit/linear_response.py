@@ -256,8 +256,7 @@ def _refined(search: Search, shape: Shape, draws: int) -> Shape:
         curvature=torch.ones_like(start),
         max_evaluations=_MAX_EVALUATIONS,
     )
-    if search.stopped == "interrupted":
-        raise KeyboardInterrupt
+    search.require_whole()
     if not math.isfinite(found.value):
         raise OptionError(
             "the ELBO is not finite on the fixed draws: the guide reaches where the model's density is "

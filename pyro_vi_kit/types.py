@@ -137,7 +137,7 @@ class Objective(Protocol):
         ...
 
 
-Reason = Literal["converged", "budget", "interrupted", "diverged", "not converged"]
+Reason = Literal["converged", "budget", "interrupted", "failed", "diverged", "not converged"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Status:
     Attributes:
         converged: Whether the stopping rule was met.
         reason: ``converged``; ``budget``, time or steps ran out; ``interrupted`` by the user;
-            ``diverged``, the bound became NaN or infinite; ``not converged``, the optimiser could
+            ``failed``, something was raised; ``diverged``, the bound became NaN or infinite; ``not converged``, the optimiser could
             not go on.
         advice: What happened and what to try, one or two sentences.
         gap: Nats by which the ELBO is estimated to fall short of the guide's best, on draws that the

@@ -32,6 +32,7 @@ LAYERS = (
         "undefined",
         "advice",
         "headed",
+        "stopping",
     ),
     ("stream",),
     ("model", "export", "capture", "psis_rows", "shifts"),

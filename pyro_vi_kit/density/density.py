@@ -154,7 +154,9 @@ class Density:
         if self.start is None:
             return self.block.pack(self.within(self.block.unpack(0.3 * away)))
         self.batching = "loop"
-        self._runner.guarded = frozenset(self.structure.sites)  # which of them need it is not known yet
+        self._runner.guarded = frozenset(
+            self.structure.sites
+        )  # which of them need it is not known yet
         spreads = [spread for spread in SPREADS if spread <= self._runner.spread]
         for spread in spreads:
             z = self.block.pack(self.within(self.block.unpack(self.start + spread * away)))

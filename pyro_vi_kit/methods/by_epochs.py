@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.engines import EagerEngine
+from pyro_vi_kit.errors import ViError
 from pyro_vi_kit.methods.course import Course
-from pyro_vi_kit.methods.result import HISTORY, Outcome
+from pyro_vi_kit.methods.result import HISTORY, Outcome, cut_short
 from pyro_vi_kit.methods.runs import Runs, read, write
 from pyro_vi_kit.methods.validation import Held
 from pyro_vi_kit.progress import Progress
@@ -114,13 +115,14 @@ def fit(
     if checkpoint is not None and checkpoint.state is not None:
         with checkpoint.restoring():
             training.restore(checkpoint.state)
+    raised: BaseException | None = None
     try:
         status = training.status or _run(training, progress, checkpoint)
-    except KeyboardInterrupt:
-        status = Status(
-            False, "interrupted", f"Interrupted in epoch {training.epoch}. {_kept(training)}"
-        )
-    if status.reason == "interrupted" and checkpoint is not None:
+    except ViError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
+        raised, status = error, cut_short(error, f" in epoch {training.epoch}. {_kept(training)}")
+    if raised is not None and checkpoint is not None:
         on = f" The same call goes on from {checkpoint.path}."
         status = replace(status, advice=status.advice + on)
     if training.kept or training.runs.average:
@@ -133,14 +135,17 @@ def fit(
         for i, name in enumerate(HISTORY)
         if training.history
     }
-    outcome = Outcome(NAME, status, losses, len(losses) * engine.particles, engine.skipped, columns)
+    evaluations = len(losses) * engine.particles
+    outcome = Outcome(NAME, status, losses, evaluations, engine.skipped, columns, error=raised)
+    if status.reason == "failed":
+        return outcome, math.nan
     return outcome, float(engine.evaluate(_REPLICATES).mean())
 
 
 def _keep(training: _Training, status: Status, checkpoint: Checkpoint) -> None:
     """Write how it ended, or, where time ran out, how it stood before its last run."""
     out_of_time = status.reason == "budget" and training.made < training.course.limit
-    if status.reason == "interrupted" or out_of_time:
+    if status.reason in ("interrupted", "failed") or out_of_time:
         checkpoint.write()
         return
     training.status = status

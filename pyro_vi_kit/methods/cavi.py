@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.errors import ModelError, first_line
+from pyro_vi_kit.errors import ModelError, ViError, first_line
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.factors import Factors
-from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.methods.result import Outcome, cut_short, stopped_by
 from pyro_vi_kit.model import Update
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.runtime import RandomStream, isolated
@@ -53,6 +53,7 @@ class _Run:
     losses: list[float] = field(default_factory=list)
     evaluations: int = 0
     stopped: str = ""
+    error: BaseException | None = None
 
     def check_time(self) -> None:
         """Stop when the budget is over."""
@@ -93,12 +94,14 @@ def fit(
     left = math.inf
     try:
         left = _sweeps(run, tolerance)
-    except KeyboardInterrupt:
-        run.stopped = "interrupted"
+    except ViError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
+        run.stopped, run.error = stopped_by(error), error
     if not run.stopped and left < tolerance:
         _require_optimal(run, max(_WRONG, 10.0 * tolerance))
     status = _status(run, left, tolerance)
-    return Outcome(NAME, status, run.losses, run.evaluations)
+    return Outcome(NAME, status, run.losses, run.evaluations, error=run.error)
 
 
 def _sweeps(run: _Run, tolerance: float) -> float:
@@ -188,8 +191,8 @@ def _status(run: _Run, left: float, tolerance: float) -> Status:
     if run.stopped == "budget":
         words = f"The budget was over after {sweeps}. Give more budget=, or go on with resume=."
         return Status(False, "budget", words)
-    if run.stopped:
-        return Status(False, "interrupted", f"Stopped after {sweeps}; go on with resume=.")
+    if run.error is not None:
+        return cut_short(run.error, f" after {sweeps}. Go on with resume=.")
     if left < tolerance:
         words = f"After {sweeps} more would bring about {left:.2g} nats."
         return Status(True, "converged", words, gap=left)

@@ -81,8 +81,7 @@ def improve(guide: Guide, *, seed: int, tolerance: float, deadline: float | None
                 break
     finally:
         rounds.write(best)
-    if search.stopped == "interrupted":
-        raise KeyboardInterrupt
+    search.require_whole()
     return search.evaluations
 
 

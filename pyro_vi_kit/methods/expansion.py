@@ -59,7 +59,14 @@ def fit(
     peaks = tuple(Peak(m.gaussian, m.log_evidence) for m in modes)
     status = _status(search, best, found[0], tuple(m.log_evidence for m in modes))
     status = with_peaks(status, peaks, guide)
-    return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
+    return Outcome(
+        NAME,
+        status,
+        search.losses,
+        search.evaluations,
+        engine=search.engine,
+        error=search.error,
+    )
 
 
 def _at(search: Search, end: Minimum) -> Laplace:
@@ -87,7 +94,7 @@ def _polished(search: Search, mode: Laplace) -> Laplace:
 
 def _status(search: Search, best: Laplace, end: Minimum, evidence: tuple[float, ...]) -> Status:
     if search.stopped:
-        return stopped_status(search.stopped)
+        return stopped_status(search)
     if evidence:
         said = "The mode of the unconstrained density was found, and the Hessian there"
         if len(evidence) > 1:

@@ -27,7 +27,7 @@ from pyro_vi_kit.methods.low_rank import LowRankShape
 from pyro_vi_kit.methods.minimise import Minimum
 from pyro_vi_kit.methods.natural import BATCH, climb, shortfall
 from pyro_vi_kit.methods.peaks import with_peaks
-from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.methods.result import Outcome, cut_short
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Dense, Diagonal, Gaussian, Shape
 from pyro_vi_kit.methods.starts import Found, find_frame, find_modes, starting_points
@@ -129,7 +129,14 @@ def fit(
     best, stage = _fit_gaussian(search, family, frame, tolerance)
     _hand_over(family, best, stage)
     status = with_peaks(_status(search, stage, tolerance, frame), frame.peaks, guide)
-    return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
+    return Outcome(
+        NAME,
+        status,
+        search.losses,
+        search.evaluations,
+        engine=search.engine,
+        error=search.error,
+    )
 
 
 def prefit(
@@ -158,8 +165,7 @@ def prefit(
     if not search.stopped:
         stage = _grow(search, Dense(best) if density.dim <= _DENSE_DIM else Diagonal(best), 0.1)
         best = stage.shape.gaussian(stage.x)
-    if search.stopped == "interrupted":
-        raise KeyboardInterrupt
+    search.require_whole()
     return Found(best, found.trusted, found.peaks)
 
 
@@ -243,7 +249,7 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
         family.loc.copy_(mode.x)
     search.losses.append(mode.value)
     if search.stopped:
-        status = stopped_status(search.stopped)
+        status = stopped_status(search)
     elif mode.converged:
         status = Status(True, "converged", "The mode of the constrained density was found.")
     else:
@@ -253,7 +259,14 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
             f"The mode search gave up ({mode.message}): the density may have no mode (a hierarchical "
             "sd at 0 does this). Use guide='mean_field'.",
         )
-    return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
+    return Outcome(
+        NAME,
+        status,
+        search.losses,
+        search.evaluations,
+        engine=search.engine,
+        error=search.error,
+    )
 
 
 def _grow(search: Search, shape: Shape, tolerance: float, *, polish: bool = True) -> _Stage:
@@ -352,7 +365,7 @@ def _quality(search: Search, shape: Shape, x: Tensor, noise: Tensor) -> Quality:
 
 def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found) -> Status:
     if search.stopped or stage is None:
-        return stopped_status(search.stopped)
+        return stopped_status(search)
     quality, found = stage.quality, stage.found
     if not math.isfinite(quality.elbo):
         return Status(
@@ -400,8 +413,9 @@ def modes_words(modes: tuple[float, ...]) -> str:
     )
 
 
-def stopped_status(stopped: str) -> Status:
-    """How a fit ended that was cut short by its budget, or by the user."""
-    if stopped == "budget":
-        return Status(False, "budget", "The budget ran out; the best point so far was kept.")
-    return Status(False, "interrupted", "Interrupted; the best point so far was kept.")
+def stopped_status(search: Search) -> Status:
+    """How a fit ended that was cut short by its budget, by the user, or by what was raised."""
+    kept = "the best point so far was kept."
+    if search.error is not None:
+        return cut_short(search.error, kept)
+    return Status(False, "budget", f"The budget ran out; {kept}")

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
+from pyro_vi_kit.methods.result import stopped_by
+
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From points `[M, P]` to values `[M]` and gradients `[M, P]`, both detached."""
 
@@ -36,8 +38,9 @@ class Minimum:
         path: The point after each step, the start first, `[T, P]`.
         evaluations: Values with their gradients.
         converged: Whether less than the tolerance was left to gain.
-        stopped: ``""``, ``"budget"`` or ``"interrupted"``.
+        stopped: ``""``, ``"budget"``, ``"interrupted"`` or ``"failed"``.
         message: How it ended, in words.
+        error: What was raised, where it was interrupted or failed.
     """
 
     x: Tensor
@@ -48,6 +51,7 @@ class Minimum:
     converged: bool
     stopped: str
     message: str
+    error: BaseException | None = None
 
 
 @dataclass
@@ -91,7 +95,7 @@ def minimise(
         deadline: `time.monotonic` second at which to stop.
         on_value: Called with each finite value.
     """
-    return minimise_several(
+    found = minimise_several(
         function,
         [start],
         tolerance=tolerance,
@@ -100,6 +104,9 @@ def minimise(
         deadline=deadline,
         on_value=on_value,
     )[0]
+    if isinstance(found.error, Exception):
+        raise found.error
+    return found
 
 
 def minimise_several(
@@ -117,6 +124,7 @@ def minimise_several(
 
     The arguments are those of `minimise`; ``max_evaluations`` is for each search. Once two searches
     have converged, the others are given up after ``patience`` times as many evaluations as those took.
+    What the function raises ends all searches with the best points that they met.
     """
     # The searches' own arithmetic is on the CPU, the function where the starts are.
     tensor = starts[0].new_tensor
@@ -126,6 +134,7 @@ def minimise_several(
     asking = {i: _lbfgs(s, tolerance, guess, max_evaluations) for i, s in enumerate(searches)}
     points = {i: next(search) for i, search in asking.items()}
     stopped, rounds, last = "", 0, math.inf
+    raised: BaseException | None = None
     try:
         while points and not stopped and rounds < last:
             # A copy: results differ in their last bits with where NumPy's arrays happen to lie.
@@ -146,8 +155,8 @@ def minimise_several(
                 last = patience * rounds
             if deadline is not None and time.monotonic() > deadline:
                 stopped = "budget"
-    except KeyboardInterrupt:
-        stopped = "interrupted"
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
+        stopped, raised = stopped_by(error), error
     return [
         Minimum(
             tensor(s.x),
@@ -158,6 +167,7 @@ def minimise_several(
             s.converged,
             stopped if i in points else "",
             s.message,
+            raised if i in points else None,
         )
         for i, s in enumerate(searches)
     ]

@@ -87,8 +87,7 @@ def find(density: Density, seed: int, deadline: float | None, start: Tensor | No
     """
     search = Search(density, seed, deadline, Progress("modes", enabled=False))
     found = _found(search, start)
-    if search.stopped == "interrupted":
-        raise KeyboardInterrupt
+    search.require_whole()
     return found
 
 
@@ -133,7 +132,7 @@ def fit(
         family.become(start.logits, start.locs, start.scale_trils)
     blend, x, gain = _grow(search, _Blend(start, diagonal=family.diagonal), tolerance)
     end = blend.components(x)
-    if best is not None and search.stopped != "interrupted":
+    if best is not None and search.error is None:
         # Parts of a Gaussian may end as less than it, where draws or time were short; it is a mixture
         # too.
         same, draws = _copies(best, family), _FEW if search.stopped else _CHECK
@@ -143,7 +142,12 @@ def fit(
     status = _status(search, end, family, gain, tolerance)
     status = with_peaks(status, () if found is None else found.peaks, guide)
     return Outcome(
-        fixed_draws.NAME, status, search.losses, search.evaluations, engine=search.engine
+        fixed_draws.NAME,
+        status,
+        search.losses,
+        search.evaluations,
+        engine=search.engine,
+        error=search.error,
     )
 
 
@@ -407,7 +411,7 @@ def _status(
     tolerance: float,
 ) -> Status:
     if search.stopped:
-        return fixed_draws.stopped_status(search.stopped)
+        return fixed_draws.stopped_status(search)
     elbo, se = _elbo(search, mixture, family)
     if not math.isfinite(elbo):
         return Status(

@@ -22,11 +22,11 @@ from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.methods.draws import normals_at
-from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.methods.result import Outcome, cut_short
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.runtime import seed_of
-from pyro_vi_kit.types import Reason, Status
+from pyro_vi_kit.types import Status
 
 NAME = "moments"
 MAX_DIM = 100
@@ -37,6 +37,7 @@ _WIDE, _WIDE_SHARE = 3.0, 0.25
 _ROUNDS = 8
 # Effective draws for each number to be estimated.
 _DRAWS_EACH = 4.0
+_KEPT = "the last estimate was kept. Go on with resume=."
 
 
 @dataclass
@@ -50,6 +51,7 @@ class _Search:
     evaluations: int = 0
     bound: float = math.nan
     ess: float = 0.0
+    error: BaseException | None = None
 
 
 def applies_to(guide: Guide) -> bool:
@@ -91,7 +93,7 @@ def fit(
     gaussian, status = _climb(search, start, tolerance)
     best = _member(gaussian, diagonal)
     family.start_from(best.loc, best.scale_tril)  # type: ignore[operator]
-    outcome = Outcome(NAME, status, search.losses, search.evaluations)
+    outcome = Outcome(NAME, status, search.losses, search.evaluations, error=search.error)
     return outcome, search.bound
 
 
@@ -103,8 +105,9 @@ def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gauss
         for _ in range(_ROUNDS):
             try:
                 found = _matched(search, gaussian, draws, seed_of(search.seed, "moments", made))
-            except KeyboardInterrupt:
-                return gaussian, _ended("interrupted", "Interrupted")
+            except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
+                search.error = error
+                return gaussian, cut_short(error, _KEPT)
             made += 1
             apart = math.inf if found is None else _divergence(found, gaussian)
             gaussian = gaussian if found is None else found
@@ -112,7 +115,7 @@ def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gauss
             if enough and apart <= tolerance:
                 return gaussian, Status(True, "converged", _words(search, draws, apart))
             if search.deadline is not None and time.monotonic() > search.deadline:
-                return gaussian, _ended("budget", "The budget ran out")
+                return gaussian, Status(False, "budget", f"The budget ran out; {_KEPT}")
             # More rounds of as many draws would show their noise alone.
             if not enough or apart <= 2.0 * parameters / search.ess:
                 break
@@ -124,10 +127,6 @@ def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gauss
         "larger tol=, take method='stochastic', or a guide that comes nearer, such as "
         "'affine_coupling'.",
     )
-
-
-def _ended(reason: Reason, words: str) -> Status:
-    return Status(False, reason, f"{words}; the last estimate was kept. Go on with resume=.")
 
 
 @torch.no_grad()

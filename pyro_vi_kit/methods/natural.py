@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.methods.draws import standard_normals
+from pyro_vi_kit.methods.result import stopped_by
 from pyro_vi_kit.methods.search import Search
 from pyro_vi_kit.methods.shapes import Gaussian
 from pyro_vi_kit.runtime import generator_of
@@ -99,8 +100,8 @@ def _ask(search: Search, gaussian: Gaussian, noise: Tensor) -> tuple[float, Tens
     """Mean log density, `mean(h eps^T)` made symmetric `[D, D]`, and `mean(h)` `[D]`."""
     try:
         log_p, gradient = search.evaluate(gaussian.loc + noise @ gaussian.scale_tril.T)
-    except KeyboardInterrupt:
-        search.stopped = "interrupted"
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
+        search.stopped, search.error = stopped_by(error), error
         return math.nan, noise, noise
     search.check_time()
     inner = gradient @ gaussian.scale_tril + noise

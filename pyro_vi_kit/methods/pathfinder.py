@@ -82,7 +82,14 @@ def fit(
         search.record(-paths[-1].elbo)
     _hand_over(family, paths)
     status = _status(search, paths, searches)
-    return Outcome(NAME, status, search.losses, search.evaluations, engine=search.engine)
+    return Outcome(
+        NAME,
+        status,
+        search.losses,
+        search.evaluations,
+        engine=search.engine,
+        error=search.error,
+    )
 
 
 def _searches(search: Search, starts: Tensor) -> list[Minimum]:
@@ -143,7 +150,7 @@ def _hand_over(family: PathMixture, paths: list[_Path]) -> None:
 
 def _status(search: Search, paths: list[_Path], searches: list[Minimum]) -> Status:
     if search.stopped:
-        return stopped_status(search.stopped)
+        return stopped_status(search)
     elbos = sorted((path.elbo for path in paths), reverse=True)
     if not math.isfinite(elbos[0]):
         return Status(

@@ -35,7 +35,8 @@ class Search:
         progress: Told each evaluation.
         losses: Minus the ELBO at each evaluation, nats.
         evaluations: Per-sample gradient evaluations so far.
-        stopped: ``""``, ``"budget"`` or ``"interrupted"``: what cut the fit short.
+        stopped: ``""``, ``"budget"``, ``"interrupted"`` or ``"failed"``: what cut the fit short.
+        error: What was raised, where it was interrupted or failed.
         power: What the density is raised to; a small one flattens it.
     """
 
@@ -46,6 +47,7 @@ class Search:
     losses: list[float] = field(default_factory=list)
     evaluations: int = 0
     stopped: str = ""
+    error: BaseException | None = None
     power: float = 1.0
     _ways: dict[bool, Gradients] = field(default_factory=dict, repr=False)
 
@@ -114,8 +116,15 @@ class Search:
             deadline=self.deadline,
             on_value=self.record if record else None,
         )
-        self.stopped = self.stopped or next((m.stopped for m in found if m.stopped), "")
+        if not self.stopped:
+            cut = next((m for m in found if m.stopped), None)
+            self.stopped, self.error = ("", None) if cut is None else (cut.stopped, cut.error)
         return found
+
+    def require_whole(self) -> None:
+        """Raise what cut the fit short, other than its budget, where nothing of it is of use."""
+        if self.error is not None:
+            raise self.error
 
     def record(self, loss: float) -> None:
         """Take note of minus the ELBO, in nats."""

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from pyro_vi_kit.checkpoint import Checkpoint
 from pyro_vi_kit.engines import Engine
-from pyro_vi_kit.methods.result import Outcome
+from pyro_vi_kit.errors import ViError
+from pyro_vi_kit.methods.result import Outcome, cut_short
 from pyro_vi_kit.methods.runs import Runs, read, write
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.types import Status
@@ -193,26 +194,29 @@ def fit(
     if checkpoint is not None and checkpoint.state is not None:
         with checkpoint.restoring():
             search.restore(checkpoint.state)
+    raised: BaseException | None = None
     try:
         status = search.status or _run(search, checkpoint, behind_warmup)
-    except KeyboardInterrupt:
+    except ViError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
         on = "" if checkpoint is None else f" The same call goes on from {checkpoint.path}."
-        status = Status(
-            False, "interrupted", f"Interrupted; the best parameters so far were kept.{on}"
-        )
+        raised, status = error, cut_short(error, f"the best parameters so far were kept.{on}")
     if search.best.values:
         write(engine, search.best.values)
     if checkpoint is not None:
         _keep(search, status, checkpoint)
     losses = search.runs.losses
     evaluations = len(losses) * engine.particles + search.extra
-    outcome = Outcome(NAME, status, losses, evaluations, engine.skipped)
+    outcome = Outcome(NAME, status, losses, evaluations, engine.skipped, error=raised)
     return outcome, search.best.bound
 
 
 def _keep(search: _Search, status: Status, checkpoint: Checkpoint) -> None:
     """Write how it ended, or, where time ran out, how it stood before its last run."""
-    if status.reason == "interrupted" or (status.reason == "budget" and search.ended != "steps"):
+    if status.reason in ("interrupted", "failed") or (
+        status.reason == "budget" and search.ended != "steps"
+    ):
         checkpoint.write()
         return
     search.status = status
