@@ -1,8 +1,8 @@
 """What ends a call from outside or in its middle: SIGTERM as an exception, and a model that raises.
 
-An interrupt (Ctrl-C) keeps what there is wherever something is. SIGTERM, which would end the process on the
-spot, with its workers and temporary files left behind, is made one more interrupt; and what a model raises in
-the middle of a fit is told as an error of this package, behind the same keeping.
+An interrupt (Ctrl-C) keeps what there is wherever something is. SIGTERM, which would end the process on
+the spot and leave its workers and temporary files behind, is made one more interrupt; and what a model
+raises in the middle of a fit is told as an error of this package, behind the same keeping.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Terminated(KeyboardInterrupt):
 def sigterm_as_interrupt() -> Iterator[list[int]]:
     """Raise `Terminated` where SIGTERM would end the process; yields the signals that came.
 
-    Nothing is changed outside of the main thread, where Python handles no signals, and where somebody else
-    handles this one.
+    Nothing is changed outside of the main thread, where Python handles no signals, and where somebody
+    else handles this one.
     """
     received: list[int] = []
 
@@ -53,17 +53,15 @@ def sigterm_as_interrupt() -> Iterator[list[int]]:
 
 
 def terminable(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Have a call end in order on SIGTERM: what an interrupt keeps is kept, and the process ends with 143."""
+    """Have a call end in order on SIGTERM: what an interrupt keeps is kept, and the exit code is 143."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with sigterm_as_interrupt() as received:
-            try:
+            with contextlib.suppress(Terminated):
                 result = function(*args, **kwargs)
-            except Terminated:
-                pass
-            if not received:
-                return result
+                if not received:
+                    return result
         print(
             f"{function.__name__}: terminated (SIGTERM); what is in files is whole, and a fit with "
             "checkpoint= goes on from there",
@@ -77,7 +75,7 @@ def terminable(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def failing_in_words(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Tell whatever else is raised in a call as a `FitError`: most of it is raised by the user's model."""
+    """Tell whatever else is raised in a call as a `FitError`: most of it comes from the user's model."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:

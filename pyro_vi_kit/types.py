@@ -147,8 +147,8 @@ class Status:
     Attributes:
         converged: Whether the stopping rule was met.
         reason: ``converged``; ``budget``, time or steps ran out; ``interrupted`` by the user;
-            ``failed``, something was raised; ``diverged``, the bound became NaN or infinite; ``not converged``, the optimiser could
-            not go on.
+            ``failed``, something was raised; ``diverged``, the bound became NaN or infinite;
+            ``not converged``, the optimiser could not go on.
         advice: What happened and what to try, one or two sentences.
         gap: Nats by which the ELBO is estimated to fall short of the guide's best, on draws that the
             guide was not fitted to; None where that was not measured.

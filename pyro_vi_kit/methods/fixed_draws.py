@@ -417,5 +417,5 @@ def stopped_status(search: Search) -> Status:
     """How a fit ended that was cut short by its budget, by the user, or by what was raised."""
     kept = "the best point so far was kept."
     if search.error is not None:
-        return cut_short(search.error, kept)
+        return cut_short(search.error, f"; {kept}")
     return Status(False, "budget", f"The budget ran out; {kept}")

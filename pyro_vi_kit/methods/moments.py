@@ -107,7 +107,7 @@ def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gauss
                 found = _matched(search, gaussian, draws, seed_of(search.seed, "moments", made))
             except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
                 search.error = error
-                return gaussian, cut_short(error, _KEPT)
+                return gaussian, cut_short(error, f"; {_KEPT}")
             made += 1
             apart = math.inf if found is None else _divergence(found, gaussian)
             gaussian = gaussian if found is None else found

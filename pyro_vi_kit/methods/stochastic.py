@@ -201,7 +201,7 @@ def fit(
         raise
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
         on = "" if checkpoint is None else f" The same call goes on from {checkpoint.path}."
-        raised, status = error, cut_short(error, f"the best parameters so far were kept.{on}")
+        raised, status = error, cut_short(error, f"; the best parameters so far were kept.{on}")
     if search.best.values:
         write(engine, search.best.values)
     if checkpoint is not None:
@@ -214,9 +214,8 @@ def fit(
 
 def _keep(search: _Search, status: Status, checkpoint: Checkpoint) -> None:
     """Write how it ended, or, where time ran out, how it stood before its last run."""
-    if status.reason in ("interrupted", "failed") or (
-        status.reason == "budget" and search.ended != "steps"
-    ):
+    out_of_time = status.reason == "budget" and search.ended != "steps"
+    if status.reason in ("interrupted", "failed") or out_of_time:
         checkpoint.write()
         return
     search.status = status
