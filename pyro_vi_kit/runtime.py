@@ -3,26 +3,61 @@
 Pyro's handler stack is one module-level list, and the default dtype, the validation switch, the
 parameter store and torch's random state are as global. Whatever runs a Pyro model does it inside
 `isolated`; whatever draws random numbers does it inside a `RandomStream`. Both hold `LOCK`, so two
-threads may fit at once without seeing each other.
+threads may fit at once without seeing each other. A process that is forked meanwhile has none of the
+other threads: there, what they had borrowed is given back, and the lock is free.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.options import told
 
 LOCK = threading.RLock()
+
+# How to give back what the thread that holds the lock has borrowed; the last goes first.
+_BORROWED: list[Callable[[], None]] = []
+
+
+@contextlib.contextmanager
+def if_forked(give_back: Callable[[], None]) -> Iterator[None]:
+    """Have this called in a process that another thread forks while this block is under way.
+
+    Call it with `LOCK` held.
+    """
+    _BORROWED.append(give_back)
+    try:
+        yield
+    finally:
+        _BORROWED.pop()
+
+
+def _after_fork() -> None:
+    """In a forked process: have everything as if no other thread had ever been inside a block."""
+    if LOCK._is_owned():  # type: ignore[attr-defined]
+        return  # by the thread that forked, which goes on in its block
+    while _BORROWED:
+        _BORROWED.pop()()
+    LOCK._at_fork_reinit()  # type: ignore[attr-defined]
+    users, _OneThread.users = _OneThread.users, min(1, _OneThread.nesting.depth)
+    if users and not _OneThread.users:
+        torch.set_num_threads(_OneThread.outer)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def fresh_seed() -> int:
@@ -106,7 +141,9 @@ class RandomStream:
     def __enter__(self) -> RandomStream:
         LOCK.acquire()
         generators = _generators()
-        self._outer.append([generator.get_state() for generator in generators])
+        outer = [generator.get_state() for generator in generators]
+        self._outer.append(outer)
+        _BORROWED.append(lambda: _set_states(generators, outer))
         for position, generator in enumerate(generators):
             if position < len(self._states):
                 generator.set_state(self._states[position])
@@ -122,9 +159,18 @@ class RandomStream:
     ) -> None:
         generators = _generators()
         self._states = [generator.get_state() for generator in generators]
-        for generator, state in zip(generators, self._outer.pop(), strict=False):
-            generator.set_state(state)
+        _set_states(generators, self._outer.pop())
+        _BORROWED.pop()
         LOCK.release()
+
+
+def _set_states(generators: Sequence[torch.Generator], states: Sequence[torch.Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=False):
+        generator.set_state(state)
+
+
+# Each has a validation switch of its own.
+_CHECKING: tuple[Any, ...] = (pyro.distributions, pyro.infer, pyro.poutine)
 
 
 @contextlib.contextmanager
@@ -141,14 +187,25 @@ def isolated(
     """
     with LOCK:
         outer, torchs_own = torch.get_default_dtype(), torch.broadcast_shapes
-        torch.set_default_dtype(dtype)
-        torch.broadcast_shapes = broadcast_shapes
-        try:
-            with pyro.validation_enabled(validate), default_device(device):
-                yield
-        finally:
+        checks = [module.is_validation_enabled() for module in _CHECKING]
+        handlers, dims = len(_PYRO_STACK), len(_DIM_ALLOCATOR._stack)
+
+        def give_back() -> None:
             torch.broadcast_shapes = torchs_own
             torch.set_default_dtype(outer)
+            for module, check in zip(_CHECKING, checks, strict=True):
+                module.enable_validation(check)
+            del _PYRO_STACK[handlers:], _DIM_ALLOCATOR._stack[dims:]
+
+        with if_forked(give_back):
+            torch.set_default_dtype(dtype)
+            torch.broadcast_shapes = broadcast_shapes
+            try:
+                with pyro.validation_enabled(validate), default_device(device):
+                    yield
+            finally:
+                torch.broadcast_shapes = torchs_own
+                torch.set_default_dtype(outer)
 
 
 def default_device(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
@@ -183,8 +240,15 @@ def private_params(state: Any = None) -> Iterator[Any]:
         state: The state to start from, as `ParamStoreDict.get_state` gives it; empty when None.
     """
     store = pyro.get_param_store()
-    with LOCK, store.scope(state) as inner:
-        yield inner
+    with LOCK:
+        outer = store.get_state()
+
+        def give_back() -> None:
+            store.clear()
+            store.set_state(outer)
+
+        with if_forked(give_back), store.scope(state) as inner:
+            yield inner
 
 
 class _Nesting(threading.local):

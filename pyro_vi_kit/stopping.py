@@ -58,10 +58,13 @@ def terminable(function: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         with sigterm_as_interrupt() as received:
-            with contextlib.suppress(Terminated):
+            try:
                 result = function(*args, **kwargs)
                 if not received:
                     return result
+            except Terminated:
+                if not received:  # it is for a call around this one
+                    raise
         print(
             f"{function.__name__}: terminated (SIGTERM); what is in files is whole, and a fit with "
             "checkpoint= goes on from there",

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributions import Distribution, transforms
 from torch.overrides import TorchFunctionMode
 
+from pyro_vi_kit.runtime import if_forked
+
 _FACTORIES = (
     torch.zeros,
     torch.ones,
@@ -57,13 +59,18 @@ def plain() -> Iterator[None]:
         (transforms, "vec_to_tril_matrix", _triangular),
     ]
     before = [getattr(owner, name) for owner, name, _ in swaps]
-    for owner, name, new in swaps:
-        setattr(owner, name, new)
-    try:
-        yield
-    finally:
+
+    def give_back() -> None:
         for (owner, name, _), old in zip(swaps, before, strict=True):
             setattr(owner, name, old)
+
+    with if_forked(give_back):
+        for owner, name, new in swaps:
+            setattr(owner, name, new)
+        try:
+            yield
+        finally:
+            give_back()
 
 
 def _unvalidated(init: Callable[..., None]) -> Callable[..., None]:

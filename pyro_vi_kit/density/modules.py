@@ -10,6 +10,8 @@ import pyro
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_vi_kit.runtime import if_forked
+
 
 def owner_of_param() -> tuple[nn.Module | None, str]:
     """The submodule and attribute behind the param message under way, read off the call stack.
@@ -47,10 +49,15 @@ def _resolve(module: nn.Module, path: str) -> tuple[nn.Module, str]:
 def swapped_parameters(swaps: Mapping[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
     """Put these tensors in the place of modules' parameters, and the user's own back on exit."""
     outer = {(module, name): module._parameters[name] for module, name in swaps}
-    for (module, name), tensor in swaps.items():
-        module._parameters[name] = tensor  # type: ignore[assignment]
-    try:
-        yield
-    finally:
+
+    def give_back() -> None:
         for (module, name), tensor in outer.items():
             module._parameters[name] = tensor
+
+    with if_forked(give_back):
+        for (module, name), tensor in swaps.items():
+            module._parameters[name] = tensor  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            give_back()
