@@ -20,7 +20,7 @@ from pyro_vi_kit.errors import FileError
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None
 
 _PARTIAL = ".partial"
 # What a file's name may have before it, so that the whole stays within 255 bytes.

@@ -20,6 +20,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import distributions, infer, poutine
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 
 from pyro_vi_kit.errors import OptionError
@@ -170,7 +171,7 @@ def _set_states(generators: Sequence[torch.Generator], states: Sequence[torch.Te
 
 
 # Each has a validation switch of its own.
-_CHECKING: tuple[Any, ...] = (pyro.distributions, pyro.infer, pyro.poutine)
+_CHECKING: tuple[Any, ...] = (distributions, infer, poutine)
 
 
 @contextlib.contextmanager
