@@ -363,7 +363,7 @@ class TraceApproximation:
             model.compute_log_prob()
         weighed = self._log_probs(pairs)
         values: dict[str, list[Tensor]] = {}
-        for site in self.density.structure.of_kind("observed"):
+        for site in self.density.structure.likelihood:
             for model, _ in pairs:
                 visit: Any = model.nodes[site.name]
                 values.setdefault(site.name, []).append(visit["log_prob"].detach())

@@ -165,7 +165,8 @@ def model_groups(
             simulated = in_chunks(lambda part: density.simulate(part, params=params), z, width)
             predictive = {name: simulated[name] for name in observed}
             groups["posterior_predictive"] = sampled(density, predictive, chains)
-        found = log_likelihood(density, z, chains, params, seed)
+    if density.structure.likelihood:
+        found = log_likelihood(density, z, chains, params, seed, own=observed)
         groups["log_likelihood"] = _without_hidden(density, found)
     groups |= prior_groups(density, prior_draws, params=params, seed=seed)
     return groups | data_groups(density)
@@ -197,11 +198,15 @@ def log_likelihood(
     chains: int = 1,
     params: Mapping[str, Tensor] | None = None,
     seed: int = 0,
+    own: Sequence[str] = (),
 ) -> Group:
-    """The log density of each observation, nats; arguments as `model_groups` has them."""
+    """The log density of each observation, nats; arguments as `model_groups` has them.
+
+    ``own`` are the sites that are wanted, all of the likelihood's where there is none.
+    """
     with RandomStream(seed, GIVEN_DRAWS):  # for discrete sites
         values = in_chunks(lambda part: density.log_likelihood(part, params), z, width_of(density))
-    return by_observation(density, values, chains)
+    return by_observation(density, {n: v for n, v in values.items() if not own or n in own}, chains)
 
 
 def by_observation(density: Density, values: Mapping[str, Tensor], chains: int) -> Group:
@@ -271,8 +276,7 @@ def _without_hidden(density: Density, group: Group) -> Group:
     """The group with NaN in the place of what a mask hides of its observed sites."""
     if density.streamed is not None:
         return group
-    origin = torch.zeros(1, density.dim, dtype=density.dtype, device=density.device)
-    visits, _ = density.visits(density.block.unpack(origin))
+    visits, _ = density.visits(density.somewhere())
     variables = dict(group.variables)
     for name, values in variables.items():
         site = density.structure.sites[name]

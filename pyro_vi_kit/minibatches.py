@@ -64,11 +64,11 @@ def sizes_of(
 def _data_plate(density: Density, guide: Guide | None) -> Plate:
     """The plate that a number of rows is meant of: the guide's, the declared one, or the largest."""
     local = [b.plate for b in guide.blocks if b.plate is not None] if guide is not None else []
-    observed = [s.plates[0] for s in density.structure.of_kind("observed") if s.plates]
+    observed = [s.plates[0] for s in density.structure.likelihood if s.plates]
     candidates = local or list(dict.fromkeys(observed))
     if not candidates:
         raise OptionError(
-            "batch_size= needs a data plate, and no observed site of this model lies in one: declare "
+            "batch_size= needs a data plate, and nothing observed of this model lies in one: declare "
             "it, `with pyro.plate('row', len(y)) as i: pyro.sample('y', ..., obs=y[i])`, or leave "
             "batch_size= out and fit the full data"
         )
@@ -122,7 +122,7 @@ def require_local(guide: Guide, sizes: Mapping[Plate, int], multi_sample: bool) 
             )
     crossed = [
         site.name
-        for site in guide.density.structure.of_kind("observed")
+        for site in guide.density.structure.likelihood
         if len({plate.name for plate in site.plates} & local) > 1
     ]
     if multi_sample and crossed:

@@ -69,12 +69,15 @@ class Observation:
         return values.reshape(len(values), -1, *event)[:, batch.ravel()]
 
 
-def observations(density: Density, sites: str | Sequence[str] | None = None) -> list[Observation]:
+def observations(
+    density: Density, sites: str | Sequence[str] | None = None, *, factors: bool = False
+) -> list[Observation]:
     """Observed sites in the model's order; those that a mask hides wholly are left out.
 
     Args:
         density: The model.
-        sites: Which; all when None.
+        sites: Which; all when None, factors in plates only where nothing is observed.
+        factors: Whether factors in plates can be named, whose values are nothing.
 
     Raises:
         OptionError: If the model has none, or its data are streamed.
@@ -85,16 +88,18 @@ def observations(density: Density, sites: str | Sequence[str] | None = None) -> 
             "the data of this model are streamed, and its rows are not in memory: check a fit to a part "
             "of the data that is"
         )
-    origin = torch.zeros(1, density.dim, dtype=density.dtype, device=density.device)
-    visits, _ = density.visits(density.block.unpack(origin))
-    known = [_observation(density, visit) for visit in visits.values() if visit.kind == "observed"]
+    visits, _ = density.visits(density.somewhere())
+    structure = density.structure
+    chosen = structure.likelihood if factors else structure.of_kind("observed")
+    known = [_observation(density, visits[site.name]) for site in chosen]
     known = [observation for observation in known if observation.shown.any()]
     if not known:
         raise OptionError(
             f"model {density.model.name!r} has no observed site: give the data to pyro.sample(..., "
-            "obs=). What goes into pyro.factor cannot be told apart or drawn anew"
+            "obs=). What goes into pyro.factor cannot be drawn anew, and told apart only in a pyro.plate"
         )
-    names = [sites] if isinstance(sites, str) else list(sites or [o.name for o in known])
+    default = [o.name for o in known if o.site.kind == "observed"] or [o.name for o in known]
+    names = [sites] if isinstance(sites, str) else list(sites or default)
     for name in names:
         if name not in {o.name for o in known}:
             raise UnknownNameError("observed site", name, [o.name for o in known])
@@ -122,11 +127,14 @@ def kind_of(fn: Any) -> Kind:
 def _observation(density: Density, visit: Visit) -> Observation:
     site = density.structure.sites[visit.name]
     shape = site.batch_shape + site.event_shape
-    value = squeeze(site, visit.value.expand(shape)[None])[0]
+    factor = site.kind == "factor"
+    given = visit.value.new_zeros(shape) if factor else visit.value.expand(shape)
+    value = squeeze(site, given[None])[0]
     counted = squeeze(site, shown(visit, site)[None])[0]
     scaled = bool((torch.as_tensor(visit.scale) != 1).any())
     dims = tuple(dims_of(density.model, site))
-    return Observation(site, value, counted, dims, kind_of(visit.fn), scaled)
+    kind = "real" if factor else kind_of(visit.fn)
+    return Observation(site, value, counted, dims, kind, scaled)
 
 
 def _innermost(fn: Any) -> Any:

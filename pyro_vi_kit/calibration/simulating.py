@@ -104,7 +104,7 @@ def require_generative(model: Model, density: Density) -> Observing:
             f"{model.name!r} has no observed site, so that there are no data to simulate: write them as "
             "pyro.sample(..., dist, obs=data)"
         )
-    visits, _ = density.visits(density.block.unpack(density.cast(torch.zeros(1, density.dim))))
+    visits, _ = density.visits(density.somewhere())
     for visit in visits.values():
         _require_plain(visit, visits)
     return Observing(density)

@@ -176,6 +176,11 @@ class Density:
         """
         return self._runner.cast(tensor)
 
+    def somewhere(self) -> Values:
+        """One unconstrained point `[1, ...]` by site at which the model runs."""
+        zeros = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
+        return self.block.unpack((zeros if self.start is None else self.start).unsqueeze(0))
+
     def within(self, z: Mapping[str, Tensor]) -> Values:
         """Unconstrained values in which the weights of drawn discrete sites are on the simplex."""
         states = {site.name for site in self.latents if site.states}
@@ -352,7 +357,7 @@ class Density:
     def log_likelihood(
         self, z: Tensor | Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
     ) -> Values:
-        """Log density of each observation, `{site: [K, *batch]}`, nats.
+        """Log density of each observation, and of factors in plates, `{site: [K, *batch]}`, nats.
 
         Where an observation depends on discrete latents of its own plates, they are summed out. Where
         it depends on others (a global one, a chain outside of plates), they are drawn given all data,
@@ -363,7 +368,7 @@ class Density:
             replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
             self._run(replay, params)
             enumerated = self._enumerated(replay)
-            observed = [v for v in replay.visits.values() if v.kind == "observed"]
+            observed = [replay.visits[site.name] for site in self.structure.likelihood]
             if enumerated is None:
                 return {v.name: v.log_prob() for v in observed}
             return self._marginal_likelihood(point, params, observed, enumerated)

@@ -122,7 +122,9 @@ class Enumerated:
         visit = self._visits[name]
         if not visit.frames:
             return None
-        hidden = [f for n, f in self.factors.items() if self._visits[n].kind != "observed"]
+        hidden = [
+            f for n, f in self.factors.items() if n != name and self._visits[n].kind != "observed"
+        ]
         with_it = next(
             m for m in self._marginals([*hidden, self.factors[name]]) if name in m.sources
         )

@@ -19,7 +19,7 @@ def shown(visit: Visit, site: Site) -> Tensor:
     fn = visit.fn
     while type(fn).__name__ in WRAPPERS:
         if type(fn).__name__ == "MaskedDistribution":
-            masks.append((fn._mask, len(fn.event_shape)))
+            masks.append((fn._mask, min(len(fn.event_shape), len(site.event_shape))))
         fn = fn.base_dist
     for mask, event in masks:
         hides = torch.as_tensor(mask, device=seen.device)

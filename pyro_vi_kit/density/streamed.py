@@ -141,7 +141,7 @@ def _site_problem(
         return None
     if plate not in plates:
         return _shared_problem(visit, other)
-    if visit.kind != "observed" or not comparable:
+    if visit.kind not in ("observed", "factor") or not comparable:
         return None
     if not _same(_rows_of(visit, other), _rows_of(other, other)):
         return Problem(

@@ -107,6 +107,12 @@ class Structure:
         """The sites of these kinds, in the model's order."""
         return [site for site in self.sites.values() if site.kind in kinds]
 
+    @property
+    def likelihood(self) -> list[Site]:
+        """Observed sites, and factors in plates, each of which is what the model says of some row."""
+        seen = self.of_kind("observed", "factor")
+        return [site for site in seen if site.kind == "observed" or site.plates]
+
 
 def discover(
     runner: Runner, init: InitFunction | None = None
@@ -230,6 +236,8 @@ def _site(visit: Visit, at_hand: frozenset[str]) -> Site:
         for frame in visit.frames
     )
     batch_shape, event_shape = visit.fn.batch_shape, visit.fn.event_shape
+    if visit.kind == "factor":
+        event_shape = event_shape[:0]  # Pyro's value of a factor has no elements
     if visit.kind == "deterministic" and visit.value.shape != batch_shape + event_shape:
         # Without event_dim, Pyro counts every dim of a deterministic value as an event dim, plates
         # included; the value's own shape says where the plates are.

@@ -48,7 +48,7 @@ def loo(
         draws: Draws from q.
         seed: Of the draws.
     """
-    observed = observations(density, sites)
+    observed = observations(density, sites, factors=True)
     chosen = units(observed, plate)
     observed = [o for o in observed if o.name in chosen.sites]
     size = sum(o.seen.size for o in observed)
@@ -80,7 +80,7 @@ def _log_likelihoods(
         return group.variables, weighed
     (plate,) = chosen.dims if len(chosen.dims) == 1 else ("",)
     inside = [s for s in density.structure.sites.values() if plate in {p.name for p in s.plates}]
-    observed = {s.name for s in inside if s.kind == "observed"}
+    observed = {s.name for s in inside if s in density.structure.likelihood}
     outermost = all(s.data_plate is not None and s.data_plate.name == plate for s in inside)
     if observed != set(chosen.sites) or not outermost or any(s.kind == "latent" for s in inside):
         raise OptionError(
@@ -98,7 +98,7 @@ def _shared_discrete(density: Density, chosen: Units) -> str | None:
     """A discrete latent that is summed out of several observed sites of the same rows."""
     for site in density.discrete:
         plates = {p.name for p in site.plates} & set(chosen.dims)
-        seen = density.structure.of_kind("observed")
+        seen = density.structure.likelihood
         if plates and sum(bool(plates & {p.name for p in s.plates}) for s in seen) > 1:
             return site.name
     return None
