@@ -60,8 +60,8 @@ class Hooks:
         infer.Predictive.forward = self._predict(infer.Predictive.forward)
         TracePosterior.run = self._posterior(TracePosterior.run)
         for loss in {ELBO, *_below(ELBO)}:
-            if "_get_trace" in vars(loss):
-                loss._get_trace = self._trace(loss._get_trace)
+            if "_get_traces" in vars(loss):
+                loss._get_traces = self._traces(loss._get_traces)
 
     @contextlib.contextmanager
     def _outermost(self, found: Found | None) -> Iterator[None]:
@@ -76,7 +76,9 @@ class Hooks:
         key = (code_of(found.model), code_of(found.guide) if found.guide else None)
         if key not in self._seen:
             self._seen[key] = found  # kept alive, so that no other takes its address
+            self._depth += 1  # what a model infers inside of itself is no find
             self.sink(found)
+            self._depth -= 1
 
     def _step(self, original: Any) -> Any:
         @functools.wraps(original)
@@ -91,13 +93,13 @@ class Hooks:
 
         return step
 
-    def _trace(self, original: Any) -> Any:
+    def _traces(self, original: Any) -> Any:
         @functools.wraps(original)
-        def trace(loss: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
+        def traces(loss: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
             with self._outermost(Found(model, guide, args, kwargs, type(loss).__name__)):
-                return original(loss, model, guide, args, kwargs)
+                yield from original(loss, model, guide, args, kwargs)
 
-        return trace
+        return traces
 
     def _run(self, original: Any) -> Any:
         @functools.wraps(original)

@@ -34,7 +34,7 @@ class Source:
             return text
         cells = [c["source"] for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
         joined = "\n\n".join("".join(cell) for cell in cells)
-        return _MAGIC.sub("", joined)
+        return _MAGIC.sub("", joined.replace("%pylab inline", "from pylab import *"))
 
     def needs(self) -> str | None:
         """A package that it cannot do without and that nothing here stands for."""

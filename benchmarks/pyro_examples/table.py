@@ -62,7 +62,7 @@ def markdown(out: Path, command: str) -> str:
 
     import pyro_vi_kit
 
-    every = [row for path in sorted(out.glob("*.jsonl")) for row in rows(path)]
+    every = [row for path in sorted(out.rglob("*.jsonl")) for row in rows(path)]
     tried = [row for row in every if row["way"] != "source"]
     counts = Counter(row["outcome"] for row in tried if row["outcome"] != "not asked")
     models = {(row["source"], row["model"]) for row in tried}
@@ -79,7 +79,7 @@ MCMC or another of Pyro's algorithms goes through `vi.check`; its density is com
 plain Pyro trace at three points (`TraceEnum_ELBO` where discrete sites are summed out); it is
 fitted with `mean_field`, `full_rank` and the example's own guide, on minibatches where it declares
 them, and sampled with `vi.nuts`. A tick says that the numbers agree, or that it runs to a finite
-ELBO with its draws, table and export; a fit has three seconds, so that it says nothing about
+ELBO with its draws, table and export; a fit has two seconds, so that it says nothing about
 convergence.
 
 **{len(models)} models in {len({s for s, _ in models})} sources, {sum(counts.values())} runs: {told}.**

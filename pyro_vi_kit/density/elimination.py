@@ -125,34 +125,54 @@ def product(factors: Sequence[Factor], names: Sequence[Name]) -> Tensor:
 
 def _components(group: Sequence[Factor], variables: Sequence[int]) -> list[list[Factor]]:
     """Factors that share one of these variables, directly or through others."""
-    components: list[tuple[set[int], list[Factor]]] = []
-    for factor in group:
-        reach, members = factor.variables & set(variables), [factor]
-        apart = []
-        for known, others in components:
-            if known & reach:
-                reach |= known
-                members = others + members
-            else:
-                apart.append((known, others))
-        components = [*apart, (reach, members)]
-    return [members for _, members in components]
+    own, leader = set(variables), list(range(len(group)))
+
+    def led_by(i: int) -> int:
+        while leader[i] != i:
+            leader[i] = leader[leader[i]]
+            i = leader[i]
+        return i
+
+    holder: dict[int, int] = {}
+    for i, factor in enumerate(group):
+        for variable in factor.variables & own:
+            one, other = sorted((led_by(holder.setdefault(variable, i)), led_by(i)))
+            leader[other] = one
+    components: dict[int, list[Factor]] = {}
+    for i, factor in enumerate(group):
+        components.setdefault(led_by(i), []).append(factor)
+    return list(components.values())
 
 
 def _sum_out(factors: list[Factor], variables: Sequence[int], steps: list[Step]) -> Factor:
-    """The product of connected factors with these variables summed out."""
-    left = list(factors)
-    waiting = [v for v in variables if any(v in factor.names for factor in left)]
+    """The product of connected factors with these variables summed out, the cheapest one first.
+
+    A chain has thousands of variables: what a sum costs is counted anew only where factors changed.
+    """
+    left = dict(enumerate(factors))
+    holders: dict[int, list[int]] = {variable: [] for variable in variables}
+    for key, factor in left.items():
+        for variable in factor.variables & holders.keys():
+            holders[variable].append(key)
+
+    def cost(variable: int) -> int:
+        return _states([left[key] for key in holders[variable]])
+
+    waiting = {variable: cost(variable) for variable, keys in holders.items() if keys}
     while waiting:
-        variable = min(waiting, key=lambda v: _states([f for f in left if v in f.names]))
-        waiting.remove(variable)
-        joined = _joined([factor for factor in left if variable in factor.names])
-        left = [factor for factor in left if variable not in factor.names]
+        variable = min(waiting, key=waiting.__getitem__)
+        del waiting[variable]
+        summed = set(holders[variable])
+        joined = _joined([left.pop(key) for key in holders[variable]])
         steps.append(Step(variable, joined))
         dim = joined.names.index(variable)
         names = joined.names[:dim] + joined.names[dim + 1 :]
-        left.append(Factor(joined.value.logsumexp(dim), names, joined.plates, joined.sources))
-    return _joined(left)
+        key = len(factors) + len(steps)  # behind all others
+        left[key] = Factor(joined.value.logsumexp(dim), names, joined.plates, joined.sources)
+        for other in left[key].variables & waiting.keys():
+            holders[other] = [known for known in holders[other] if known not in summed] + [key]
+            waiting[other] = cost(other)
+    return _joined(list(left.values()))
 
 
 def _joined(factors: Sequence[Factor]) -> Factor:

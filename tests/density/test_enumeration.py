@@ -317,3 +317,24 @@ def test_impossible_states_leave_gradients_finite():
     torch.testing.assert_close(gradient, -z + (zoo.Y[:3] - z - states).sum(-1, keepdim=True))
     with RandomStream(0):
         assert (density.constrain(z)["z"] == states.long()).all()
+
+
+def test_long_chain_is_summed_in_its_order():
+    """A chain of 1,000 states against the forward algorithm; to count all costs anew took minutes."""
+    generator = torch.Generator().manual_seed(3)
+    T, S = 1_000, 3
+    transition = torch.randn(S, S, generator=generator, dtype=torch.float64).log_softmax(-1)
+    emission = torch.randn(T, S, generator=generator, dtype=torch.float64)
+    factors, homes = [], {t: frozenset[str]() for t in range(T)}
+    for t in range(T):
+        names = (t - 1, t) if t else (0,)
+        value = transition if t else torch.full((S,), 1 / S, dtype=torch.float64).log()
+        factors.append(Factor(value, names, frozenset(), frozenset([f"z{t}"])))
+        factors.append(Factor(emission[t], (t,), frozenset(), frozenset([f"y{t}"])))
+    (left,), steps = eliminate(factors, homes)
+    forward = emission[0] - math.log(S)
+    for t in range(1, T):
+        forward = (forward[:, None] + transition).logsumexp(0) + emission[t]
+    assert left.value.item() == pytest.approx(forward.logsumexp(0).item(), rel=1e-12)
+    assert len(steps) == T
+    assert max(step.product.value.numel() for step in steps) <= S * S
