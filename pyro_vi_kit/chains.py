@@ -119,10 +119,10 @@ def run_chains(
     if count < _MIN_CHAINS:
         return None
     with RandomStream(_SEED), isolated(approximation.dtype, density.device):
-        with torch.no_grad():
-            into, pool, log_q = _coordinates(approximation, max(_POOL * count, 2 * density.dim))
-        target = _pulled_back(into, Gradients(density, approximation.params, patience=None))
         try:
+            with torch.no_grad():
+                into, pool, log_q = _coordinates(approximation, max(_POOL * count, 2 * density.dim))
+            target = _pulled_back(into, Gradients(density, approximation.params, patience=None))
             # A piece is as large as what each trajectory evaluates.
             value, slope = map(torch.cat, zip(*map(target, pool.split(count)), strict=True))
             log_w = value - log_q

@@ -122,10 +122,11 @@ def _structure(name: str, found: Examination) -> Check:
 def _log_density(name: str, found: Examination) -> Check:
     finite, total, culprits = found.finite()
     if not total:
-        return Check(name, "note", "not evaluated, since the latents have no unconstrained values")
+        return Check(name, "note", "not evaluated: see supports and discrete sites")
     message = f"finite with its gradient at {finite} of {total} starting points"
     if finite == total:
-        cut_off = found.slope()
+        # What differs from run to run has no slope either; that is another check.
+        cut_off = found.slope() if found.chance is None else None
         if cut_off is not None:
             return _verdict(name, [cut_off], "")
         idle = found.without_influence
@@ -152,12 +153,28 @@ def _shapes(name: str, found: Examination) -> Check:
 def _data(name: str, found: Examination) -> Check:
     if found.data_problems:
         return _verdict(name, found.data_problems, "")
-    notes = [*found.data_notes, *found.argument_problems]
+    notes = [*found.data_notes, *found.argument_problems, *_data_notes(found)]
     return _verdict(name, notes, "no NaN, nothing infinite", "note")
 
 
+def _data_notes(found: Examination) -> Iterator[Problem]:
+    """Data that are not there, or that say nothing of their spread."""
+    if found.forgotten:
+        yield Problem(
+            "nothing is observed, and the posterior is the prior: argument(s) "
+            f"{', '.join(found.forgotten)} are None",
+            "pass the data, vi.Model(fn, x, y), if they were forgotten",
+        )
+    if found.constant_data:
+        yield Problem(
+            f"the data at site(s) {', '.join(found.constant_data)} are one number again and again: "
+            "where a scale is learned from them, its density has no bound at 0",
+            "give the scale a floor, as in 0.01 + s, or a prior that vanishes at 0, as LogNormal does",
+        )
+
+
 def _randomness(name: str, found: Examination) -> Check:
-    problem = found.chance()
+    problem = found.chance
     if problem is not None:
         return _verdict(name, [problem], "")
     if found.draws_in_vain:
@@ -169,6 +186,13 @@ def _randomness(name: str, found: Examination) -> Check:
 
 
 def _priors(name: str, found: Examination) -> Check:
+    if found.aimless:
+        return _verdict(name, found.aimless, "")
+    if found.masked_out:
+        message = f"masked out at site(s) {', '.join(found.masked_out)}, and so improper"
+        return Check(
+            name, "note", message, "take the latent out of poutine.mask, or mask data alone"
+        )
     if not found.improper:
         return Check(name, "pass", "every prior is proper")
     message = f"improper at site(s) {', '.join(found.improper)}"

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Rows whose own weights a table of diagnoses waits for, and draws of each.
 _ROWS, _ROW_DRAWS = 2000, 1000
+# No scale of data or priors is as small.
+_NOTHING = 1e-20
 _SEED = 75_025
 
 
@@ -133,6 +135,7 @@ def _found(
         gap=evaluation.gap,
         weights=by_weights(flat, smoothed),
         overflowing=overflowing,
+        collapsed=tuple(name for name, draws in values.items() if _collapsed(draws)),
         outside=evaluation.outside,
         khats=lambda: smoothed_khats(flat, smoothed),
         counts=(flat == np.rint(flat)).all(0),
@@ -148,6 +151,14 @@ def _found(
             again = run_chains(approximation, flat, numbers, weighted=True)
             found = _with_chains(found, again, restarted=True)
     return found, flat
+
+
+def _collapsed(draws: np.ndarray) -> bool:
+    """Whether some number is next to nothing in nearly all draws `[S, *shape]`, but not 0."""
+    if draws.dtype.kind != "f" or not draws.size:
+        return False
+    middle = np.median(np.abs(draws), axis=0)
+    return bool(((middle > 0) & (middle < _NOTHING)).any())
 
 
 def _with_chains(found: Findings, chains: Chains | None, *, restarted: bool = False) -> Findings:

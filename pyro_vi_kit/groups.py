@@ -46,9 +46,13 @@ def in_chunks(function: Callable[[Values], Values], z: Mapping[str, Tensor], wid
 
 
 def width_of(density: Density) -> int:
-    """Numbers that one particle makes in the model, roughly: data, observations and latents."""
+    """Numbers that one particle makes in the model, roughly: data, observations and latents.
+
+    Or those of the largest tensor where discrete latents hold all their values.
+    """
     data = sum(t.numel() for t in density.data)
-    return data + sum(t.numel() for t in density.observed.values()) + density.dim
+    width = data + sum(t.numel() for t in density.observed.values()) + density.dim
+    return max(width, density.largest)
 
 
 def shares_outside(

@@ -37,7 +37,10 @@ def summarise(
 
     tail = 50.0 * (1.0 - prob)
     rows: dict[str, dict[str, Any]] = {}
-    for name, draws in values.items():
+    for name, given in values.items():
+        # Numbers with draws that are not finite have no moments, which the verdict says in words.
+        finite = np.isfinite(given).all(0)
+        draws = np.where(finite, given, 0.0)
         low, high = interval(draws, prob)
         columns = {
             "mean": draws.mean(0),
@@ -47,7 +50,10 @@ def summarise(
             "mcse_mean": mcse_mean(draws),
         }
         for index, label in labels(name, draws.shape[1:], dims.get(name, ()), coords):
-            rows[label] = {key: float(np.asarray(column)[index]) for key, column in columns.items()}
+            rows[label] = {
+                key: float(np.asarray(column)[index]) if finite[index] else np.nan
+                for key, column in columns.items()
+            }
             rows[label]["verdict"] = str(verdicts[len(rows) - 1]) if len(verdicts) else ""
     frame = HeadedFrame.from_dict(rows, orient="index")
     frame.attrs["verdict"] = verdict

@@ -19,10 +19,18 @@ from pyro_vi_kit.density.guarding import Key, flags, sites_that_leave
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
 from pyro_vi_kit.density.initial import SPREADS, InitFunction, function_of, require_latents
 from pyro_vi_kit.density.layout import Block, global_block
-from pyro_vi_kit.density.problems import slope_problem, sum_problem, sums
+from pyro_vi_kit.density.problems import (
+    aimless_problem,
+    chance_problem,
+    slope_problem,
+    sum_problem,
+    sums,
+)
+from pyro_vi_kit.density.raised import not_finite, told
 from pyro_vi_kit.density.recordings import Recordings
 from pyro_vi_kit.density.rows import ArgumentRows, rows_among
 from pyro_vi_kit.density.runner import Runner
+from pyro_vi_kit.density.sizes import Sizes
 from pyro_vi_kit.density.streamed import Streamed, streamed
 from pyro_vi_kit.density.structure import Site, discover, starts
 from pyro_vi_kit.density.terms import Terms, add_up
@@ -71,6 +79,7 @@ class Density:
         batching: How K points are evaluated: see `batching.batched`.
         streamed: How a batch stands for all data, where they are streamed: ``data`` is an example then.
         exempt: Sites made with ``validate_args=False``, whose arguments and data may be what they are.
+        largest: Numbers of the largest tensor of one point where discrete latents are summed out.
         leaving: What leaves its constraint somewhere, in words, by site: the density is zero there.
         notes: What to know of how the model is read; each is said as a `ModelWarning` when it is made.
         recordings: Where recordings are kept that serve other data too; shared with what `with_data`
@@ -138,6 +147,7 @@ class Density:
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
             self._require_true_sum(z)
+            self._require_aims(z)
             self.leaving: dict[str, str] = sites_that_leave(self, self._width())
             self._runner.guarded = frozenset(self.leaving)
         for note in self.notes:
@@ -692,8 +702,10 @@ class Density:
     def _choose_batching(self, z: Tensor) -> Batching:
         """The first way to batch that agrees with the loop at these points, gradients too."""
         self.batching = "loop"
+        sizes = Sizes(self._width(), [site.name for site in self.discrete])
         try:
-            exact = self.log_prob_and_grad(z)
+            with sizes if self.discrete else contextlib.nullcontext():
+                exact = self.log_prob_and_grad(z)
         except ViError:
             raise
         except Exception as error:
@@ -703,8 +715,10 @@ class Density:
             if not isinstance(error, RuntimeError):
                 raise
             raise ModelError(
-                f"the log density cannot be evaluated or differentiated: {error}"
+                f"the log density cannot be evaluated: {told(error, self.model, self.structure.sites)}"
             ) from error
+        self.largest = sizes.largest
+        self._require_numbers(exact[0])
         if self._runner.precision and not self._runner.precision.met:
             self._runner.precision = None
 
@@ -712,7 +726,34 @@ class Density:
             self.batching = mode
             return self.log_prob_and_grad(z)
 
-        return first_that_agrees(found, exact)
+        mode = first_that_agrees(found, exact)
+        if mode == "loop":
+            # A model that is not the same twice agrees with itself in no way.
+            self._require_same(exact, found(mode))
+        return mode
+
+    def _require_numbers(self, log_prob: Tensor) -> None:
+        """Refuse a density that is NaN wherever it is asked because an argument holds NaN."""
+        bad = next(not_finite(self.model), None) if bool(log_prob.isnan().all()) else None
+        if bad is not None:
+            raise ModelError(
+                f"the log density is NaN, and {bad}: drop the rows, or fill the values"
+            )
+
+    def _require_same(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
+        """Refuse a model that says something else at the same points."""
+        tolerance = 1e-9 if self.dtype == torch.float64 else 1e-4
+        if all(
+            torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+            for a, b in zip(one, other, strict=True)
+        ):
+            return
+        run = Replay(fill=starts(self.device)[-1])
+        with self._runner.first_runs():
+            self._runner.try_run(run)
+            problem = chance_problem(self._runner, run)
+        if problem is not None:
+            raise ModelError(str(problem))
 
     def _require_true_gradient(self, z: Tensor) -> None:
         """Refuse a model that cuts a latent off from autograd; float32 cannot tell."""
@@ -725,6 +766,18 @@ class Density:
         problem = slope_problem(ahead, behind, (grad * step).sum(-1) / 1e-5, 1e-5)
         if problem is not None:
             raise ModelError(str(problem))
+
+    def _require_aims(self, z: Tensor) -> None:
+        """Refuse improper priors on latents that have no influence on anything else."""
+        improper = [site.name for site in self.latents if site.improper]
+        if not improper:
+            return
+        # Further out too: what is cut off near the origin may not be there.
+        _, grad = self.log_prob_and_grad(torch.cat([z, 10 * z]), jacobian=False)
+        parts = self.block.unpack(grad)
+        aimless = [name for name in improper if not bool((parts[name] != 0).any())]
+        if aimless:
+            raise ModelError(str(aimless_problem(aimless)))
 
     def _require_true_sum(self, z: Tensor) -> None:
         """Refuse a model that computes something else where discrete sites hold all values."""

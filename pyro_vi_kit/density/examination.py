@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 from collections.abc import Mapping
 
 import pyro
 import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.distributions import Independent
 
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.density.guarding import flags
 from pyro_vi_kit.density.handlers import Replay, Visit
 from pyro_vi_kit.density.problems import (
     Problem,
+    aimless_problem,
     chance_problem,
     change_problem,
     repetition,
@@ -22,8 +27,10 @@ from pyro_vi_kit.density.problems import (
     sum_problem,
     sums,
 )
+from pyro_vi_kit.density.raised import arguments, is_constant, not_finite
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.shapes import plateless_problem
+from pyro_vi_kit.density.sizes import Sizes, StatesError
 from pyro_vi_kit.density.streamed import streamed
 from pyro_vi_kit.density.structure import is_improper, parameters_of, starts
 from pyro_vi_kit.density.supports import bijector
@@ -143,7 +150,12 @@ class Examination:
         point = self._point(0.5, torch.Generator().manual_seed(20263))
         try:
             with self.runner.first_runs(), pyro.validation_enabled(False), torch.no_grad():
-                return sum_problem(names, sums(self.runner, point, {}).unsqueeze(0))
+                with self._sizes():
+                    found = sums(self.runner, point, {})
+                return sum_problem(names, found.unsqueeze(0))
+        except StatesError as error:
+            what, _, remedy = str(error).rpartition(": ")
+            return Problem(what, remedy)
         except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
             return sum_problem(names, error=error)
 
@@ -189,19 +201,8 @@ class Examination:
     @property
     def argument_problems(self) -> list[Problem]:
         """NaN and infinite numbers among the arguments, which a model may deal with."""
-        named = dict(zip(self.model.argument_names, self.model.args, strict=True))
-        problems = []
-        for name, argument in (named | dict(self.model.kwargs)).items():
-            leaves = [leaf for leaf in tree_flatten(argument)[0] if isinstance(leaf, Tensor)]
-            bad = sum(int((~leaf.isfinite()).sum()) for leaf in leaves)
-            if bad:
-                problems.append(
-                    Problem(
-                        f"argument {name!r} holds {bad} NaN or infinite value(s)",
-                        "drop the rows, or fill the values; a mask alone leaves NaN gradients",
-                    )
-                )
-        return problems
+        remedy = "drop the rows, or fill the values; a mask alone leaves NaN gradients"
+        return [Problem(what, remedy) for what in not_finite(self.model)]
 
     @property
     def shape_problems(self) -> list[Problem]:
@@ -233,6 +234,53 @@ class Examination:
         """Latents with an improper prior."""
         return [visit.name for visit in self._of_kind("latent") if is_improper(visit.fn)]
 
+    @property
+    def aimless(self) -> list[Problem]:
+        """Latents with an improper prior and no influence on anything else."""
+        names = self.improper if self._unconstrained() else []
+        generator = torch.Generator().manual_seed(20266)
+        with self.runner.first_runs(), pyro.validation_enabled(False):
+            for radius in (0.5, 3.0) if names else ():
+                point = self._point(radius, generator)
+                leaves = [value.requires_grad_() for value in point.values()]
+                try:
+                    total, _ = self._evaluate(point, jacobian=False)
+                    gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+                except Exception:  # noqa: BLE001  told by `finite`
+                    return []
+                pairs = zip(point, gradients, strict=True)
+                moved = {name for name, g in pairs if g is not None and bool((g != 0).any())}
+                names = [name for name in names if name not in moved]
+        return [aimless_problem(names)] if names else []
+
+    @property
+    def masked_out(self) -> list[str]:
+        """Latents whose prior a mask hides wholly, other than those that `obs_mask` makes."""
+        return [v.name for v in self._of_kind("latent") if _is_hidden(v, self.visits)]
+
+    @property
+    def forgotten(self) -> list[str]:
+        """Arguments that are None in a model that observes nothing."""
+        if any(visit.kind in ("observed", "factor") for visit in self.visits.values()):
+            return []
+        given = arguments(self.model)
+        try:
+            defaults = inspect.signature(self.model.fn).parameters.values()
+        except (TypeError, ValueError):
+            defaults = ()
+        missing = [p.name for p in defaults if p.default is None and p.name not in given]
+        return [name for name, value in given.items() if value is None] + missing
+
+    @property
+    def constant_data(self) -> list[str]:
+        """Observed sites of real numbers that are all the same."""
+        return [
+            visit.name
+            for visit in self._of_kind("observed")
+            if is_constant(visit.value) and not getattr(visit.fn.support, "is_discrete", False)
+        ]
+
+    @functools.cached_property
     def chance(self) -> Problem | None:
         """Whether a run at the same latents gives something else."""
         if not self._unconstrained():
@@ -256,7 +304,10 @@ class Examination:
         with self.runner.first_runs(), pyro.validation_enabled(False):
             for k in range(_POINTS):
                 point = self._point(_RADIUS if k else 0.0, generator)
-                culprits = self._culprits(point)
+                try:
+                    culprits = self._culprits(point)
+                except StatesError:  # told by `discrete_problems`
+                    return 0, 0, []
                 finite += not culprits
                 blamed.update(dict.fromkeys(culprits))
         return finite, _POINTS, list(blamed)
@@ -270,13 +321,21 @@ class Examination:
             for name, value in repetition(self.runs[-1]).unconstrained.items()
         }
 
-    def _evaluate(self, point: Mapping[str, Tensor]) -> tuple[Tensor, Replay]:
+    def _evaluate(
+        self, point: Mapping[str, Tensor], *, jacobian: bool = True
+    ) -> tuple[Tensor, Replay]:
         enumerate_ = bool(self._of_kind("discrete")) and discrete_problem(self.visits) is None
         replay = repetition(self.runs[-1])
         replay.unconstrained, replay.enumerate = point, enumerate_
-        self.runner.run(replay, {})
-        enumerated = Enumerated(replay.visits, self.runner.nesting) if enumerate_ else None
-        return add_up(replay.visits, True, self.runner.dtype, enumerated).total(), replay
+        with self._sizes() if enumerate_ else contextlib.nullcontext():
+            self.runner.run(replay, {})
+            enumerated = Enumerated(replay.visits, self.runner.nesting) if enumerate_ else None
+            return add_up(replay.visits, jacobian, self.runner.dtype, enumerated).total(), replay
+
+    def _sizes(self) -> Sizes:
+        """A watch on what runs that hold all values of discrete latents make."""
+        kept = [*self.runner.data, *(v.value for v in self.visits.values())]
+        return Sizes(sum(t.numel() for t in kept), [v.name for v in self._of_kind("discrete")])
 
     def _culprits(self, point: dict[str, Tensor]) -> list[str]:
         """Sites with a value or gradient that is not finite."""
@@ -284,6 +343,8 @@ class Examination:
         try:
             total, replay = self._evaluate(point)
             gradients = torch.autograd.grad(total, leaves, allow_unused=True)
+        except StatesError:
+            raise
         except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
             return [f"(raised {type(error).__name__}: {error})"]
         left = {
@@ -330,6 +391,17 @@ class Examination:
         parts = zip(gradients, direction.values(), strict=True)
         slope = sum((g * d).sum() for g, d in parts if g is not None)
         return torch.stack([ahead.detach(), behind.detach(), torch.as_tensor(slope)])
+
+
+def _is_hidden(visit: Visit, visits: Mapping[str, Visit]) -> bool:
+    stem = visit.name.removesuffix("_unobserved")
+    if stem != visit.name and {stem, f"{stem}_observed"} <= set(visits):
+        return False
+    masks, fn = [visit.mask], visit.fn
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        masks.append(getattr(fn, "_mask", None))
+        fn = fn.base_dist
+    return any(mask is False or (isinstance(mask, Tensor) and not mask.any()) for mask in masks)
 
 
 def _sound(visit: Visit, replay: Replay) -> bool:

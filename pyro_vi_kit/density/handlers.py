@@ -163,6 +163,7 @@ class Replay(Messenger):
                 f"two sites are named {msg['name']!r}: give each pyro.sample statement a name of "
                 "its own, as in f'x_{i}' in a loop"
             )
+        _require_tensors(msg)
         kind = kind_of(msg)
         visit = Visit(
             name=msg["name"],
@@ -255,6 +256,33 @@ class Replay(Messenger):
     def _pyro_post_param(self, msg: Any) -> None:
         # Before plates take their rows of it: this handler is the outermost.
         self.param_visits[msg["name"]].value = msg["value"]
+
+
+def _require_tensors(msg: Any) -> None:
+    """Refuse a distribution that does not say its shape and support, and data that are no tensor.
+
+    Raises:
+        ModelError: If the site has either.
+    """
+    name, fn, value = msg["name"], msg["fn"], msg["value"]
+    needed = ("batch_shape", "event_shape", "event_dim", "support")
+    missing = [what for what in needed if not hasattr(type(fn), what) and what not in vars(fn)]
+    if missing:
+        kind = type(fn).__name__
+        instead = (
+            f", or write pyro.factor({name!r}, {kind}(...).log_prob(value).sum()) in its place"
+        )
+        raise ModelError(
+            f"the distribution of site {name!r}, {kind}, does not say its {', '.join(missing)}: "
+            "derive it from pyro.distributions.TorchDistribution, with batch_shape, event_shape and a "
+            "support"
+            f"{instead if msg['is_observed'] else ''}"
+        )
+    if msg["is_observed"] and value is not None and not isinstance(value, Tensor):
+        raise ModelError(
+            f"the data at site {name!r} are of type {type(value).__name__}, and Pyro takes tensors: "
+            "obs=torch.as_tensor(...)"
+        )
 
 
 def _require_one_value(visit: Visit, transform: Any) -> None:

@@ -59,10 +59,12 @@ def chance_problem(runner: Runner, run: Replay) -> Problem | None:
         for name, visit in one.visits.items():
             if name not in other.visits or not _same(visit, other.visits[name]):
                 return Problem(
-                    f"the model draws random numbers outside its sample sites, site {name!r} "
-                    "differs between two runs at the same latents (torch.randn, dropout in "
-                    "training mode, ...)",
-                    "make each draw a pyro.sample site, or call module.eval() first",
+                    f"the model is not deterministic, site {name!r} differs between two runs at the "
+                    "same latents: it draws random numbers outside its sample sites (torch.randn, "
+                    "NumPy's or Python's random, dropout in training mode), or reads the time or what "
+                    "it has changed itself",
+                    "make each draw a pyro.sample site, call module.eval() first, and pass everything "
+                    "else as an argument",
                 )
     return None
 
@@ -134,6 +136,15 @@ def sum_problem(
         "use them as indices, a[..., z] or Vindex(a)[..., z], or in elementwise operations and "
         "torch.where; no Python if on them, no sums over their dims, and only sites of the same "
         "plates may depend on them; or sum them out in the model",
+    )
+
+
+def aimless_problem(names: Iterable[str]) -> Problem:
+    """Improper priors on latents that nothing else depends on, whose posterior is as improper."""
+    return Problem(
+        f"site(s) {', '.join(names)} have an improper prior and no influence on anything else, so that "
+        "their posterior is improper",
+        "give them a proper prior, or leave them out",
     )
 
 

@@ -20,6 +20,7 @@ from pyro_vi_kit.density.handlers import Replay, subsample_indices
 from pyro_vi_kit.density.initial import SPREADS
 from pyro_vi_kit.density.modules import swapped_parameters
 from pyro_vi_kit.density.precision import Precision
+from pyro_vi_kit.density.raised import told
 from pyro_vi_kit.density.rows import ArgumentRows, misfits, rows_among
 from pyro_vi_kit.device import device_of
 from pyro_vi_kit.errors import ModelError, ViError
@@ -227,4 +228,4 @@ class Runner:
         except ViError:
             raise
         except Exception as error:
-            raise ModelError(f"the model raised {type(error).__name__}: {error}") from error
+            raise ModelError(told(error, self.model, replay.visits)) from error

@@ -367,12 +367,12 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
     if search.stopped or stage is None:
         return stopped_status(search)
     quality, found = stage.quality, stage.found
-    if not math.isfinite(quality.elbo):
+    if not math.isfinite(quality.elbo + quality.gap):
         return Status(
             False,
             "diverged",
-            "The ELBO is not finite on fresh draws: the guide reaches where the model's density is "
-            "zero or overflows. Look at vi.check(model), or give init={site: value}.",
+            "The ELBO or its slope is not finite on fresh draws: the guide reaches where the model's "
+            "density is zero or overflows. Look at vi.check(model), or give init={site: value}.",
         )
     said = (
         f"ELBO {quality.elbo:.3f} nats (s.e. {quality.se:.3f}) on {2 * stage.draws} fresh draws, "
