@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # Rows whose own weights a table of diagnoses waits for, and draws of each.
 _ROWS, _ROW_DRAWS = 2000, 1000
-# No scale of data or priors is as small.
-_NOTHING = 1e-20
+# Hardly any scale is as small, and it is a reason only where a fit is not good.
+_NOTHING = 1e-10
 _SEED = 75_025
 
 
@@ -103,7 +103,7 @@ def diagnose(
     smoothed = evaluation.smoothed
     if smoothed is None:
         return None
-    found, flat = _found(approximation, evaluation, smoothed, named, names)
+    found, flat = _found(approximation, density, evaluation, smoothed, named, names)
     verdict, levels = judge(found, status, approximation.name)
     if verdict.level != "good" and density is not None:
         verdict, levels = judge(found, status, approximation.name, _cures(density))
@@ -118,6 +118,7 @@ def diagnose(
 
 def _found(
     approximation: Approximation,
+    density: Density | None,
     evaluation: Evaluation,
     smoothed: Psis,
     named: Callable[[Mapping[str, Tensor]], dict[str, np.ndarray]],
@@ -135,7 +136,7 @@ def _found(
         gap=evaluation.gap,
         weights=by_weights(flat, smoothed),
         overflowing=overflowing,
-        collapsed=tuple(name for name, draws in values.items() if _collapsed(draws)),
+        unbounded=tuple(_unbounded(values, density)),
         outside=evaluation.outside,
         khats=lambda: smoothed_khats(flat, smoothed),
         counts=(flat == np.rint(flat)).all(0),
@@ -153,12 +154,15 @@ def _found(
     return found, flat
 
 
-def _collapsed(draws: np.ndarray) -> bool:
-    """Whether some number is next to nothing in nearly all draws `[S, *shape]`, but not 0."""
-    if draws.dtype.kind != "f" or not draws.size:
-        return False
-    middle = np.median(np.abs(draws), axis=0)
-    return bool(((middle > 0) & (middle < _NOTHING)).any())
+def _unbounded(values: Mapping[str, np.ndarray], density: Density | None) -> Iterator[str]:
+    """Why the density may have no bound: data of no spread, and draws that run to 0."""
+    floor = "give the scale a floor, as in 0.01 + s"
+    for site in () if density is None else density.constant:
+        yield f"the data at site {site!r} are one number again and again: {floor} if one is learned"
+    for site, draws in values.items():
+        middle = np.median(np.abs(draws), axis=0) if draws.dtype.kind == "f" else np.zeros(0)
+        if ((middle > 0) & (middle < _NOTHING)).any():
+            yield f"draws of site {site!r} run to 0, as where data are met exactly: {floor}"
 
 
 def _with_chains(found: Findings, chains: Chains | None, *, restarted: bool = False) -> Findings:

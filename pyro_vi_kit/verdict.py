@@ -107,7 +107,7 @@ class Findings:
         stuck: Share of the weight that is held by draws which chains could not leave.
         restarted: Whether the chains started from draws under the weights, not from draws of q.
         overflowing: Sites with draws that are not finite.
-        collapsed: Sites whose draws run to 0, where the density has no bound.
+        unbounded: Why the density may have no bound, in words, where the fit is not good.
         outside: Shares of the draws that leave the domain of a distribution, by what leaves it.
         khats: Makes the k-hat of each number, `[n]`: asked where nothing else is known.
         counts: Which numbers are whole numbers, `[n]`, and so drawn exactly given the others: moves of
@@ -124,7 +124,7 @@ class Findings:
     stuck: float = 0.0
     restarted: bool = False
     overflowing: tuple[str, ...] = ()
-    collapsed: tuple[str, ...] = ()
+    unbounded: tuple[str, ...] = ()
     outside: Mapping[str, float] = field(default_factory=dict)
     khats: Callable[[], np.ndarray] | None = None
     counts: np.ndarray | None = None
@@ -230,7 +230,8 @@ def judge(
     }
     wrong = [name for name, site in sites.items() if site != "good"]
     said = advice(level, guide, status, wrong, cures, missed > MAX_MISSED)
-    return Verdict(level, tuple(_reasons(found, status)), said, sites), levels
+    reasons = _reasons(found, status) + ([] if level == "good" else list(found.unbounded))
+    return Verdict(level, tuple(reasons), said, sites), levels
 
 
 def _levels(found: Findings) -> np.ndarray:
@@ -273,11 +274,6 @@ def _reasons(found: Findings, status: Status) -> list[str]:
             f"the density is zero at {100 * share:.3g} % of the draws ({what}; exp or softplus keep an "
             "argument above 0, sigmoid below 1)"
         )
-    reasons += [
-        f"draws of site {name!r} run to 0, where the density has no bound, as where data are one number "
-        "again and again; give a scale a floor, as in 0.01 + s"
-        for name in found.collapsed
-    ]
     if found.overflowing:
         reasons.append(f"draws of site {found.overflowing[0]!r} are not finite")
     if found.labels and not found.overflowing:

@@ -35,6 +35,7 @@ from pyro_vi_kit.density.streamed import Streamed, streamed
 from pyro_vi_kit.density.structure import Site, discover, starts
 from pyro_vi_kit.density.terms import Terms, add_up
 from pyro_vi_kit.density.usable import (
+    constant_data,
     is_unchecked,
     minibatch_note,
     require_usable,
@@ -78,6 +79,7 @@ class Density:
         observed: Values of the observed sites.
         batching: How K points are evaluated: see `batching.batched`.
         streamed: How a batch stands for all data, where they are streamed: ``data`` is an example then.
+        constant: Observed sites of real numbers that are all the same.
         exempt: Sites made with ``validate_args=False``, whose arguments and data may be what they are.
         largest: Numbers of the largest tensor of one point where discrete latents are summed out.
         leaving: What leaves its constraint somewhere, in words, by site: the density is zero there.
@@ -131,6 +133,7 @@ class Density:
         self.streamed: Streamed | None = (
             None if model.stream is None else streamed(self._runner, model.stream)
         )
+        self.constant: list[str] = constant_data(visits)
         self.latents: list[Site] = self.structure.of_kind("latent")
         require_latents(init, [site.name for site in self.latents])
         self.discrete: list[Site] = self.structure.of_kind("discrete")

@@ -27,7 +27,7 @@ from pyro_vi_kit.density.problems import (
     sum_problem,
     sums,
 )
-from pyro_vi_kit.density.raised import arguments, is_constant, not_finite
+from pyro_vi_kit.density.raised import arguments, not_finite
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.shapes import plateless_problem
 from pyro_vi_kit.density.sizes import Sizes, StatesError
@@ -36,6 +36,7 @@ from pyro_vi_kit.density.structure import is_improper, parameters_of, starts
 from pyro_vi_kit.density.supports import bijector
 from pyro_vi_kit.density.terms import add_up
 from pyro_vi_kit.density.usable import (
+    constant_data,
     data_problems,
     discrete_problem,
     is_unchecked,
@@ -274,11 +275,7 @@ class Examination:
     @property
     def constant_data(self) -> list[str]:
         """Observed sites of real numbers that are all the same."""
-        return [
-            visit.name
-            for visit in self._of_kind("observed")
-            if is_constant(visit.value) and not getattr(visit.fn.support, "is_discrete", False)
-        ]
+        return constant_data(self.visits)
 
     @functools.cached_property
     def chance(self) -> Problem | None:

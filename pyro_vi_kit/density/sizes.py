@@ -55,8 +55,9 @@ class Sizes(TorchFunctionMode):
             names = ", ".join(self._sites[:5]) + (", ..." if len(self._sites) > 5 else "")
             raise StatesError(
                 f"summing out the {len(self._sites)} discrete latent site(s) {names} needs more than "
-                f"{self._limit:,} numbers at once, since one site depends on all of them: let each observation depend on "
-                "few, put independent sites into a pyro.plate and chains into pyro.markov"
+                f"{self._limit:,} numbers at once, since one site depends on all of them: let each "
+                "observation depend on few, put independent sites into a pyro.plate and chains into "
+                "pyro.markov"
             )
 
 

@@ -14,6 +14,7 @@ from pyro_vi_kit.density.domain import ends
 from pyro_vi_kit.density.enumeration import is_enumerable
 from pyro_vi_kit.density.handlers import Visit, innermost
 from pyro_vi_kit.density.problems import Problem
+from pyro_vi_kit.density.raised import is_constant
 from pyro_vi_kit.density.shapes import shape_problem, unvalidated
 from pyro_vi_kit.errors import ModelError, ShapeError
 
@@ -165,6 +166,17 @@ def data_problems(
         problem = data_problem(visit, known) if visit.kind == "observed" else None
         if problem is not None:
             yield problem
+
+
+def constant_data(visits: Mapping[str, Visit]) -> list[str]:
+    """Observed sites of real numbers that are all the same: a scale learned from them may go to 0."""
+    return [
+        visit.name
+        for visit in visits.values()
+        if visit.kind == "observed"
+        and is_constant(visit.value)
+        and not getattr(visit.fn.support, "is_discrete", False)
+    ]
 
 
 def shape_problems(visits: Mapping[str, Visit]) -> Iterator[Problem]:
