@@ -37,7 +37,7 @@ from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.streamed import joined_draws, weigh_all
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.psis import psis, resample
-from pyro_vi_kit.runtime import RandomStream, isolated, private_params, seed_of
+from pyro_vi_kit.runtime import RandomStream, isolated, private_params, require_memory, seed_of
 
 # The model's trace and the guide's.
 Pair = tuple[poutine.Trace, poutine.Trace]
@@ -192,6 +192,8 @@ class GuideApproximation:
         self, model: Model, draws: int, seed: int, *, corrected: bool = False
     ) -> dict[str, Tensor]:
         """See `Approximation.predict`."""
+        made = sum(value.numel() for value in self.density.observed.values())
+        require_memory(draws * made, "ask for fewer draws=")
         if corrected:
             pool, weighed = self._weighed(_pool(draws), seed)
             chosen = torch.as_tensor(_chosen(weighed, draws, seed), device=self.density.device)
@@ -243,6 +245,7 @@ class GuideApproximation:
         return GuideApproximation(self.name, self.guide.moved_to(density), self.params)
 
     def _sizes(self, draws: int) -> list[int]:
+        require_memory(draws * self.density.dim, "ask for fewer draws=")
         chunk = max(1, _CHUNK_NUMBERS // max(self._width, 1))
         return [min(chunk, draws - i) for i in range(0, draws, chunk)]
 

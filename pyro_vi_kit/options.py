@@ -27,8 +27,8 @@ R = TypeVar("R")
 
 # torch's generators take 64 bits; seeds that are derived from a seed by adding to it need room.
 _LARGEST_SEED = 2**63 - 1
-# So many draws of a single number fill 0.8 GB.
-_MOST_DRAWS = 10**8
+# So many draws of a single number fill 8 GB; where a draw has many, memory is asked (`runtime`).
+_MOST_DRAWS = 10**9
 _MOST = 2**53
 
 

@@ -102,6 +102,28 @@ def a_dtype(option: str, value: Any) -> torch.dtype:
     return value
 
 
+def require_memory(numbers: int, remedy: str) -> None:
+    """Refuse to hold so many numbers, and three copies of them on the way, beyond what the machine has.
+
+    Raises:
+        OptionError: With the remedy.
+    """
+    needed, there = 4 * 8 * numbers, _memory()
+    if needed > there:
+        raise OptionError(
+            f"{numbers:,} numbers take {needed / 1e9:,.0f} GB of memory with their copies, and this "
+            f"machine has {there / 1e9:,.0f} GB: {remedy}"
+        )
+
+
+def _memory() -> float:
+    """Bytes of memory that the machine has; infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
+
+
 def _generators() -> list[torch.Generator]:
     """The global generators of torch: the CPU's, and those of the CUDA devices once these are in use."""
     cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()

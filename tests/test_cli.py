@@ -357,7 +357,7 @@ MODEL = vi.Model(f, Y, coords={"city": ["Lincoln", "Bonn", "Lima"]})
         ("use guide='mean_field'.", "use --guide mean_field."),
         ("raise tol=0.5.", "raise --tol 0.5."),
         ("as in vi.fit(model, steps=10): steps=10", "as in vi.fit(model, steps=10): --steps 10"),
-        ("init= is no option", "init= is no option"),
+        ("optimizer= is no option", "optimizer= is no option"),
         ("Epochs(rate=) and x.steps=3", "Epochs(rate=) and x.steps=3"),
     ],
 )

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import plots
+from pyro_vi_kit import plots, runtime
 from pyro_vi_kit.calibration import Calibration
 from pyro_vi_kit.errors import ViError
 from pyro_vi_kit.posterior import Posterior
@@ -301,3 +301,10 @@ def test_every_public_function_is_tried():
         for name, part in public(package).items():
             if inspect.isfunction(part) and parameters(part) and name not in BY_PACKAGE:
                 assert name in tried_, f"{package.__name__}.{name} is tried nowhere"
+
+
+def test_more_draws_than_memory_holds(monkeypatch):
+    monkeypatch.setattr(runtime, "_memory", lambda: 1e6)
+    with pytest.raises(ViError, match=r"50,000 numbers take .* ask for fewer draws="):
+        posterior().sample(50_000)
+    assert len(posterior().sample(1000, seed=0)["mu"]) == 1000

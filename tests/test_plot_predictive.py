@@ -100,7 +100,7 @@ def test_bins_of_values_on_a_grid_hold_as_many_values_each():
 
 
 def test_what_cannot_be_drawn(poisson, tmp_path, monkeypatch):
-    with pytest.raises(OptionError, match="max_panels must be 1 or more, got 0"):
+    with pytest.raises(OptionError, match="max_panels= must be an integer of at least 1, got 0"):
         predictive(poisson, max_panels=0)
     with pytest.raises(FileError):
         predictive(poisson, tmp_path / "missing" / "a.png")

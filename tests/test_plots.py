@@ -178,7 +178,7 @@ def test_paths_that_cannot_be_used(reference, fits, tmp_path):
         losses(fits, tmp_path / "a.txt")
     with pytest.raises(FileError):
         marginals(reference, fits, tmp_path / "missing" / "a.png")
-    with pytest.raises(OptionError, match="max_panels must be 1 or more, got 0"):
+    with pytest.raises(OptionError, match="max_panels= must be an integer of at least 1, got 0"):
         marginals(reference, fits, max_panels=0)
 
 

@@ -23,7 +23,7 @@ model_argument = click.argument("model_file", metavar="MODEL.py", type=click.Pat
 json_option = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 seed_option = click.option(
     "--seed",
-    type=click.IntRange(min=0),
+    type=click.IntRange(0, 2**63 - 1),
     default=0,
     show_default=True,
     help="The same seed gives the same numbers.",
