@@ -71,8 +71,10 @@ def _length(msg: Any, dim: int) -> int:
 def misfits(visits: Mapping[str, Any], declared: Mapping[str, int]) -> bool:
     """Whether data are as long as the subsample that their plate declares, and the plate is not."""
     for visit in visits.values():
+        if visit.kind != "observed" or not isinstance(visit.value, Tensor):
+            continue
         shape = visit.value.shape[: visit.value.dim() - visit.fn.event_dim]
-        for frame in visit.frames if visit.kind == "observed" else ():
+        for frame in visit.frames:
             length = shape[frame.dim] if len(shape) >= -frame.dim else 1
             if length == declared.get(frame.name) != frame.size:
                 return True
