@@ -64,9 +64,10 @@ def _execute(source: Any, folder: Path, stubs: Callable[[], None], sink: Any) ->
     code, path = source.code(), source.path
     sys.argv = [str(path), *source.arguments]
     sys.path[:0] = [str(path.parent), str(path.parent.parent), str(path.parent.parent.parent)]
-    os.chdir(folder)
-    if path.suffix == ".py":  # some read data beside themselves
-        os.chdir(path.parent)
+    (
+        folder / "source"
+    ).mkdir()  # what a notebook writes is left there; scripts read data beside them
+    os.chdir(path.parent if path.suffix == ".py" else folder / "source")
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for the rest of the process
     try:
         if path.suffix == ".py":

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyro import infer
+from pyro import get_param_store, infer
 from pyro.infer.abstract_infer import TracePosterior
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.elbo import ELBO
@@ -84,7 +84,7 @@ class Hooks:
         @functools.wraps(original)
         def step(svi: Any, *args: Any, **kwargs: Any) -> Any:
             svi.steps_seen = getattr(svi, "steps_seen", 0) + 1
-            if svi.steps_seen > _STEPS:
+            if svi.steps_seen > _STEPS and len(get_param_store()):  # which some clear in between
                 return svi.last_loss
             loss = type(getattr(svi.loss, "__self__", svi.loss)).__name__
             with self._outermost(Found(svi.model, svi.guide, args, kwargs, loss)):
