@@ -108,7 +108,11 @@ def observations(
 
 def kind_of(fn: Any) -> Kind:
     """What a distribution's values are, by its support."""
-    base, support = _innermost(fn), fn.support
+    base = _innermost(fn)
+    try:
+        support = fn.support
+    except NotImplementedError:  # a distribution of the user's own
+        return "real"
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     if isinstance(base, dist.VonMises):

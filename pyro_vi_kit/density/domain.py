@@ -59,7 +59,7 @@ def _bounds(fn: Any, value: Tensor | None, batch: int) -> Iterator[Bound]:
         return
     inner = len(fn.batch_shape) - batch
     name = type(fn).__name__
-    for argument, constraint in fn.arg_constraints.items():
+    for argument, constraint in (_told(fn, "arg_constraints") or {}).items():
         given = _argument(fn, argument)
         margin = None if given is None else _margin(constraint, given)
         if margin is not None:
@@ -69,12 +69,21 @@ def _bounds(fn: Any, value: Tensor | None, batch: int) -> Iterator[Bound]:
     if isinstance(fn, TransformedDistribution):
         yield from _bounds(fn.base_dist, _inverted(fn, value), batch)
         return
-    margin = None if value is None else _margin(fn.support, value)
+    support = None if value is None else _told(fn, "support")
+    margin = None if value is None or support is None else _margin(support, value)
     if margin is not None:
         yield Bound(f"data are outside the support of its {name}", _of(margin, inner))
     for part in vars(fn).values():
         if isinstance(part, Distribution):
             yield from _bounds(part, None, batch)
+
+
+def _told(fn: Any, name: str) -> Any:
+    """What a distribution says of itself; None where it does not, as a user's own need not."""
+    try:
+        return getattr(fn, name, None)
+    except NotImplementedError:
+        return None
 
 
 def _argument(fn: Any, name: str) -> Tensor | None:

@@ -247,3 +247,37 @@ def test_the_check_names_it():
     found = next(check for check in report.checks if check.name == "log density")
     assert (found.outcome, report.ok) == ("note", True)
     assert "y ('concentration' of its Gamma is not above 0)" in found.message
+
+
+class Silent(dist.TorchDistribution):
+    """A unit normal of the user's own, that says nothing of its arguments or its support."""
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+    def sample(self, sample_shape=()):
+        return self.loc + torch.randn(*sample_shape, *self.loc.shape)
+
+    def log_prob(self, value):
+        return -0.5 * (value - self.loc) ** 2 - 0.5 * math.log(2 * math.pi)
+
+    def expand(self, batch_shape, _instance=None):
+        return Silent(self.loc.expand(batch_shape))
+
+
+def test_a_distribution_that_says_nothing_of_itself_is_observed():
+    """Pyro runs it: the ELBO of a Gaussian guide is the evidence, y ~ N(0, 1 + I)."""
+    y = torch.tensor([0.3, 1.2, -0.4, 2.0])
+
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", Silent(x.expand(len(y))), obs=y)
+
+    known = vi.Model(model, y)
+    assert vi.check(known, verbose=False).ok
+    fitted = vi.fit(known, "full_rank", seed=0)
+    evidence = dist.MultivariateNormal(torch.zeros(4), 1.0 + torch.eye(4)).log_prob(y)
+    assert fitted.elbo == pytest.approx(evidence.item(), abs=1e-3)
+    assert "y" in str(fitted.check_predictive())
