@@ -241,7 +241,13 @@ class GuideApproximation:
     def moved_to(self, model: Model) -> GuideApproximation:
         """The same trained guide on other data of the same model."""
         own = self.density
-        density = Density(model, dtype=own.dtype, device=own.device, drawn=own.drawn)
+        density = Density(
+            model,
+            dtype=own.dtype,
+            device=own.device,
+            drawn=own.drawn,
+            init=own.initial(own.structure.plates),
+        )
         return GuideApproximation(self.name, self.guide.moved_to(density), self.params)
 
     def _sizes(self, draws: int) -> list[int]:

@@ -94,7 +94,9 @@ def trained_again(
             )
         density = earlier.density
         if density is not None and model is not earlier.model:
-            density = Density(model, dtype=density.dtype, device=density.device)
+            density = Density(
+                model, dtype=density.dtype, device=density.device, init=density.initial()
+            )
         return approximation.guide, density  # type: ignore[attr-defined]
     where = device or approximation.density.device
     density = Density(
@@ -102,6 +104,7 @@ def trained_again(
         dtype=dtype or approximation.dtype,
         device=where,
         drawn=approximation.density.drawn,
+        init=approximation.density.initial(),
     )
     _require_same("latents", latents_of(approximation.density), latents_of(density))
     before = {name: density.cast(value) for name, value in approximation.params.items()}

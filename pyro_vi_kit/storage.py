@@ -94,6 +94,8 @@ def guide_group(
         header["guide"] = approximation.name
         header["latents"] = latents_of(approximation.density)
         header["tables"] = tables_of(approximation.guide)
+        initial = approximation.density.initial()
+        header["init"] = initial and {name: value.tolist() for name, value in initial.items()}
     variables = {f"tensor_{i}": array for i, array in enumerate(tensors.values())}
     variables["losses"] = record.losses
     variables |= {f"{_HISTORY}{name}": column for name, column in record.history.items()}
@@ -149,7 +151,8 @@ def _restored(
         where = checked(device) or device_of((model.args, dict(model.kwargs)))
         return Restored(_traced(path, model, guide, tensors, dtype, where), record, None, None)
     spec = guide if isinstance(guide, GuideSpec) else _spec(path, header)
-    density = Density(model, dtype=dtype, device=device, drawn=guides.drawn_of(spec))
+    drawn, init = guides.drawn_of(spec), header.get("init")
+    density = Density(model, dtype=dtype, device=device, drawn=drawn, init=init)
     if header["latents"] != latents_of(density):
         raise ModelError(
             f"{path} is a posterior of latents {words(header['latents'])}; this model has "

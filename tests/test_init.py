@@ -1,5 +1,7 @@
 """Starting points: values, functions of the site, and models that few points suit."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -197,3 +199,22 @@ def test_a_pyro_module_starts_there_too():
             matrix(y)
 
     assert vi.fit(vi.Model(Flat(), Y), init={"a": 4.0}, seed=0).verdict.level == "good"
+
+
+def test_what_comes_after_a_fit_starts_there_too(tmp_path):
+    model = vi.Model(matrix, Y)
+    posterior = vi.fit(model, "mean_field", init="median", steps=20, seed=0)
+    posterior.save(tmp_path / "a.nc")
+    loaded = vi.load(tmp_path / "a.nc", model)
+    assert loaded.elbo == posterior.elbo
+    assert math.isfinite(vi.fit(model, resume=loaded, steps=10).elbo)
+    assert math.isfinite(float(posterior.to_arviz().log_likelihood["y"].mean()))
+
+    def by_rows(y):
+        a = pyro.sample("a", dist.Normal(4.0, 0.3))
+        with pyro.plate("datum", len(y)) as i:
+            factor = torch.linalg.cholesky((a - 1.0).reshape(1, 1))[0, 0]
+            pyro.sample("y", dist.Normal(0.0, factor), obs=y[i])
+
+    posterior = vi.fit(vi.Model(by_rows, Y), init={"a": 4.0}, batch_size=1, steps=20, seed=0)
+    assert math.isfinite(posterior.elbo)

@@ -26,7 +26,8 @@ def rows_apart(density: Density, blocks: Sequence[Block]) -> bool:
         blocks: Those with a plate are looked at.
     """
     with RandomStream(_SEED):
-        flat = density.cast(torch.randn(1, density.dim, dtype=density.dtype, device="cpu"))
+        away = density.cast(torch.randn(1, density.dim, dtype=density.dtype, device="cpu"))
+        flat = away if density.start is None else density.near_start(away)
         z = density.within(density.block.unpack(flat))
         before = density.terms(z)
         for block in blocks:

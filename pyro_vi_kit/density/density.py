@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -162,17 +162,32 @@ class Density:
         full = {n: values[n] if n in values else self.cast(torch.zeros(s)) for n, s in rest.items()}
         return self.block.pack({name: value.unsqueeze(0) for name, value in full.items()})[0]
 
-    def _around(self, away: Tensor) -> Tensor:
-        """Points `[K, D]` at which the model can be tried, for standard normal numbers."""
+    def near_start(self, away: Tensor) -> Tensor:
+        """Points `[K, D]` at which the model can be run, for standard normal numbers.
+
+        Around the origin of unconstrained space, or as near to `start` as the model needs.
+        """
+        away = self._runner.spread * away
+        return away if self.start is None else self.start + away
+
+    def leaves(self) -> Replay:
+        """A run near the start, in which latents are leaves that require a gradient."""
         if self.start is None:
-            return self.block.pack(self.within(self.block.unpack(0.3 * away)))
+            return Replay(fill=starts(self.device)[-1], constrained=self._example)
+        point = self.somewhere()
+        leaves = {name: value[0].clone().requires_grad_() for name, value in point.items()}
+        return Replay(unconstrained=leaves, constrained=self._example)
+
+    def _around(self, away: Tensor) -> Tensor:
+        """Points `[K, D]` to try the model at; finds how near to its start it has to be."""
+        if self.start is None:
+            return self.block.pack(self.within(self.block.unpack(self.near_start(away))))
         self.batching = "loop"
-        self._runner.guarded = frozenset(
-            self.structure.sites
-        )  # which of them need it is not known yet
-        spreads = [spread for spread in SPREADS if spread <= self._runner.spread]
-        for spread in spreads:
-            z = self.block.pack(self.within(self.block.unpack(self.start + spread * away)))
+        # Which of them need it is not known yet.
+        self._runner.guarded = frozenset(self.structure.sites)
+        for spread in [spread for spread in SPREADS if spread <= self._runner.spread]:
+            self._runner.spread = spread
+            z = self.block.pack(self.within(self.block.unpack(self.near_start(away))))
             with torch.no_grad(), contextlib.suppress(RuntimeError, ValueError):
                 if bool(self.log_prob(z).isfinite().all()):
                     self._runner.guarded = frozenset()
@@ -193,6 +208,20 @@ class Density:
         """One unconstrained point `[1, ...]` by site at which the model runs."""
         zeros = torch.zeros(self.dim, dtype=self.dtype, device=self.device)
         return self.block.unpack((zeros if self.start is None else self.start).unsqueeze(0))
+
+    def initial(self, without: Container[str] = ()) -> Values | None:
+        """The values that ``init`` gave, for another Density of the same model; None without it.
+
+        Args:
+            without: Plates whose latents are left out, since the other has other rows of them.
+        """
+        sites = self.structure.sites
+        found = {
+            name: value
+            for name, value in self._runner.initial.items()
+            if not any(plate.name in without for plate in sites[name].plates)
+        }
+        return found if self._runner.initial else None
 
     def within(self, z: Mapping[str, Tensor]) -> Values:
         """Unconstrained values in which the weights of drawn discrete sites are on the simplex."""
@@ -287,7 +316,7 @@ class Density:
         args, kwargs = other.arguments()
         other.model = self.model.with_args(*args, **kwargs)
         # Leaves that require a gradient tell supports that follow latents.
-        replay = Replay(constrained=self._example, fill=starts(self.device)[-1])
+        replay = self.leaves()
         with other._runner.isolated(), torch.enable_grad():
             other._run(replay)
             require_usable(replay.visits, self._unchecked)
@@ -577,7 +606,13 @@ class Density:
         model = Model(some, *args, kwargs=kwargs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ModelWarning)  # they were said of all rows
-            density = Density(model, dtype=self.dtype, device=self.device, drawn=self.drawn)
+            density = Density(
+                model,
+                dtype=self.dtype,
+                device=self.device,
+                drawn=self.drawn,
+                init=self.initial(index),
+            )
         density.params = self.params
         return density
 
@@ -751,7 +786,8 @@ class Density:
             for a, b in zip(one, other, strict=True)
         ):
             return
-        run = Replay(fill=starts(self.device)[-1])
+        run = self.leaves()
+        run.constrained = {}
         with self._runner.first_runs():
             self._runner.try_run(run)
             problem = chance_problem(self._runner, run)

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.distributions import Cauchy, Laplace, Normal, StudentT
 
 from pyro_vi_kit.density.density import Density
-from pyro_vi_kit.density.handlers import Replay
-from pyro_vi_kit.density.structure import starts
 
 # What `pyro.infer.reparam.LocScaleReparam` takes, in any expansion or mask.
 _LOCATION_SCALE = (Normal, StudentT, Cauchy, Laplace)
@@ -34,7 +32,7 @@ class Centred(NamedTuple):
 def centred_sites(density: Density) -> list[Centred]:
     """The latents whose prior's scale or location depends on other latents, in the model's order."""
     with density._runner.isolated(), torch.enable_grad():
-        replay = Replay(fill=starts(density.device)[1], constrained=density._example)
+        replay = density.leaves()
         density._run(replay)
         leaves = {
             name: visit.unconstrained

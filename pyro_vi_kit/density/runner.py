@@ -56,6 +56,7 @@ class Runner:
         precision: Converts what the model closes over, and what it names a dtype for; None once that is
             known to need no conversion.
         centre: The unconstrained point around which the model is tried; the origin where empty.
+        initial: The same point in constrained values.
         spread: How far from it, in unconstrained space.
         at_hand: Plates of which the arguments hold the subsample that they declare, as the
             ``pyro.plate("data", size, len(x))`` of a model that is called on a minibatch.
@@ -81,6 +82,7 @@ class Runner:
         self.outer = default_dtype()
         self.precision: Precision | None = Precision(dtype, self.device, self.outer)
         self.centre: dict[str, Tensor] = {}
+        self.initial: dict[str, Tensor] = {}
         self.spread = SPREADS[0]
         self.at_hand: frozenset[str] = frozenset()
         self.sliced: dict[str, int] = {}

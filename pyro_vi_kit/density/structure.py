@@ -182,6 +182,7 @@ def _nearby(runner: Runner, first: Replay) -> list[Replay]:
         for name, visit in first.visits.items()
         if visit.kind == "latent" and visit.choice is None and visit.unconstrained is not None
     }
+    runner.initial = {name: first.visits[name].value.detach() for name in runner.centre}
     for spread in SPREADS:
         runner.spread = spread
         runs = [Replay(fill=fill) for fill in starts(runner.device)[1:]]

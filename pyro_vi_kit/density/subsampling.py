@@ -40,8 +40,8 @@ def require_subsamplable(density: Density, sizes: Mapping[Plate, int]) -> None:
             plate.name: density.cast(torch.randperm(plate.size, device="cpu")[:size])
             for plate, size in sizes.items()
         }
-        z = 0.3 * torch.randn(1, density.dim, dtype=density.dtype, device="cpu")
-        z = density.block.unpack(density.cast(z))
+        away = torch.randn(1, density.dim, dtype=density.dtype, device="cpu")
+        z = density.block.unpack(density.near_start(density.cast(away)))
     some = {name: rows_of(density.structure.sites[name], value, index) for name, value in z.items()}
     density.slice_arguments({})
     refusal = _refusal(density, z, some, index)

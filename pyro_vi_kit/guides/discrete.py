@@ -84,7 +84,13 @@ def drawing(density: Density, discrete: Discrete) -> Density:
     drawn = drawn_of(_Named(discrete))
     if density.drawn != drawn:
         params = density.params
-        density = Density(density.model, dtype=density.dtype, device=density.device, drawn=drawn)
+        density = Density(
+            density.model,
+            dtype=density.dtype,
+            device=density.device,
+            drawn=drawn,
+            init=density.initial(),
+        )
         density.params = params
     for site in density.latents:
         if site.states and not site.plates:

@@ -55,7 +55,13 @@ class Validation:
         model = guide.density.model.with_args(*args)
         try:
             own = guide.density
-            self._density = Density(model, dtype=own.dtype, device=own.device, drawn=own.drawn)
+            self._density = Density(
+                model,
+                dtype=own.dtype,
+                device=own.device,
+                drawn=own.drawn,
+                init=own.initial(own.structure.plates),
+            )
             self._guide = guide.moved_to(self._density)
         except Exception as error:
             raise OptionError(

@@ -80,9 +80,9 @@ def normal_priors(density: Density) -> tuple[list[NormalPrior], dict[str, str]]:
 
 def _find(density: Density) -> tuple[list[NormalPrior], dict[str, str]]:
     generator = torch.Generator().manual_seed(7)
-    z = 0.3 * torch.randn(1, density.dim, generator=generator, dtype=torch.float64, device="cpu")
+    away = torch.randn(1, density.dim, generator=generator, dtype=torch.float64, device="cpu")
     # A leaf, so that what depends on latents or on learned parameters can be told.
-    z = density.cast(z).requires_grad_()
+    z = density.near_start(density.cast(away)).requires_grad_()
     visits = density.differentiable_visits(density.block.unpack(z))
     places, start = {}, 0
     for site in density.latents:
