@@ -36,7 +36,9 @@ _IMPORTED_BY_MANY = (
     "sklearn.datasets",
     "arviz",
     "pyro.infer",
+    "pyro_vi_kit.checks",
     "pyro_vi_kit.fitting",
+    "pyro_vi_kit.sampling",
     "benchmarks.pyro_examples.judge",
 )
 
