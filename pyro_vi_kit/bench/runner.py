@@ -31,6 +31,7 @@ from pyro_vi_kit.model import Model
 from pyro_vi_kit.modelfile import load_model_file
 from pyro_vi_kit.posterior import Posterior
 from pyro_vi_kit.sampling import SamplerWarning, nuts
+from pyro_vi_kit.stopping import terminable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,6 +90,7 @@ class _Bench:
         self.say(f"{place} {cell.model}  {cell.guide} / {cell.objective}: {text}")
 
 
+@terminable
 def run(
     models: Sequence[str | os.PathLike[str]],
     guides: Sequence[str],
@@ -213,6 +215,8 @@ def _reference(
             # Said below, and in the table.
             warnings.simplefilter("ignore", SamplerWarning)
             tree = nuts(model, **asdict(bench.nuts), progress=bench.progress)
+        if tree.attrs["interrupted"]:
+            raise KeyboardInterrupt
     except Exception as error:  # noqa: BLE001 - recorded with every cell of the model
         bench.say(f"{name}: NUTS failed: {_words(error)}")
         return None, f"reference: {_words(error)}"

@@ -65,6 +65,7 @@ class Calibration:
         seconds: Wall time of everything.
         jobs: Processes that worked on it.
         dims: Names of each site's dims.
+        interrupted: Whether the user interrupted, so that it is of the simulations until then.
     """
 
     model: Model
@@ -82,6 +83,7 @@ class Calibration:
     seconds: float
     jobs: int
     dims: dict[str, list[str]]
+    interrupted: bool = False
 
     # -- by number ----------------------------------------------------------------------------
 
@@ -241,6 +243,7 @@ class Calibration:
 
     def __repr__(self) -> str:
         done = f"{len(self.numbers)} of {self.simulations} simulations"
+        done += " (interrupted)" if self.interrupted else ""
         within = f"{self.seconds:.1f} s" + (f" in {self.jobs} processes" if self.jobs > 1 else "")
         return "\n".join(
             [
@@ -255,11 +258,12 @@ def collected(
     density: Density,
     guide: str,
     drawn: Simulations,
-    results: Sequence[Result],
+    results: Sequence[Result | None],
     draws: int,
     seed: int,
     jobs: int,
     seconds: float,
+    interrupted: bool,
 ) -> Calibration:
     """The calibration that single results make.
 
@@ -267,14 +271,16 @@ def collected(
         density: The model.
         guide: What was fitted.
         drawn: Data and truths.
-        results: One for each of them.
+        results: One for each of them; None where the user interrupted before.
         draws: S.
         seed: Of the calibration; ties are broken with it too.
         jobs: Processes.
         seconds: Wall time.
+        interrupted: Whether the user interrupted.
     """
-    places = [result.place for result in results if result.place is not None]
-    numbers = np.array([i for i, result in enumerate(results) if result.place is not None])
+    done = {i: result for i, result in enumerate(results) if result is not None}
+    placed = {i: result.place for i, result in done.items() if result.place is not None}
+    places, numbers = list(placed.values()), np.array(list(placed))
     generator = np.random.default_rng([seed, 1])
     ranks, probabilities = {}, {}
     for name in places[0].below:
@@ -298,11 +304,12 @@ def collected(
         truths=truths,
         tarp=tarp,
         numbers=numbers,
-        failures={i: result.error for i, result in enumerate(results) if result.error},
-        not_converged=sum(not r.converged for r in results if r.place is not None),
+        failures={i: result.error for i, result in done.items() if result.error},
+        not_converged=sum(not r.converged for r in done.values() if r.place is not None),
         seconds=seconds,
         jobs=jobs,
         dims={name: dims_of(density.model, sites[name]) for name in own},
+        interrupted=interrupted,
     )
 
 

@@ -23,6 +23,7 @@ from pyro_vi_kit.options import SEED, checks, flag, function, integer, names, op
 from pyro_vi_kit.progress import Progress
 from pyro_vi_kit.request import checked
 from pyro_vi_kit.runtime import RandomStream, default_dtype, fresh_seed
+from pyro_vi_kit.stopping import terminable
 from pyro_vi_kit.types import Objective
 
 FEWEST = 20
@@ -32,6 +33,7 @@ MOST = 10_000_000  # of either; ranks of so many are 80 MB a number
 _RANKED = ("latent", "deterministic", "discrete")
 
 
+@terminable
 @checks(
     model=a_model,
     simulations=integer(FEWEST, MOST),
@@ -92,7 +94,8 @@ def calibrate(
             learned parameter stands in it, its data are used elsewhere than at observed sites, they are
             streamed, a site is masked or scaled; or if all fits fail.
         OptionError: If an option cannot work.
-        KeyboardInterrupt: If the user interrupts; nothing is kept.
+        KeyboardInterrupt: If the user interrupts before 20 simulations are done; later, what is done is
+            judged, and ``interrupted`` is true.
     """
     started = time.monotonic()
     spec = _spec(guide, fitter)
@@ -117,8 +120,11 @@ def calibrate(
     name = spec.name if spec is not None else getattr(fitter, "__name__", type(fitter).__name__)
     label = f"calibrating {name}"
     with Progress(label, simulations, enabled=progress, unit="fits") as bar:
-        results, used = run_all(trial, drawn, references, jobs, bar)
-    return collected(density, name, drawn, results, draws, seed, used, time.monotonic() - started)
+        results, used, interrupted = run_all(trial, drawn, references, jobs, bar)
+    if interrupted and sum(r is not None and r.place is not None for r in results) < FEWEST:
+        raise KeyboardInterrupt
+    seconds = time.monotonic() - started
+    return collected(density, name, drawn, results, draws, seed, used, seconds, interrupted)
 
 
 def _spec(guide: object, fitter: object) -> GuideSpec | None:

@@ -144,6 +144,8 @@ class Trial:
             _raise_if_interrupted(found)
             converged = found.status.converged
             found = found.sample(self.draws, seed)
+        elif getattr(found, "attrs", {}).get("interrupted"):
+            raise KeyboardInterrupt  # of `vi.nuts`, which keeps the draws that it has
         # ArviZ's objects are mappings too, of groups.
         plain = isinstance(found, Mapping) and type(found).__name__ not in _ARVIZ
         arrays = found if plain else _arrays(found)

@@ -12,6 +12,7 @@ import functools
 import importlib.machinery
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ _LOOK, _WORTHWHILE = 3.0, 20.0
 # So many failures in a row from the first are the model's or the guide's, and not the data's.
 _FIRST = 5
 _LARGEST_CHUNK = 10
+# Seconds between two looks at whether the parent is there.
+_WATCH = 0.2
 
 
 class _Run:
@@ -86,8 +89,10 @@ def run_all(
     references: Tensor,
     jobs: int | None,
     progress: Progress,
-) -> tuple[list[Result], int]:
-    """The result of each simulation, and in how many processes they were done.
+) -> tuple[list[Result | None], int, bool]:
+    """The result of each simulation, the number of processes, and whether the user interrupted.
+
+    The results that were to come then are None.
 
     Args:
         trial: What all simulations share.
@@ -101,23 +106,33 @@ def run_all(
         OptionError: If the guide or an option cannot work on this model.
     """
     run = _Run(trial, simulations, references, progress)
-    used = 1
-    with one_thread():
-        if jobs is None or jobs == 1:
-            _in_turn(run, look=jobs is None)
-        if run.left:
-            used = _cores() if jobs is None else min(jobs, len(run.left))
-            problem = _spread(run, used)
-            if problem:
-                used = 1
-                warnings.warn(
-                    f"the fits are done one after another, since the model cannot be sent to other "
-                    f"processes: {problem}",
-                    UserWarning,
-                    stacklevel=4,
-                )
-                _in_turn(run, look=False)
-    return [run.results[i] for i in range(len(simulations))], used
+    used, interrupted = 1, False
+    try:
+        with one_thread():
+            used = _all(run, jobs)
+    except KeyboardInterrupt:
+        interrupted = True
+    return [run.results.get(i) for i in range(len(simulations))], used, interrupted
+
+
+def _all(run: _Run, jobs: int | None) -> int:
+    """Do those that are left; in how many processes."""
+    if jobs is None or jobs == 1:
+        _in_turn(run, look=jobs is None)
+    if not run.left:
+        return 1
+    used = _cores() if jobs is None else min(jobs, len(run.left))
+    problem = _spread(run, used)
+    if problem:
+        warnings.warn(
+            f"the fits are done one after another, since the model cannot be sent to other processes: "
+            f"{problem}",
+            UserWarning,
+            stacklevel=6,
+        )
+        _in_turn(run, look=False)
+        return 1
+    return used
 
 
 def _in_turn(run: _Run, *, look: bool) -> None:
@@ -171,6 +186,7 @@ def _chunk(
     payload: bytes, numbers: list[int], simulations: Simulations, references: Tensor
 ) -> list[tuple[int, Result]]:
     """Some simulations, in another process."""
+    _end_with_parent()
     os.environ[SIDE_BY_SIDE] = "1"
     trial = _loaded(payload)
     with one_thread():
@@ -178,6 +194,19 @@ def _chunk(
             (number, trial.run(number, simulations, row, references[row]))
             for row, number in enumerate(numbers)
         ]
+
+
+@functools.cache
+def _end_with_parent() -> None:
+    """Have this process end when the one that started it is gone, however that ended."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent watch").start()
 
 
 @functools.lru_cache(maxsize=1)

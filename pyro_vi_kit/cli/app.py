@@ -20,6 +20,7 @@ from pyro_vi_kit.cli.options import common_options, debugging
 from pyro_vi_kit.cli.output import in_options, warnings_as_messages
 from pyro_vi_kit.cli.single import check_command, fit_command, nuts_command
 from pyro_vi_kit.errors import ViError
+from pyro_vi_kit.stopping import TERMINATED, sigterm_as_interrupt
 
 FAILED, WRONG_REQUEST, INTERRUPTED = 1, 2, 130
 
@@ -31,7 +32,7 @@ Results go to stdout, progress and messages to stderr.
 
 Exit codes: 0 done; 1 a run failed; 2 the request was wrong; 3 fit finished, but its verdict is
 "reject", the chains of nuts did not converge, or calibrate's verdict is "not calibrated"; 130
-interrupted.
+interrupted; 143 terminated.
 """
 
 
@@ -40,6 +41,16 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
+        with sigterm_as_interrupt() as received:
+            try:
+                return self._run(ctx)
+            except click.exceptions.Exit as end:
+                if received and end.exit_code == INTERRUPTED:
+                    click.echo("terminated (SIGTERM)", err=True)
+                    end.exit_code = TERMINATED
+                raise
+
+    def _run(self, ctx: click.Context) -> Any:
         try:
             with warnings_as_messages():
                 return super().invoke(ctx)

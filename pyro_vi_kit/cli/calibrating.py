@@ -30,7 +30,7 @@ from pyro_vi_kit.errors import MissingDependencyError
 if TYPE_CHECKING:
     from pyro_vi_kit.calibration import Calibration
 
-NOT_CALIBRATED = 3
+NOT_CALIBRATED, INTERRUPTED = 3, 130
 
 
 @click.command("calibrate", short_help="Fit a guide to simulated data, and find the truth.")
@@ -112,6 +112,8 @@ def calibrate_command(
     else:
         click.echo(in_options(f"{found!r}\n"))
         print_table(found.summary(), "--json prints all of them")
+    if found.interrupted:
+        ctx.exit(INTERRUPTED)
     if not found.verdict.calibrated:
         ctx.exit(NOT_CALIBRATED)
 
@@ -130,6 +132,7 @@ def _facts(found: Calibration, folder: str | None) -> dict[str, Any]:
         "seed": found.seed,
         "jobs": found.jobs,
         "seconds": found.seconds,
+        "interrupted": found.interrupted,
         "folder": folder,
         "summary": records(found.summary().reset_index(names="parameter")),
     }

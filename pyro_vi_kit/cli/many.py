@@ -79,6 +79,8 @@ def compare_command(
     message("NUTS ...")
     start = "auto" if init == "origin" else init
     reference = nuts(model, init=start, seed=seed, progress=progress, **sampler)
+    if reference.attrs["interrupted"]:
+        raise KeyboardInterrupt
     frame = compare(reference, posteriors, seed=seed)
     if folder is not None:
         write_table(frame, folder / "table.csv", index=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,8 +20,11 @@ from pyro_vi_kit.cli.options import (
     seed_option,
 )
 from pyro_vi_kit.cli.output import in_options, message, print_json, print_table, records, relative
+from pyro_vi_kit.errors import FitError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pyro_vi_kit.export import Tree
     from pyro_vi_kit.posterior import Posterior
 
@@ -122,7 +126,11 @@ def fit_command(
         goal = make_objective(objective or "elbo", particles, alpha)
     target = netcdf_target(out)
     model = load_model_file(model_file)
-    posterior = fit(model, spec, goal, progress=progress_wanted(), **options)
+    try:
+        posterior = fit(model, spec, goal, progress=progress_wanted(), **options)
+    except FitError as error:
+        _keep(error.posterior, target, draws)
+        raise
     if target is not None:
         posterior.save(target, draws)
         message(f"wrote {relative(target)}")
@@ -172,8 +180,19 @@ def nuts_command(
     else:
         click.echo(in_options(_nuts_report(tree)) + "\n")
         print_table(_draws_summary(tree), "--json prints all of them")
+    if tree.attrs["interrupted"]:
+        ctx.exit(INTERRUPTED)
     if not tree.attrs["converged"]:
         ctx.exit(NOT_CONVERGED)
+
+
+def _keep(posterior: Posterior | None, target: Path | None, draws: int | None) -> None:
+    """Write what a fit had come to in which the model raised, if it lets itself be run once more."""
+    if posterior is None or target is None:
+        return
+    with contextlib.suppress(Exception):  # what the model raised is told of in any case
+        posterior.save(target, draws)
+        message(f"wrote {relative(target)}, what the fit had come to")
 
 
 def _guide(name: str | None, options: dict[str, Any]) -> Any:

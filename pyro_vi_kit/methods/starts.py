@@ -104,10 +104,12 @@ def find_modes(
         found += minimise(starts[2:])
     if found:
         return found
+    search.require_whole()
     generator = generator_of(search.seed, "more starting points")
     more = standard_normals(_MORE, search.density.dim, generator)
     found = minimise(search.density.cast(more))
     if not found:
+        search.require_whole()
         raise ModelError(
             "the log density or its gradient is not finite at any of "
             f"{len(starts) + _MORE} starting points: see vi.check(model), or give a point with "

@@ -116,6 +116,18 @@ class Fitted:
 
     # -- for the other parts ------------------------------------------------------------------
 
+    def __reduce__(self) -> Any:
+        """Refuse to be pickled, and to be copied by `copy`, with what there is in their place.
+
+        Raises:
+            OptionError: Always.
+        """
+        raise OptionError(
+            "a posterior holds its model, whose function and recordings no pickle or copy can hold: "
+            "posterior.save(path) writes it, and vi.load(path, model) reads it, in another process too. "
+            "Nothing that is done with a posterior changes it, so that it needs no copy"
+        )
+
     def _of(
         self,
         model: Model,

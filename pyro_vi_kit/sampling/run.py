@@ -26,6 +26,7 @@ from pyro_vi_kit.runtime import RandomStream, fresh_seed, one_thread
 from pyro_vi_kit.sampling import with_nutpie, with_pyro
 from pyro_vi_kit.sampling.report import SamplerReport, SamplerWarning, diagnose
 from pyro_vi_kit.sampling.target import Draws, Plan, Target
+from pyro_vi_kit.stopping import terminable
 
 SAMPLERS = {"nutpie": with_nutpie.sample, "pyro": with_pyro.sample}
 
@@ -35,6 +36,7 @@ _INSIDE = "write the argument as exp, softplus or sigmoid of latents, which keep
 _TUNE = {"nutpie": 400, "pyro": 800}
 
 
+@terminable
 @checks(
     model=a_model,
     chains=integer(1, 10_000),
@@ -94,7 +96,8 @@ def nuts(
         attrs say how it was made (``sampler``, ``seed``, ``draws``, ``tune``, ``seconds`` of
         sampling with warm-up, ``evaluations`` of the gradient, the ``engine`` that computed it,
         ``frozen_parameters``) and how it went (``max_rhat``, ``min_ess_bulk``, ``min_ess_tail``,
-        ``divergences``, ``converged`` as 1 or 0, ``warnings``); see `SamplerReport`.
+        ``divergences``, ``converged`` as 1 or 0, ``warnings``); see `SamplerReport`. On Ctrl-C it holds
+        the draws until then, ``interrupted`` is 1, and ``converged`` 0.
 
     Raises:
         OptionError: If an option cannot be used.
@@ -133,6 +136,8 @@ def nuts(
         finally:
             target.gradients.stop()
         seconds = time.perf_counter() - before
+    asked, (made, length) = plan, result.z.shape[:2]
+    plan = replace(plan, chains=made, draws=length)
     facts = {
         "model": model.name,
         "sampler": name,
@@ -142,11 +147,14 @@ def nuts(
         "evaluations": target.evaluations,
         "engine": target.engine,
         "frozen_parameters": ", ".join(target.params),
+        "interrupted": int(result.interrupted),
     }
     groups = _groups(target, plan, result)
     judged = {"posterior": _sampled_group(target, groups), "sample_stats": groups["sample_stats"]}
     judging = to_arviz(judged, coords_of(model, groups))
     report = _with_domain(diagnose(judging), target, result)
+    if result.interrupted:
+        report = _interrupted(report, asked, plan)
     for problem in report.problems:
         warnings.warn(problem, SamplerWarning, stacklevel=2)
     return to_arviz(groups, coords_of(model, groups), facts | _verdict(report))
@@ -192,6 +200,15 @@ def _sampled_group(target: Target, groups: Mapping[str, Group]) -> Group:
     variables = groups["posterior"].variables
     kept = {name: values for name, values in variables.items() if name not in discrete}
     return replace(groups["posterior"], variables=kept)
+
+
+def _interrupted(report: SamplerReport, asked: Plan, plan: Plan) -> SamplerReport:
+    """The report of draws that are fewer than those that were asked for."""
+    words = (
+        f"interrupted: there are {plan.chains} of {asked.chains} chains, of {plan.draws:,} of "
+        f"{asked.draws:,} draws"
+    )
+    return replace(report, converged=False, problems=(words, *report.problems))
 
 
 def _with_domain(report: SamplerReport, target: Target, result: Draws) -> SamplerReport:

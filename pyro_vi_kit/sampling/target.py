@@ -22,6 +22,8 @@ _SHRINK = 0.95
 _SHRINK_GIVEN = 0.8
 # Gradients a draw at the least: trajectories of seven steps are short.
 _GRADIENTS = 7
+# Draws of a chain that R-hat can be computed of.
+FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,25 @@ class Draws:
     Attributes:
         z: Unconstrained draws `[chains, draws, D]`, float64.
         stats: Sampler statistics by ArviZ's names, each `[chains, draws]`.
+        interrupted: Whether the user interrupted, so that there are fewer than were asked for.
     """
 
     z: np.ndarray
     stats: dict[str, np.ndarray]
+    interrupted: bool = False
+
+    def rectangle(self) -> Draws | None:
+        """Most of the draws of chains that were interrupted at different lengths, NaN behind their ends.
+
+        None where too few are left to be judged.
+        """
+        lengths = np.isfinite(self.z).all(-1).sum(1)
+        length = max(lengths, key=lambda n: n * np.sum(lengths >= n))
+        if length < FEWEST:
+            return None
+        chains = np.flatnonzero(lengths >= length)
+        stats = {name: values[chains, :length] for name, values in self.stats.items()}
+        return Draws(self.z[chains, :length], stats, interrupted=True)
 
 
 class Target:

@@ -56,7 +56,7 @@ def sample(target: Target, plan: Plan, progress: Progress) -> Draws:
 
     Raises:
         ModelError: If the model raised, or no chain could start.
-        KeyboardInterrupt: As soon as the chains have stopped.
+        KeyboardInterrupt: As soon as the chains have stopped, if there is next to no draw of them.
     """
     nutpie = import_nutpie()
     sampler = nutpie.sample(
@@ -74,14 +74,32 @@ def sample(target: Target, plan: Plan, progress: Progress) -> Draws:
         blocking=False,
     )
     try:
-        groups = datasets(_wait(sampler, target, progress))
+        return _draws(_wait(sampler, target, progress))
+    except KeyboardInterrupt:
+        target.stop()
+        found = _so_far(sampler)
+        if found is None:
+            raise
+        return found
     except BaseException:
         target.stop()
         sampler.cancel()
         raise
+
+
+def _draws(tree: Any) -> Draws:
+    groups = datasets(tree)
     return Draws(
         groups["posterior"][by_address.VARIABLE].to_numpy(), _stats(groups["sample_stats"])
     )
+
+
+def _so_far(sampler: Any) -> Draws | None:
+    """What chains have come to that are stopped now; None where that is too little, or not told."""
+    try:
+        return _draws(sampler.abort()).rectangle()
+    except Exception:  # noqa: BLE001  nutpie has no draws yet, or is of a release that does not give them
+        return None
 
 
 def _starts(target: Target) -> Callable[[int], np.ndarray]:

@@ -23,16 +23,45 @@ def sample(target: Target, plan: Plan, progress: Progress) -> Draws:
 
     Raises:
         ModelError: If the model raised, or no chain could start.
+        KeyboardInterrupt: If the user interrupts while there is next to no draw.
     """
     seeds = np.random.SeedSequence(plan.seed).generate_state(plan.chains)
-    chains = [_chain(target, plan, int(seed), progress) for seed in seeds]
-    z = np.stack([chain.z for chain in chains])
-    stats = {name: np.stack([chain.stats[name] for chain in chains]) for name in chains[0].stats}
-    return Draws(z, {"lp": _log_prob(target, z)} | stats)
+    chains: list[Draws] = []
+    for seed in seeds:
+        chains.append(_chain(target, plan, int(seed), progress))
+        if chains[-1].interrupted:
+            break
+    interrupted = chains[-1].interrupted
+    found = Draws(
+        _side_by_side([chain.z for chain in chains]),
+        {name: _side_by_side([chain.stats[name] for chain in chains]) for name in chains[0].stats},
+    )
+    if interrupted:
+        found = found.rectangle()
+        if found is None:
+            raise KeyboardInterrupt
+    stats = {"lp": _log_prob(target, found.z)} | found.stats
+    return Draws(found.z, stats, interrupted)
+
+
+def _side_by_side(chains: list[np.ndarray]) -> np.ndarray:
+    """Chains as one array, shorter ones filled up: with NaN where these are draws."""
+    length = max(map(len, chains))
+    fill = np.nan if chains[0].dtype.kind == "f" else 0
+    return np.stack(
+        [
+            np.concatenate(
+                [chain, np.full((length - len(chain), *chain.shape[1:]), fill, chain.dtype)]
+            )
+            for chain in chains
+        ]
+    )
 
 
 def _chain(target: Target, plan: Plan, seed: int, progress: Progress) -> Draws:
-    """One chain: z `[draws, D]` and statistics `[draws]`."""
+    """One chain: z `[draws, D]` and statistics `[draws]`, as many as there are on an interrupt."""
+    points: list[np.ndarray] = []
+    divergent: list[int] = []
     steps: list[int] = []
     sizes: list[float] = []
     done = target.evaluations
@@ -43,24 +72,34 @@ def _chain(target: Target, plan: Plan, seed: int, progress: Progress) -> Draws:
         progress.step()
         target.check()
         if stage.startswith("Sample"):
+            points.append(params["z"].numpy().copy())
+            # At its end, an interrupted one's too, the sampler forgets them.
+            divergent[:] = kernel.diagnostics()["divergences"]
             steps.append(target.evaluations - done)
             sizes.append(float(kernel.step_size))
         done = target.evaluations
 
     with RandomStream(seed, "chain"), isolated(torch.float64):
+        kernel = NUTS(potential_fn=_potential(target), target_accept_prob=plan.target_accept)
         mcmc = MCMC(
-            NUTS(potential_fn=_potential(target), target_accept_prob=plan.target_accept),
+            kernel,
             num_samples=plan.draws,
             warmup_steps=plan.tune,
             initial_params={"z": torch.from_numpy(target.start(seed))},
             hook_fn=after_draw,
             disable_progbar=True,
         )
-        mcmc.run()
-        divergent = mcmc.diagnostics()["divergences"]["chain 0"]
-    diverging = np.zeros(plan.draws, dtype=bool)
-    diverging[divergent] = True
-    n_steps = np.array(steps)
+        interrupted = False
+        try:
+            mcmc.run()
+        except KeyboardInterrupt:
+            interrupted = True
+            target.stop()
+    # An interrupt may have come between the two notes of a draw.
+    made = len(sizes)
+    diverging = np.zeros(made, dtype=bool)
+    diverging[[at for at in divergent if at < made]] = True
+    n_steps = np.array(steps[:made], dtype=np.int64)
     stats = {
         "diverging": diverging,
         # A trajectory of n leapfrog steps holds this many whole doublings.
@@ -68,7 +107,8 @@ def _chain(target: Target, plan: Plan, seed: int, progress: Progress) -> Draws:
         "n_steps": n_steps,
         "step_size": np.array(sizes),
     }
-    return Draws(mcmc.get_samples()["z"].numpy(), stats)
+    z = np.array(points[:made]).reshape(made, target.density.dim)
+    return Draws(z, stats, interrupted)
 
 
 def _potential(target: Target) -> Any:
