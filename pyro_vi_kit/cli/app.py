@@ -47,7 +47,7 @@ class Commands(click.Group):
             except click.exceptions.Exit as end:
                 if received and end.exit_code == INTERRUPTED:
                     click.echo("terminated (SIGTERM)", err=True)
-                    end.exit_code = TERMINATED
+                    ctx.exit(TERMINATED)
                 raise
 
     def _run(self, ctx: click.Context) -> Any:
