@@ -465,3 +465,24 @@ def test_as_a_program():
     assert run.returncode == 2
     assert run.stdout == ""
     assert run.stderr.startswith("error: unknown guide 'nonsense'")
+
+
+# Raises at the origin.
+FAR = """
+def f(y):
+    a = pyro.sample("a", dist.Normal(4.0, 0.3))
+    pyro.sample("y", dist.Normal(0.0, torch.linalg.cholesky((a - 1.0).reshape(1, 1))[0, 0]), obs=y)
+
+MODEL = vi.Model(f, torch.tensor(0.5))
+"""
+
+
+def test_a_start_is_named(model, tmp_path):
+    path = model(FAR)
+    assert_one_error(vi_kit("fit", path), "--init median")
+    assert vi_kit("fit", path, "--init", "median", "--json").exit_code == 0
+    options = ["--init", "median", "--chains", "2", "--draws", "1000", "--quiet"]
+    result = vi_kit("compare", path, "--guides", "full_rank", *options, "--json")
+    assert result.exit_code == 0
+    for command in ("fit", "nuts"):
+        assert_one_error(vi_kit(command, path, "--init", "mode"), "--init", "'median'")

@@ -171,7 +171,7 @@ def _hint(runner: Runner) -> str:
         return ""
     return (
         ". That is at the origin of unconstrained space, and at draws of its prior it runs: say where "
-        "to start, init='median', init={site: value}, or a function of the site"
+        "to start, init='median' or another function of the site, or a dict of site values"
     )
 
 
