@@ -256,3 +256,56 @@ def test_an_optimizer_that_is_none(made):
     for engine in ("auto", "pyro"):
         with pytest.raises(OptionError, match="optimizer= must make a torch optimiser"):
             fitted(model, optimizer=lambda parameters: made, steps=5, engine=engine)
+
+
+def line(x, y):
+    w = pyro.sample("w", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(w * torch.as_tensor(x, dtype=torch.float), 1.0), obs=y)
+
+
+def tensors(numbers):
+    return [torch.tensor(number) for number in numbers]
+
+
+@pytest.mark.parametrize("kept", [torch.as_tensor, np.array, list, tuple, tensors])
+def test_an_argument_that_is_not_finite_comes_first(kept):
+    x = kept([0.0, float("nan"), 1.0, float("inf")])
+    with pytest.raises(
+        ModelError, match=r"^argument 'x' holds 2 NaN or infinite .* row\(s\) 1, 3: "
+    ):
+        fitted(vi.Model(line, x, Y))
+
+
+def test_data_that_are_not_finite_are_named_by_row():
+    y = Y.clone()
+    y[2] = float("nan")
+    with pytest.raises(ModelError, match=r"site 'y' hold 1 NaN, in row\(s\) 2: drop the rows"):
+        fitted(vi.Model(line, Y, y))
+
+
+def test_another_fault_than_nan_comes_first():
+    def wrong(x, y):
+        raise KeyError("no such key")
+
+    x = torch.tensor([float("inf")])
+    with pytest.raises(
+        ModelError, match=r"^the model raised KeyError.*argument 'x' holds 1 NaN or inf"
+    ):
+        fitted(vi.Model(wrong, x, Y))
+
+
+def test_nan_that_a_model_deals_with_is_no_fault():
+    def masked(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)), pyro.poutine.mask(mask=~x.isnan()):
+            pyro.sample("y", dist.Normal(w * x.nan_to_num(), 1.0), obs=y)
+
+    x = torch.tensor([1.0, float("nan"), 2.0, -1.0])
+    fit = fitted(vi.Model(masked, x, Y))
+    known = ~x.isnan()
+    precision = 1 + float((x[known] ** 2).sum())
+    mean = float((x[known] * Y[known]).sum()) / precision
+    assert fit.summary().loc["w", "mean"] == pytest.approx(
+        mean, abs=4 * precision**-0.5 / 4000**0.5
+    )

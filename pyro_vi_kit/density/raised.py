@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
@@ -29,6 +31,7 @@ _REMEDIES = {
     "Simplex": "write it as a softmax of latents, or give logits= in its place",
 }
 _ROWS = 5
+_OF_NAN = re.compile(r"\b(nan|inf|infinite|finite|cholesky|singular)\b|linalg", re.IGNORECASE)
 
 
 def told(error: Exception, model: Model, met: Mapping[str, Any]) -> str:
@@ -42,7 +45,9 @@ def told(error: Exception, model: Model, met: Mapping[str, Any]) -> str:
     last = next(reversed(met), None)
     where = "before its first site" if last is None else f"after site {last!r}"
     invalid = _INVALID.search(str(error))
-    hints = list(_hints(error, model, invalid))
+    bad = list(not_finite(model))
+    known = bool(bad) and (invalid is not None or _OF_NAN.search(str(error)) is not None)
+    hints = list(_hints(error, model, invalid, known=known))
     if invalid is None:
         said = f"the model raised {type(error).__name__}: {first_line(error)} ({where})"
     else:
@@ -51,22 +56,29 @@ def told(error: Exception, model: Model, met: Mapping[str, Any]) -> str:
             f"the model raised {type(error).__name__}: {name!r} of a {distribution} ({where}) does not "
             f"satisfy {constraint}"
         )
-    return ": ".join([said, "; ".join(hints)]) if hints else said
+    if hints:
+        said = f"{said}: {'; '.join(hints)}"
+    if known:
+        # Before anything else: what follows from it may be long and look like another fault.
+        return f"{'; '.join(bad)}: drop the rows, or fill the values. So {said}"
+    return f"{said} ({'; '.join(bad)})" if bad else said
 
 
-def _hints(error: Exception, model: Model, invalid: re.Match[str] | None) -> Iterator[str]:
-    """What may be to blame, with the remedy."""
+def _hints(
+    error: Exception, model: Model, invalid: re.Match[str] | None, *, known: bool
+) -> Iterator[str]:
+    """What may be to blame, with the remedy; little where it is ``known`` that data are no numbers."""
     text = str(error)
     for name, argument in arguments(model).items():
         if type(argument).__module__ == "numpy":
             yield f"argument {name!r} is a NumPy array, and Pyro takes tensors: torch.as_tensor({name})"
         if "dtype" in text and _is_whole(argument):
             yield f"argument {name!r} holds whole numbers ({argument.dtype}): pass {name}.float()"
-    bad = list(not_finite(model))
-    yield from (f"{what}, drop or fill them" for what in bad)
+    if known:
+        return
     if "cholesky" in text:
         yield _ON_THE_DIAGONAL
-    if invalid is None or bad:
+    if invalid is None:
         return
     constraint = invalid.group(3)
     if constraint.startswith("GreaterThan"):
@@ -84,17 +96,41 @@ def arguments(model: Model) -> dict[str, Any]:
 def not_finite(model: Model) -> Iterator[str]:
     """Each argument that holds NaN or infinite numbers, with how many and in which rows."""
     for name, argument in arguments(model).items():
-        leaves = [leaf for leaf in tree_flatten(argument)[0] if isinstance(leaf, Tensor)]
-        wrong = [~leaf.isfinite() for leaf in leaves]
+        wrong = [~array.isfinite() for array in _arrays(argument)]
         count = sum(int(where.sum()) for where in wrong)
         if not count:
             continue
         where = next(where for where in wrong if where.any())
-        rows = torch.atleast_1d(where).flatten(1).any(1) if where.dim() > 1 else where
-        places = torch.atleast_1d(rows).nonzero()[:, 0].tolist()
-        more = ", ..." if len(places) > _ROWS else ""
-        shown = ", ".join(map(str, places[:_ROWS]))
-        yield f"argument {name!r} holds {count} NaN or infinite value(s), in row(s) {shown}{more}"
+        yield f"argument {name!r} holds {count} NaN or infinite value(s), {rows(where)}"
+
+
+def rows(where: Tensor) -> str:
+    """The first rows in which something is true, in words."""
+    whole = torch.atleast_1d(where).flatten(1).any(1) if where.dim() > 1 else where
+    places = torch.atleast_1d(whole).nonzero()[:, 0].tolist()
+    more = ", ..." if len(places) > _ROWS else ""
+    return f"in row(s) {', '.join(map(str, places[:_ROWS]))}{more}"
+
+
+def _arrays(argument: Any) -> Iterator[Tensor]:
+    """The numbers of an argument: tensors, arrays, lists of numbers, and what holds these."""
+    if isinstance(argument, Tensor):
+        if argument.layout == torch.strided:
+            yield argument
+        return
+    inner = list(argument.values()) if isinstance(argument, Mapping) else argument
+    several = isinstance(inner, list | tuple)
+    if not (several and any(isinstance(leaf, Tensor) for leaf in tree_flatten(inner)[0])):
+        with contextlib.suppress(Exception):  # lists of unequal length, and whatever is no number
+            array = np.asarray(inner)
+            if array.dtype.kind == "f":
+                yield torch.as_tensor(array)
+                return
+    if several and all(isinstance(part, Tensor) and part.dim() == 0 for part in inner):
+        inner = [torch.stack([part.detach().cpu().double() for part in inner])] if inner else []
+    if several:
+        for part in inner:
+            yield from _arrays(part)
 
 
 def is_constant(value: Any) -> bool:

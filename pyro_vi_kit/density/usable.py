@@ -14,7 +14,7 @@ from pyro_vi_kit.density.domain import ends
 from pyro_vi_kit.density.enumeration import is_enumerable
 from pyro_vi_kit.density.handlers import Visit, innermost
 from pyro_vi_kit.density.problems import Problem
-from pyro_vi_kit.density.raised import is_constant
+from pyro_vi_kit.density.raised import is_constant, rows
 from pyro_vi_kit.density.shapes import shape_problem, unvalidated
 from pyro_vi_kit.errors import ModelError, ShapeError
 
@@ -69,7 +69,7 @@ def data_problem(visit: Visit, unchecked: bool | None = None) -> Problem | None:
         for word, found in (("NaN", value.isnan()), ("infinite value(s)", value.isinf())):
             if found.any():
                 return Problem(
-                    f"the data at site {visit.name!r} hold {int(found.sum())} {word}",
+                    f"the data at site {visit.name!r} hold {int(found.sum())} {word}, {rows(found)}",
                     "drop the rows, or fill the values and hide them with poutine.mask or obs_mask=",
                 )
     outside = _outside(visit)

@@ -179,7 +179,7 @@ def detached():
         (discrete_mean, "gives other log densities where the discrete .*k hold all"),
         (discrete_scales, "'k' and 'y' depend on the same .*scaled differently"),
         (discrete_across_plates, "behind y depend on each other across the plates column, row"),
-        (missing_data, "'y' hold 2 NaN: drop the rows"),
+        (missing_data, "'y' hold 2 NaN, in row.*: drop the rows"),
         (impossible_data, r"'y' hold 1 value.*outside the support of its Exponential"),
         (raises, "the model raised KeyError: 'lookup'"),
         (changing_sites, "changes with its latents.*extra.*: write the choice as a mixture"),
