@@ -42,7 +42,7 @@ def told(error: Exception, model: Model, met: Mapping[str, Any]) -> str:
         model: The model and its arguments.
         met: The sites that were met before.
     """
-    last = next(reversed(met), None)
+    last = next(reversed(list(met)), None)
     where = "before its first site" if last is None else f"after site {last!r}"
     invalid = _INVALID.search(str(error))
     bad = list(not_finite(model))
