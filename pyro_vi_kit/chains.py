@@ -103,6 +103,7 @@ def run_chains(
     named: Named,
     *,
     weighted: bool = False,
+    indicator: np.ndarray | None = None,
 ) -> Chains | None:
     """Run them; None where that would take too long, or is not possible.
 
@@ -111,6 +112,7 @@ def run_chains(
         plain: Draws of q of every reported number, `[S, n]`.
         named: Unconstrained values by site, `[C, ...]`, to the same numbers, `[C, n]`.
         weighted: Start from draws of q under importance weights, not from draws of q.
+        indicator: Which numbers are indicators of states, `[n]`.
     """
     density = approximation.density
     if density.dim > _MAX_DIM or density.streamed is not None or density.drawn is not None:
@@ -132,7 +134,7 @@ def run_chains(
             shares = log_w.softmax(0)[heavy]
             at = pool[picks], value[picks], slope[picks]
             run = _Run(target, at, density.dim**-0.25, count, shares)
-            return _measured(run, into, approximation, plain, named)
+            return _measured(run, into, approximation, plain, named, indicator)
         except ERRORS:  # a point at which it is not defined takes all chains with it
             return None
 
@@ -218,11 +220,12 @@ def _measured(
     approximation: GuideApproximation,
     plain: np.ndarray,
     named: Named,
+    indicator: np.ndarray | None,
 ) -> Chains:
     """Trajectories until the chains have forgotten, and the averages over the last ones."""
     start = run.at[0][: run.count]
     block = approximation.density.block
-    mean, sd = scale_of(plain)
+    mean, sd = scale_of(plain, indicator)
     unit = np.where(sd > 0, sd, 1.0)
     memory = 1.0
     first = second = np.zeros((len(start), plain.shape[1]))
@@ -239,7 +242,8 @@ def _measured(
         if memory <= MAX_MEMORY:
             break
     stuck = float(run.shares[~run.moved[run.count :]].sum())
-    return Chains(by_chains(first, second, plain), len(start), memory, stuck, run.acceptance)
+    shifts = by_chains(first, second, plain, indicator)
+    return Chains(shifts, len(start), memory, stuck, run.acceptance)
 
 
 def _move(run: _Run) -> None:

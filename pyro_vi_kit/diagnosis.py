@@ -11,18 +11,19 @@ from torch import Tensor
 
 from pyro_vi_kit import pointwise
 from pyro_vi_kit.advice import Cure
-from pyro_vi_kit.approximation import Approximation, GuideApproximation
+from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
 from pyro_vi_kit.chains import Chains, run_chains
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.hierarchy import centred_sites
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.evaluation import Evaluation
 from pyro_vi_kit.psis import Psis
-from pyro_vi_kit.shifts import by_weights, flattened
+from pyro_vi_kit.shifts import Shifts, by_weights, flattened, scale_of
 from pyro_vi_kit.site_khats import smoothed_khats
+from pyro_vi_kit.states import Columns
 from pyro_vi_kit.summary import labels_of
 from pyro_vi_kit.types import Status
-from pyro_vi_kit.verdict import Findings, Verdict, judge, judge_rows, needs_chains
+from pyro_vi_kit.verdict import LEVELS, Findings, Verdict, judge, judge_rows, needs_chains
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,12 +44,15 @@ class Diagnosis:
         found: What is known.
         levels: ``good``, ``resample`` or ``reject`` for each number, `[n]`.
         flat: Draws of q of each, `[S, n]`.
+        columns: What each number was judged by: the probabilities of its states, where it is discrete.
     """
 
     verdict: Verdict
     found: Findings
     levels: np.ndarray
     flat: np.ndarray
+    columns: Columns
+    labels: Sequence[str]
 
     def table(self, approximation: Approximation) -> pd.DataFrame:
         """One row per number; see `Posterior.diagnose`."""
@@ -56,9 +60,11 @@ class Diagnosis:
 
         found = self.found
         moves = found.moves if found.moves is not None else found.weights
+        moves = Shifts(*(part[self.columns.worst(moves.worst())] for part in moves))
+        sites = np.array(found.sites)[self.columns.worst(np.zeros(len(found.sites)))]
         khats, rows = smoothed_khats(self.flat, found.smoothed), _row_khats(approximation)
         for name, known in rows.items():
-            mine = np.array(found.sites) == name
+            mine = sites == name
             if mine.sum() % len(known) == 0:
                 khats[mine] = np.repeat(known, mine.sum() // len(known))
         frame = HeadedFrame(
@@ -70,7 +76,7 @@ class Diagnosis:
                 "sd_shift_se": moves.sd_se * np.exp(moves.sd),
                 "verdict": self.levels,
             },
-            index=list(found.labels),
+            index=list(self.labels),
         )
         frame.attrs["verdict"] = str(self.verdict)
         frame.attrs["khat"] = (
@@ -103,7 +109,8 @@ def diagnose(
     smoothed = evaluation.smoothed
     if smoothed is None:
         return None
-    found, flat = _found(approximation, density, evaluation, smoothed, named, names)
+    labels, _ = labels_of(evaluation.values, *names)
+    found, flat, columns = _found(approximation, density, evaluation, smoothed, named, names)
     verdict, levels = judge(found, status, approximation.name)
     if verdict.level != "good" and density is not None:
         verdict, levels = judge(found, status, approximation.name, _cures(density))
@@ -113,7 +120,8 @@ def diagnose(
         if by_rows is not None:
             levels = np.array([by_rows.sites[name] for name in found.sites], dtype=object)
             verdict = by_rows
-    return Diagnosis(verdict, found, levels, flat)
+    severity = np.array([LEVELS.index(level) for level in levels])
+    return Diagnosis(verdict, found, levels[columns.worst(severity)], flat, columns, labels)
 
 
 def _found(
@@ -123,35 +131,71 @@ def _found(
     smoothed: Psis,
     named: Callable[[Mapping[str, Tensor]], dict[str, np.ndarray]],
     names: tuple[Mapping[str, Sequence[str]], Mapping[str, Sequence[Any]]],
-) -> tuple[Findings, np.ndarray]:
+) -> tuple[Findings, np.ndarray, Columns]:
+    """What is known of each column, draws of the numbers `[S, n]`, and how these are columns."""
     values = evaluation.values
     overflowing = tuple(n for n, draws in values.items() if not np.isfinite(draws).all())
     labels, sites = labels_of(values, *names)
     flat = flattened(values)
     flat = np.where(np.isfinite(flat), flat, 0.0)
+    columns = Columns(flat, _discrete(flat, sites, values, approximation))
+    judged, indicator = columns(flat), columns.indicator
+    names_of = [sites[i] for i in columns.number]
+    own = _drawn_by_guide(approximation, evaluation.values)
     found = Findings(
-        labels=labels,
-        sites=sites,
+        labels=columns.labels(labels),
+        sites=names_of,
         smoothed=smoothed,
         gap=evaluation.gap,
-        weights=by_weights(flat, smoothed),
+        weights=by_weights(judged, smoothed, indicator),
         overflowing=overflowing,
         unbounded=tuple(_unbounded(values, density)),
         outside=evaluation.outside,
-        khats=lambda: smoothed_khats(flat, smoothed),
-        counts=(flat == np.rint(flat)).all(0),
+        khats=lambda: smoothed_khats(flat, smoothed)[columns.number],
+        given=indicator & np.array([name not in own for name in names_of], dtype=bool),
+        units=np.where(indicator, scale_of(judged, indicator)[1], np.nan),
     )
     asked = not overflowing and needs_chains(smoothed, evaluation.gap)
     if asked and isinstance(approximation, GuideApproximation):
 
         def numbers(z: Mapping[str, Tensor]) -> np.ndarray:
-            return flattened(named(approximation.constrained(z, _SEED)))
+            return columns(flattened(named(approximation.constrained(z, _SEED))))
 
-        found = _with_chains(found, run_chains(approximation, flat, numbers))
+        found = _with_chains(found, run_chains(approximation, judged, numbers, indicator=indicator))
         if found.contradicted[found.measured].any():
-            again = run_chains(approximation, flat, numbers, weighted=True)
+            again = run_chains(approximation, judged, numbers, weighted=True, indicator=indicator)
             found = _with_chains(found, again, restarted=True)
-    return found, flat
+    return found, flat, columns
+
+
+def _discrete(
+    flat: np.ndarray,
+    sites: Sequence[str],
+    values: Mapping[str, np.ndarray],
+    approximation: Approximation,
+) -> np.ndarray:
+    """Which numbers are discrete, `[n]`: by their site, or because they are whole ones that differ."""
+    density: Density | None = getattr(approximation, "density", None)
+    known = {name for name, draws in values.items() if draws.dtype.kind in "biu"}
+    if density is not None:
+        known |= {site.name for site in density.discrete}
+    whole = (flat == np.rint(flat)).all(0)
+    # A zero of a triangular matrix is a constant, and one that rounds.
+    return whole & ((flat.min(0) < flat.max(0)) | np.array([name in known for name in sites]))
+
+
+def _drawn_by_guide(
+    approximation: Approximation, values: Mapping[str, np.ndarray]
+) -> frozenset[str]:
+    """Sites that q has a distribution for; the others are drawn given these, or computed."""
+    density: Density | None = getattr(approximation, "density", None)
+    if density is None:
+        return frozenset(values)
+    summed = not isinstance(approximation, TraceApproximation)
+    kinds = ("latent",) if summed else ("latent", "discrete")
+    return frozenset(site.name for site in density.structure.of_kind(*kinds)) | frozenset(
+        site.name for site in density.latents
+    )
 
 
 def _unbounded(values: Mapping[str, np.ndarray], density: Density | None) -> Iterator[str]:

@@ -45,7 +45,6 @@ def by_themselves(
     Returns:
         How it went, and the bound at its end in nats.
     """
-    literal = isinstance(engine, PyroEngine)
     batches = engine.batches
     # Over whole epochs of reshuffled rows the noise of minibatches cancels.
     epoch = 1 if batches is None else batches.epoch
@@ -65,8 +64,7 @@ def by_themselves(
         epoch=epoch,
         patience=_PATIENCE if annealed else 2 if gaussian else 4,
         max_steps=request.steps or stochastic.MAX_STEPS,
-        # Pyro's own loss is slow to evaluate, one particle after another.
-        replicates=16 if literal or encoded else _replicates(batches, stretch * engine.particles),
+        replicates=_looks(engine, encoded, stretch),
         tolerance=_tolerance(request, guide),
         # A bound in the thousands has noise of its own, and more to gain than anyone waits for.
         relative=1e-3 if learns and not request.own_tolerance else 0.0,
@@ -137,6 +135,14 @@ def _rounds(
 def _encoded(guide: Guide) -> bool:
     """Whether the guide has an encoder."""
     return any(b.plate is not None and guide.table(b) is None for b in guide.blocks)
+
+
+def _looks(engine: EagerEngine | PyroEngine, encoded: bool, stretch: int) -> int:
+    """Draws of a look at the bound."""
+    if isinstance(engine, PyroEngine):
+        # Pyro's own loss is slow to evaluate, one particle after another.
+        return max(16, 64 // engine.particles)
+    return 16 if encoded else _replicates(engine.batches, stretch * engine.particles)
 
 
 def _replicates(batches: BatchSource | None, draws: int) -> int:

@@ -21,10 +21,19 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit import export, fingerprint, guides, objectives
-from pyro_vi_kit.approximation import Approximation, GuideApproximation, TraceApproximation
+from pyro_vi_kit.approximation import (
+    Approximation,
+    GuideApproximation,
+    SummedApproximation,
+    TraceApproximation,
+    TrainedGuide,
+    approximation_of,
+    marginal_of,
+)
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.density.runner import placed
 from pyro_vi_kit.device import Device, checked, device_of
+from pyro_vi_kit.engines.pyro import own_params
 from pyro_vi_kit.errors import (
     FileError,
     ModelError,
@@ -36,8 +45,9 @@ from pyro_vi_kit.errors import (
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.record import Record, Rung
-from pyro_vi_kit.runtime import RandomStream, default_device, private_params
+from pyro_vi_kit.runtime import RandomStream
 from pyro_vi_kit.types import Status
+from pyro_vi_kit.user_guides import GuideSites, look_over
 
 GROUP = "vi_guide"
 _FORMAT = 3
@@ -149,7 +159,8 @@ def _restored(
     dtype = getattr(torch, header["dtype"])
     if header["guide"] is None:
         where = checked(device) or device_of((model.args, dict(model.kwargs)))
-        return Restored(_traced(path, model, guide, tensors, dtype, where), record, None, None)
+        approximation, known = _traced(path, model, guide, tensors, dtype, where)
+        return Restored(approximation, record, known, None)
     spec = guide if isinstance(guide, GuideSpec) else _spec(path, header)
     drawn, init = guides.drawn_of(spec), header.get("init")
     density = Density(model, dtype=dtype, device=device, drawn=drawn, init=init)
@@ -291,7 +302,7 @@ def _tensors(approximation: Approximation) -> dict[str, Tensor]:
     if isinstance(approximation, GuideApproximation):
         guide = {f"guide.{k}": v for k, v in approximation.guide.state_dict().items()}
         return guide | {f"model.{k}": v.detach() for k, v in approximation.params.items()}
-    if isinstance(approximation, TraceApproximation):
+    if isinstance(approximation, TraceApproximation | SummedApproximation):
         return {k: v.detach() for k, v in approximation.state["params"].items()}
     raise OptionError(f"{type(approximation).__name__} cannot be saved")
 
@@ -365,18 +376,26 @@ def _traced(
     tensors: dict[str, Tensor],
     dtype: torch.dtype,
     device: torch.device,
-) -> TraceApproximation:
+) -> tuple[TraceApproximation | SummedApproximation, Density | None]:
     """A user's Pyro guide: run once to declare its parameters, then given the stored values."""
     if guide is None or not callable(guide):
         raise OptionError(f"{path} holds the parameters of a Pyro guide: pass it, guide=my_guide")
     model = placed(model, device)
-    with RandomStream(0), default_device(device), private_params() as state:
-        guide(*model.args, **model.kwargs)
+    try:
+        density = Density(model, dtype=dtype, device=device)
+    except ModelError:
+        density = None
+    state: dict[str, Any] = {"params": {}, "constraints": {}}
+    params = {} if density is None else own_params(density, state)
+    blank = TrainedGuide(model, guide, GuideSites(), state, params, dtype, density, device)
+    with blank.running(0, "first run"):
+        sites = look_over(model.fn, guide, *blank.arguments(), blank.name)
     if set(state["params"]) != set(tensors):
         raise ModelError(
-            f"{path} holds parameters {', '.join(tensors)}; this guide declares "
+            f"{path} holds parameters {', '.join(tensors)}; this guide and model declare "
             f"{', '.join(state['params'])}"
         )
     for name, parameter in state["params"].items():
         parameter.data.copy_(tensors[name])
-    return TraceApproximation(model, guide, state, dtype, None, device)
+    trained = dataclasses.replace(blank, sites=sites)
+    return approximation_of(trained, marginal_of(model, sites, density, device)), density

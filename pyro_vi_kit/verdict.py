@@ -68,7 +68,7 @@ MAX_MISSED = 0.02
 MAX_BAD_ROWS = 0.05
 # Nats a latent: what a normal loses whose sd is 10 % off.
 MAX_ROW_GAP = 0.01
-_ORDER: tuple[Level, ...] = ("good", "resample", "reject")
+LEVELS: tuple[Level, ...] = ("good", "resample", "reject")
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,9 @@ class Findings:
         unbounded: Why the density may have no bound, in words, where the fit is not good.
         outside: Shares of the draws that leave the domain of a distribution, by what leaves it.
         khats: Makes the k-hat of each number, `[n]`: asked where nothing else is known.
-        counts: Which numbers are whole numbers, `[n]`, and so drawn exactly given the others: moves of
-            rare values are mostly noise, and these are as good as what they depend on.
+        given: Which numbers follow from the others, `[n]`: discrete ones, drawn exactly given these or
+            computed of them. What may be noise is no fault of theirs.
+        units: Sds that probabilities are told in, `[n]`, of indicators of states; else NaN.
     """
 
     labels: Sequence[str]
@@ -127,13 +128,14 @@ class Findings:
     unbounded: tuple[str, ...] = ()
     outside: Mapping[str, float] = field(default_factory=dict)
     khats: Callable[[], np.ndarray] | None = None
-    counts: np.ndarray | None = None
+    given: np.ndarray | None = None
+    units: np.ndarray | None = None
 
     @property
     def measured(self) -> np.ndarray:
-        """Which numbers are judged by how they move, `[n]`: all where all are counts."""
+        """Which numbers have to be shown to be right, `[n]`: all where all follow from others."""
         every = np.ones(len(self.labels), dtype=bool)
-        return every if self.counts is None or self.counts.all() else ~self.counts
+        return every if self.given is None or self.given.all() else ~self.given
 
     @property
     def evenness(self) -> float:
@@ -216,7 +218,8 @@ def judge(
     """
     ruined = bool(found.overflowing) or status.reason == "diverged"
     levels, measured = _levels(found), found.measured
-    levels[~measured] = _worst(levels[measured])
+    if found.moves is None:
+        levels[~measured] = _worst(levels[measured])
     if ruined:
         levels[:] = "reject"
     missed = status.missed or 0.0
@@ -243,6 +246,7 @@ def _levels(found: Findings) -> np.ndarray:
         well = (khats <= MAX_KHAT) & (found.weights.at_most(1.0) <= MAX_SHIFT)
         return np.where(well, "good", "reject").astype(object)
     good = moves.at_most(1.0) <= MAX_SHIFT
+    good |= ~found.measured & (moves.at_least(_z(good.size)) <= MAX_SHIFT)
     if found.trusted:
         rest = np.where(found.contradicted, "reject", "resample")
         return np.where(good & ~found.contradicted, "good", rest).astype(object)
@@ -257,7 +261,7 @@ def _z(numbers: int) -> float:
 
 
 def _worst(levels: np.ndarray) -> Level:
-    return max(levels.tolist(), key=_ORDER.index, default="good")
+    return max(levels.tolist(), key=LEVELS.index, default="good")
 
 
 def _reasons(found: Findings, status: Status) -> list[str]:
@@ -302,7 +306,11 @@ def _reasons(found: Findings, status: Status) -> list[str]:
 
 
 def _moves_words(what: str, found: Findings, shifts: Shifts) -> str:
-    i = int(np.where(found.measured, shifts.worst(), -1.0).argmax())
+    noise = np.where(found.measured, 0.0, _z(len(found.labels)))
+    i = int(shifts.at_least(noise).argmax())
+    if found.units is not None and math.isfinite(found.units[i]):
+        moved = abs(shifts.mean[i]) * found.units[i]
+        return f"{what} the probability that {found.labels[i]} most: by {moved:.3f}"
     return (
         f"{what} {found.labels[i]!r} most: mean by {abs(shifts.mean[i]):.2f} sd, "
         f"sd by {100 * abs(math.expm1(shifts.sd[i])):.0f} %"

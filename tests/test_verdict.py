@@ -9,7 +9,7 @@ from pyro_vi_kit import guides
 from pyro_vi_kit.advice import RICHER, Cure
 from pyro_vi_kit.evaluation import gap_of, smooth
 from pyro_vi_kit.psis import Psis
-from pyro_vi_kit.shifts import Shifts, by_weights, flattened
+from pyro_vi_kit.shifts import Shifts, by_weights, flattened, scale_of
 from pyro_vi_kit.types import Status
 from pyro_vi_kit.verdict import Findings, is_close, judge, needs_chains
 
@@ -181,19 +181,55 @@ def test_a_constant_site_does_not_move():
     assert found.sites["one"] == "good"
 
 
-def test_counts_are_as_good_as_what_they_depend_on():
-    """Where q has a rare value and the chains have none, its sd moves without end; that says nothing."""
+def states(probability, plain, given, trusted=True):
+    """Findings of a normal that is right and of a state, by draws of q and weights that know better."""
+    rng = np.random.default_rng(3)
+    inside = (rng.random(S) < plain).astype(float)
+    ratio = np.where(inside == 1, probability / plain, (1 - probability) / (1 - plain))
+    flat = np.stack([rng.standard_normal(S), inside], 1)
+    indicator, smoothed = np.array([False, True]), smooth(np.log(ratio))
+    return Findings(
+        ["x", "z = 1"],
+        ["x", "z"],
+        smoothed,
+        0.05,
+        by_weights(flat, smoothed, indicator),
+        given=np.array([False, given]),
+        units=np.where(indicator, scale_of(flat, indicator)[1], np.nan),
+    )
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_probability_of_a_state_is_judged(given):
+    """An inclusion at 0.080 where 0.198 is right, as the weights know."""
+    found = states(0.198, 0.080, given)
+    moved = found.weights.mean[1] * found.units[1]
+    assert abs(moved - (0.198 - 0.080)) < 4 * found.weights.mean_se[1] * found.units[1]
+    said, levels = judge(found, CONVERGED, "mean_field")
+    assert said.sites == {"x": "good", "z": "resample"}
+    assert list(levels) == ["good", "resample"]
+    assert "the probability that z = 1 most: by 0.1" in str(said)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_probability_that_is_right_is_good(given):
+    said, _ = judge(states(0.081, 0.080, given), CONVERGED, "mean_field")
+    assert said.sites == {"x": "good", "z": "good"}
+
+
+@pytest.mark.parametrize(("given", "level"), [(True, "good"), (False, "resample")])
+def test_what_may_be_noise_is_no_fault_of_a_state_that_follows_from_others(given, level):
+    """A probability that chains see no better than to 0.1 sds, and that seems to move by as much."""
     draws, log_w = heavy()
-    rare = (np.arange(S) < 3).astype(float)
-    values = {"x": draws, "rare": rare}
-    chains = Shifts(
-        *(np.array(part) for part in ([0.0, 0.0], [0.01, 0.01], [0.0, -4.0], [0.01, 0.0]))
-    )
-    counts = np.array([False, True])
+    inside = (np.arange(S) < S // 2).astype(float)
+    chains = Shifts(*(np.array(part) for part in ([0.0, 0.1], [0.01, 0.1], [0.0] * 2, [0.01, 0.0])))
+    more = {"given": np.array([False, given]), "units": np.array([np.nan, 0.5])}
     found, _ = judge(
-        findings(values, log_w, chains=chains, memory=0.0, counts=counts), CONVERGED, "full_rank"
+        findings({"x": draws, "z": inside}, log_w, chains=chains, memory=0.0, **more),
+        CONVERGED,
+        "full_rank",
     )
-    assert found.sites == {"x": "good", "rare": "good"}
+    assert found.sites == {"x": "good", "z": level}
 
 
 def test_a_draw_that_the_model_refuses_has_weight_zero():

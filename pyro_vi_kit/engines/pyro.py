@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import SVI
+from pyro.infer import SVI, TraceEnum_ELBO
 from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Adam
@@ -26,8 +26,10 @@ from pyro_vi_kit.engines.batches import BatchSource
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.model import Model
+from pyro_vi_kit.objectives import Elbo
 from pyro_vi_kit.runtime import RandomStream, default_dtype, isolated, private_params, seed_of
 from pyro_vi_kit.types import Objective
+from pyro_vi_kit.user_guides import GuideSites, Marked, look_over, named
 
 
 class _GuardedOptim(PyroOptim):
@@ -51,6 +53,16 @@ class _GuardedOptim(PyroOptim):
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate
         super().__call__(params, *args, **kwargs)
+
+
+def own_params(density: Density, state: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's learned parameters of a fit: those of its store, or copies of the user's."""
+    return {
+        name: state["params"].get(
+            name, torch.nn.Parameter(value.detach().clone(), value.requires_grad)
+        )
+        for name, value in density.params.items()
+    }
 
 
 class PyroEngine:
@@ -111,15 +123,14 @@ class PyroEngine:
         self._svi: Any = SVI(
             self._fn, guide, self._optim, self._loss.loss, loss_and_grads=self._loss_and_grads
         )
-        self._module_params = (
-            {}
-            if density is None
-            else {
-                name: torch.nn.Parameter(value.detach().clone(), value.requires_grad)
-                for name, value in density.params.items()
-            }
-        )
+        self._module_params = {} if density is None else own_params(density, self._state)
         self.batches = batches
+        self.sites = None if isinstance(guide, Guide) else self._looked_over(seed)
+        if self.sites is not None and (self.sites.summed or self.sites.enumerated):
+            self._loss, fn = self._enumerating(self.sites)
+            self._svi = SVI(
+                fn, guide, self._optim, self._loss.loss, loss_and_grads=self._loss_and_grads
+            )
         if objective.multi_sample:
             with self._running(RandomStream(seed, "first run")), self._casting():
                 _require_valid_multi_sample(self._traces(), objective, batches)
@@ -176,6 +187,32 @@ class PyroEngine:
         with self._running(RandomStream(self._looks)), rows, self._casting():
             losses = [float(self._svi.evaluate_loss(*args, **kwargs)) for _ in range(replicates)]
         return -torch.tensor(losses, dtype=torch.float64)
+
+    def _looked_over(self, seed: int) -> GuideSites:
+        """What a guide of the user's does about the model's latents."""
+        args, kwargs = self._arguments()
+        name = getattr(self.guide, "__name__", type(self.guide).__name__)
+        with self._running(RandomStream(seed, "first run")):
+            return look_over(self.model.fn, self.guide, args, kwargs, name)
+
+    def _enumerating(self, sites: GuideSites) -> tuple[TraceEnum_ELBO, Callable[..., Any]]:
+        """Pyro's loss that sums discrete sites out, and the model with them marked.
+
+        Raises:
+            OptionError: If the objective is another than the ELBO.
+        """
+        if not isinstance(self.objective, Elbo):
+            which = f"lacks the discrete latent(s) {named(sites.summed)}"
+            if not sites.summed:
+                which = f"marks its site(s) {named(sites.enumerated)} to be enumerated"
+            raise OptionError(
+                f"objective {self.objective.name!r} with a guide that {which}: Pyro sums discrete sites "
+                "out in TraceEnum_ELBO alone. Use objective='elbo', or a guide of this package"
+            )
+        loss = TraceEnum_ELBO(
+            num_particles=self.objective.particles, max_plate_nesting=sites.nesting
+        )
+        return loss, Marked(sites.summed)(self.model.fn)
 
     def _rows(self) -> contextlib.AbstractContextManager[None]:
         """Plates see the rows of the next minibatch."""

@@ -49,6 +49,9 @@ def couple(
     Returns:
         The result `[N, D]`, the log determinant `[N]`, and what each layer did, as constants.
     """
+    if torch.jit.is_tracing():
+        # A trace keeps a Function as it is, with what its first run did: autograd's own way is recorded.
+        return _through(x, permutations, weights, biases)
     steps: list[Step] = []
     y, log_det = _Couple.apply(steps, x, permutations, *weights, *biases)
     return y, log_det, steps
@@ -109,20 +112,11 @@ class _Couple(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Through the layers; fills `steps`."""
         depth = len(networks) // 2
-        layers = zip(_layers(networks[:depth]), _layers(networks[depth:]), strict=True)
-        split, log_scales = networks[0].shape[1], []
-        for layer, (weight, bias) in enumerate(layers):
-            given, moved = x.split([split, x.shape[-1] - split], -1)
-            log_scale, shift, inputs, squashed = _network(given, weight, bias)
-            scale = log_scale.exp()
-            steps.append(Step(moved, inputs, squashed, scale))
-            log_scales.append(log_scale)
-            x = torch.cat([moved * scale + shift, given], -1)
-            if layer % 2:
-                x = x.index_select(-1, permutations[layer // 2])
+        y, log_det, done = _through(x, permutations, networks[:depth], networks[depth:])
+        steps += done
         ctx.steps = steps
         ctx.save_for_backward(permutations, *networks[:depth])
-        return x, torch.cat(log_scales, -1).sum(-1)
+        return y, log_det
 
     @staticmethod
     @once_differentiable
@@ -136,6 +130,24 @@ class _Couple(torch.autograd.Function):
         inputs = zip(*(step.inputs for step in ctx.steps), strict=True)
         products = [torch.stack(i).mT @ out for i, out in zip(inputs, found, strict=True)]
         return None, back if wanted else None, None, *products, *(out.sum(1) for out in found)
+
+
+def _through(
+    x: Tensor, permutations: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, list[Step]]:
+    """`couple`, in operations that autograd knows."""
+    steps: list[Step] = []
+    split, log_scales = weights[0].shape[1], []
+    for layer, (weight, bias) in enumerate(zip(_layers(weights), _layers(biases), strict=True)):
+        given, moved = x.split([split, x.shape[-1] - split], -1)
+        log_scale, shift, inputs, squashed = _network(given, weight, bias)
+        scale = log_scale.exp()
+        steps.append(Step(moved, inputs, squashed, scale))
+        log_scales.append(log_scale)
+        x = torch.cat([moved * scale + shift, given], -1)
+        if layer % 2:
+            x = x.index_select(-1, permutations[layer // 2])
+    return x, torch.cat(log_scales, -1).sum(-1), steps
 
 
 def _back(

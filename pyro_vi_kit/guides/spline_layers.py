@@ -76,6 +76,9 @@ def couple(x: Tensor, setters: Setters) -> tuple[Tensor, Tensor, Done]:
     Returns:
         The result `[D, N]`, the log determinant `[N]`, and what the layer did, as constants.
     """
+    if torch.jit.is_tracing():
+        # A trace keeps a Function as it is, with what its first run did: autograd's own way is recorded.
+        return _through(x, setters)
     done: list[Done] = []
     y, log_det = _Couple.apply(done, x, setters.own, *setters.weights, *setters.biases)
     return y, log_det, done[0]
@@ -131,18 +134,12 @@ class _Couple(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Through the layer; fills `kept`."""
         depth = len(network) // 2
-        split = own.shape[1]
-        found, inputs = _network(x[:split], Setters(own, network[:depth], network[depth:]))
-        raw = torch.cat([own.unsqueeze(-1).expand(-1, -1, x.shape[1]), found], 1)
-        image, place, bent = spline(x, raw[:-2])
-        squashed = (raw[-2] / MAX_LOG_SCALE).tanh()
-        scale = (MAX_LOG_SCALE * squashed).exp()
-        kept.append(Done(inputs, place, bent, image, squashed, scale))
-        ctx.done = kept[0]
+        y, log_det, done = _through(x, Setters(own, network[:depth], network[depth:]))
+        kept.append(done)
+        ctx.done = done
         ctx.save_for_backward(*network[:depth])
         ctx.set_materialize_grads(False)
-        log_det = bent.slope.log().sum(0) + MAX_LOG_SCALE * squashed.sum(0)
-        return torch.addcmul(raw[-1], image, scale), log_det
+        return y, log_det
 
     @staticmethod
     @once_differentiable
@@ -170,6 +167,19 @@ class _Couple(torch.autograd.Function):
             if weights:
                 of_x = torch.cat([torch.addmm(of_x[:split], weights[0], out), of_x[split:]])
         return None, of_x, of_raw[:, :split].sum(-1), *of_weights[::-1], *of_biases[::-1]
+
+
+def _through(x: Tensor, setters: Setters) -> tuple[Tensor, Tensor, Done]:
+    """`couple`, in operations that autograd knows."""
+    own = setters.own
+    found, inputs = _network(x[: own.shape[1]], setters)
+    raw = torch.cat([own.unsqueeze(-1).expand(-1, -1, x.shape[1]), found], 1)
+    image, place, bent = spline(x, raw[:-2])
+    squashed = (raw[-2] / MAX_LOG_SCALE).tanh()
+    scale = (MAX_LOG_SCALE * squashed).exp()
+    log_det = bent.slope.log().sum(0) + MAX_LOG_SCALE * squashed.sum(0)
+    done = Done(inputs, place, bent, image, squashed, scale)
+    return torch.addcmul(raw[-1], image, scale), log_det, done
 
 
 def _to_raw(done: Done, of_y: Tensor, of_log_det: Tensor | None) -> Tensor:

@@ -8,7 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from pyro_vi_kit.approximation import Approximation, GuideApproximation, Weighed
+from pyro_vi_kit.approximation import (
+    Approximation,
+    GuideApproximation,
+    SummedApproximation,
+    Weighed,
+)
 from pyro_vi_kit.density import Density
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.loo.elpd import Elpd, elpd_data, good_khat, usable
@@ -75,7 +80,7 @@ def _log_likelihoods(
         OptionError: If what is left out has no likelihood of its own.
     """
     discrete = _shared_discrete(density, chosen)
-    if discrete is None or not isinstance(approximation, GuideApproximation):
+    if discrete is None or not isinstance(approximation, GuideApproximation | SummedApproximation):
         group, weighed = approximation.log_likelihood(draws, seed)
         return group.variables, weighed
     (plate,) = chosen.dims if len(chosen.dims) == 1 else ("",)

@@ -162,9 +162,18 @@ class Fitted:
     def _require_spread(self) -> None:
         if self.approximation.point:
             raise OptionError(
-                "a point estimate (guide 'delta') has no log weights: fit a guide with "
-                "spread, e.g. guide='mean_field'"
+                f"{self._point_words()} has no log weights: fit a guide with spread, e.g. "
+                "guide='mean_field'"
             )
+
+    def _point_words(self) -> str:
+        """What a point estimate is one of."""
+        if isinstance(self.approximation, GuideApproximation):
+            return f"a point estimate (guide {self.guide!r})"
+        if not self.approximation.points:
+            return f"a point estimate (guide {self.guide!r} has no latents)"
+        held = ", ".join(map(repr, self.approximation.points))
+        return f"a point estimate (guide {self.guide!r} holds {held} at one value)"
 
     def _known_density(self) -> Density:
         if self.density is None:

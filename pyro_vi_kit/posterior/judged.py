@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyro_vi_kit import diagnosis
+from pyro_vi_kit.approximation import GuideApproximation
 from pyro_vi_kit.errors import OptionError
 from pyro_vi_kit.evaluation import Evaluation, evaluate
 from pyro_vi_kit.options import checks, share
@@ -102,8 +103,8 @@ class Judged(Fitted):
         found = self._diagnosis
         if found is None:
             raise OptionError(
-                "a point estimate (guide 'delta') has no spread to be judged: fit a guide with spread, "
-                "e.g. guide='mean_field'"
+                f"{self._point_words()} has no spread to be judged: fit a guide with spread, e.g. "
+                "guide='mean_field'"
             )
         with self._few_threads():
             return found.table(self.approximation)
@@ -122,7 +123,12 @@ class Judged(Fitted):
 
     def __repr__(self) -> str:
         if self.approximation.point:
-            head = f"{self.guide} posterior of {self.model.name}: point estimate"
+            words = self._point_words().removeprefix("a ")
+            if isinstance(self.approximation, GuideApproximation):
+                words = "point estimate"
+            else:
+                words += ", without ELBO, k-hat, evidence and verdict"
+            head = f"{self.guide} posterior of {self.model.name}: {words}"
         else:
             head = f"{self.guide} posterior of {self.model.name}: {self.verdict}"
         lines = [head, f"  status   {self.status.reason}: {self.status.advice}"]
