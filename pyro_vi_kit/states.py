@@ -54,7 +54,7 @@ class Columns:
     def labels(self, numbers: Sequence[str]) -> list[str]:
         """What each column is called, ``z[2] = 1`` where it indicates a state."""
         pairs = zip(self.number, self.state, strict=True)
-        return [numbers[i] if np.isnan(s) else f"{numbers[i]} = {s:g}" for i, s in pairs]
+        return [numbers[int(i)] if np.isnan(s) else f"{numbers[int(i)]} = {s:g}" for i, s in pairs]
 
     def worst(self, severity: np.ndarray) -> np.ndarray:
         """The column of the highest severity `[m]` of each number, `[n]`."""

@@ -282,7 +282,8 @@ def _unchanging(
 ) -> list[str]:
     """Those of these sites that have the same value in every run on the same rows."""
     rows = poutine.Trace()
-    for name, node in first.nodes.items():
+    nodes: dict[str, Any] = dict(first.nodes)
+    for name, node in nodes.items():
         if node["type"] == "sample" and isinstance(node["fn"], _Subsample):
             rows.add_node(name, **{k: v for k, v in node.items() if k != "name"})
     kept = list(sites)
@@ -327,7 +328,5 @@ def named(sites: Sequence[str]) -> str:
 
 def stacked(traces: Sequence[poutine.Trace], sites: Sequence[str]) -> dict[str, Tensor]:
     """The values of these sites, `{site: [S, ...]}`."""
-    return {
-        site: torch.stack([trace.nodes[site]["value"].detach() for trace in traces])
-        for site in sites
-    }
+    nodes: list[dict[str, Any]] = [dict(trace.nodes) for trace in traces]
+    return {site: torch.stack([node[site]["value"].detach() for node in nodes]) for site in sites}

@@ -87,5 +87,6 @@ class TrainedGuide:
         """Learned parameters of the model, constrained, by name."""
         with self.running(0, "parameters"):
             met = self.model_trace(self.guide_trace(), self.model.fn)
-        found = {n: node["value"] for n, node in met.nodes.items() if node["type"] == "param"}
+        nodes: dict[str, Any] = dict(met.nodes)
+        found = {n: node["value"] for n, node in nodes.items() if node["type"] == "param"}
         return {name: value.detach().clone() for name, value in found.items() if value is not None}
