@@ -192,9 +192,12 @@ class Density:
                 if bool(self.log_prob(z).isfinite().all()):
                     self._runner.guarded = frozenset()
                     return z
+        visits, ended = self.visits(self.somewhere())
+        with torch.no_grad(), self._runner.isolated():
+            found = [v.name for v in visits.values() if not bool(v.log_prob().isfinite().all())]
         raise ModelError(
-            "the log density is not finite near the point that init= names: give a point where it is; "
-            "vi.check(model) names the sites where it is not"
+            "the log density is not finite near the point that init= names (site(s) "
+            f"{', '.join(found or [ended or 'none alone'])}): give a point where it is"
         )
 
     def cast(self, tensor: Tensor) -> Tensor:
