@@ -249,7 +249,8 @@ def test_whole_rows_of_a_plate():
 @pytest.mark.slow
 def test_rows_that_share_discrete_sites_are_whole():
     posterior = vi.fit(hmm.MODEL, "full_rank", seed=0)
-    result = posterior.loo(draws=1000)
+    # Of a thousand draws k-hats up to 0.67 are to be trusted, and one of four is about that.
+    result = posterior.loo(draws=4000)
     assert pointwise(result).shape == (4,)
     # Uncorrected, at the mean: each series' likelihood with its states summed out, by the forward pass.
     z = posterior.sample(400, seed=0)

@@ -188,6 +188,7 @@ class Replay(Messenger):
             fits = given is not None and given.shape == visit.fn.shape()
             visit.value = given if fits and given is not None else visit.fn.sample()
         elif kind == "observed" and self.simulate:
+            _require_length(visit)
             visit.value = visit.fn.sample()
         elif visit.value is None:
             visit.value = visit.fn()  # computed: what a Delta holds, with its ties to latents
@@ -282,6 +283,16 @@ def _require_tensors(msg: Any) -> None:
         raise ModelError(
             f"the data at site {name!r} are of type {type(value).__name__}, and Pyro takes tensors: "
             "obs=torch.as_tensor(...)"
+        )
+
+
+def _require_length(visit: Visit) -> None:
+    """Refuse to draw a series of no length: Pyro asserts that there is one."""
+    base = innermost(visit.fn)
+    if getattr(base, "duration", 0) is None:
+        raise ModelError(
+            f"site {visit.name!r} cannot be drawn: its {type(base).__name__} has no length of its own; "
+            "give it duration=..., such as the length of the data"
         )
 
 

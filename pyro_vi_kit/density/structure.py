@@ -226,6 +226,13 @@ def starts(device: torch.device) -> list[Fill]:
     return [torch.zeros, leaf_normals(-1.0), leaf_normals(1.0)]
 
 
+def _event_of(value: torch.Size, event: torch.Size) -> torch.Size:
+    """The event shape of data: a hidden Markov model of no length of its own says 1 for any length."""
+    own = value[len(value) - len(event) :]
+    longer = len(own) == len(event) and all(n in (1, m) for n, m in zip(event, own, strict=True))
+    return own if longer else event
+
+
 def _site(visit: Visit, at_hand: frozenset[str]) -> Site:
     latent = visit.kind == "latent" and visit.choice is None
     plates = tuple(
@@ -239,6 +246,8 @@ def _site(visit: Visit, at_hand: frozenset[str]) -> Site:
     batch_shape, event_shape = visit.fn.batch_shape, visit.fn.event_shape
     if visit.kind == "factor":
         event_shape = event_shape[:0]  # Pyro's value of a factor has no elements
+    if visit.kind == "observed":
+        event_shape = _event_of(visit.value.shape, event_shape)
     if visit.kind == "deterministic" and visit.value.shape != batch_shape + event_shape:
         # Without event_dim, Pyro counts every dim of a deterministic value as an event dim, plates
         # included; the value's own shape says where the plates are.
