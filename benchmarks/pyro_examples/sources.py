@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _NEEDS = re.compile(r"^\s*(?:import|from) (funsor|zuko|horovod|scvi)\b", re.MULTILINE)
-_MAGIC = re.compile(r"^\s*[%!].*$", re.MULTILINE)
+_MAGIC = re.compile(r"^([ \t]*)[%!].*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Source:
             return text
         cells = [c["source"] for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
         joined = "\n\n".join("".join(cell) for cell in cells)
-        return _MAGIC.sub("", joined.replace("%pylab inline", "from pylab import *"))
+        return _MAGIC.sub(r"\1pass", joined.replace("%pylab inline", "from pylab import *"))
 
     def needs(self) -> str | None:
         """A package that it cannot do without and that nothing here stands for."""
