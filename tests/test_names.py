@@ -309,3 +309,16 @@ def test_nan_that_a_model_deals_with_is_no_fault():
     assert fit.summary().loc["w", "mean"] == pytest.approx(
         mean, abs=4 * precision**-0.5 / 4000**0.5
     )
+
+
+def test_a_sparse_argument_is_named():
+    def product(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        with pyro.plate("row", 4):
+            pyro.sample("y", dist.Normal(torch.mv(x, w), 1.0), obs=y)
+
+    with pytest.raises(ModelError, match=r"argument 'x' holds a sparse .*: pass x.to_dense\(\)"):
+        fitted(vi.Model(product, torch.eye(4).to_sparse(), Y))
+    fit = fitted(vi.Model(product, torch.eye(4).to_sparse().to_dense(), Y))
+    # Priors and data of variance one: the means are half of the data.
+    np.testing.assert_allclose(fit.summary()["mean"], Y.numpy() / 2, atol=4 * 0.5**0.5 / 4000**0.5)

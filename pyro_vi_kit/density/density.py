@@ -26,7 +26,7 @@ from pyro_vi_kit.density.problems import (
     sum_problem,
     sums,
 )
-from pyro_vi_kit.density.raised import not_finite, told
+from pyro_vi_kit.density.raised import not_finite, require_strided, told
 from pyro_vi_kit.density.recordings import Recordings
 from pyro_vi_kit.density.rows import ArgumentRows, rows_among
 from pyro_vi_kit.density.runner import Runner
@@ -107,6 +107,7 @@ class Density:
         self.drawn = drawn
         self.dtype = dtype
         self.recordings: Recordings | None = None
+        require_strided(model)
         self._runner = Runner(model, dtype, checked(device), drawn)
         self.device: torch.device = self._runner.device
         self.data: list[Tensor] = self._runner.data

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_vi_kit.errors import first_line
+from pyro_vi_kit.errors import ModelError, first_line
 from pyro_vi_kit.model import Model
 
 _INVALID = re.compile(
@@ -91,6 +91,20 @@ def _hints(
 def arguments(model: Model) -> dict[str, Any]:
     """A model's arguments by name."""
     return dict(zip(model.argument_names, model.args, strict=True)) | dict(model.kwargs)
+
+
+def require_strided(model: Model) -> None:
+    """Refuse sparse tensors, which cannot be recorded and have no NumPy.
+
+    Raises:
+        ModelError: Names the argument.
+    """
+    for name, argument in arguments(model).items():
+        for leaf in tree_flatten(argument)[0]:
+            if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+                raise ModelError(
+                    f"argument {name!r} holds a sparse tensor ({leaf.layout}): pass {name}.to_dense()"
+                )
 
 
 def not_finite(model: Model) -> Iterator[str]:
