@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from pyro_vi_kit.errors import FitError, ViError, first_line
+from pyro_vi_kit.errors import FitError, ModelError, ViError, first_line
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -92,6 +92,21 @@ def failing_in_words(function: Callable[_P, _R]) -> Callable[_P, _R]:
     return call
 
 
+def model_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Tell what is raised where a fitted model is run again as a `ModelError`."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return function(*args, **kwargs)
+        except ViError:
+            raise
+        except Exception as error:
+            raise ModelError(f"the model or guide raised {_told(error)}") from error
+
+    return call
+
+
 def fit_error(error: Exception, posterior: Any = None, more: str = "") -> FitError:
     """What a fit says that could not go on.
 
@@ -100,8 +115,12 @@ def fit_error(error: Exception, posterior: Any = None, more: str = "") -> FitErr
         posterior: What the fit had come to.
         more: What else is to be said.
     """
+    kept = "" if posterior is None else " What it had come to is the error's .posterior."
+    return FitError(f"the fit stopped: the model raised {_told(error)}.{kept}{more}", posterior)
+
+
+def _told(error: Exception) -> str:
+    """What was raised, and where."""
     frame = (traceback.extract_tb(error.__traceback__) or [None])[-1]
     where = "" if frame is None else f" (at {frame.filename}:{frame.lineno}, in {frame.name})"
-    kept = "" if posterior is None else " What it had come to is the error's .posterior."
-    said = f"the fit stopped, {type(error).__name__} was raised: {first_line(error)}{where}."
-    return FitError(f"{said}{kept}{more}", posterior)
+    return f"{type(error).__name__}: {first_line(error)}{where}"

@@ -25,7 +25,7 @@ from toys import gaussian, two_scales_model
 import pyro_vi_kit as vi
 from pyro_vi_kit import bench, checkpoint, stopping
 from pyro_vi_kit.calibration import workers
-from pyro_vi_kit.errors import FitError, OptionError
+from pyro_vi_kit.errors import FitError, ModelError, OptionError
 from pyro_vi_kit.sampling import with_nutpie
 from pyro_vi_kit.sampling.target import Draws, Target
 
@@ -73,7 +73,7 @@ def test_what_a_model_raises_in_a_fit_is_told_and_what_there_was_is_kept(way, er
     at = calls_of(**WAYS[way]) - 8
     model = Raising(error, at)
     with pytest.raises(
-        FitError, match=rf"{type(error).__name__} was raised: .*boom.*{__name__}"
+        FitError, match=rf"the model raised {type(error).__name__}: .*boom.*{__name__}"
     ) as told:
         vi.fit(vi.Model(model, Y), **WAYS[way])
     # Pyro adds shapes to what it lets through.
@@ -87,6 +87,18 @@ def test_what_a_model_raises_in_a_fit_is_told_and_what_there_was_is_kept(way, er
     assert np.isfinite(found.elbo)
     later = vi.fit(found.model, resume=found, steps=5)
     assert len(later.losses) == len(found.losses) + 5
+
+
+def test_a_model_that_raises_after_the_fit_is_told_of_too():
+    model = Raising(MemoryError("no room"))
+    posterior = vi.fit(vi.Model(model, Y), "mean_field", seed=0)
+    model.at = 0
+    asked = [lambda: posterior.elbo, lambda: posterior.sample(3), lambda: posterior.to_arviz(3)]
+    for ask in asked:
+        with pytest.raises(
+            ModelError, match=r"the model or guide raised MemoryError: no room \(at"
+        ):
+            ask()
 
 
 @pytest.mark.parametrize("way", ["steps", "epochs"])

@@ -22,6 +22,7 @@ from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.streamed import joined_draws, weigh_all
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream, isolated, require_memory
+from pyro_vi_kit.stopping import model_errors
 
 _CHUNK_NUMBERS = 4_000_000
 
@@ -49,6 +50,7 @@ class GuideApproximation:
         if self.density.streamed is not None and self.density.model.stream is not None:
             self.cost = self.density.streamed.rows * self.density.model.stream.numbers
 
+    @model_errors
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
         return self.constrained(self.unconstrained(draws, seed), seed)
@@ -59,10 +61,12 @@ class GuideApproximation:
         with RandomStream(seed, "draws"), isolated(self.dtype, self.density.device):
             return _joined([self.guide.draw(size).z for size in self._sizes(draws)])
 
+    @model_errors
     def weigh(self, draws: int, seed: int) -> Weighed:
         """See `Approximation.weigh`."""
         return self._weighed(draws, seed)[1]
 
+    @model_errors
     def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """See `Approximation.draw_and_weigh`."""
         z, weighed = self._weighed(draws, seed)
@@ -91,6 +95,7 @@ class GuideApproximation:
             log_p, log_q = weigh_all(self.guide, draw, self.params, self.density.batches())
         return draw.z, Weighed(told(log_p), told(log_q))
 
+    @model_errors
     def outside(self, draws: int, seed: int) -> dict[str, float]:
         """See `Approximation.outside`."""
         if self.density.streamed is not None:
@@ -124,6 +129,7 @@ class GuideApproximation:
         latent = {site.name for site in (*self.density.latents, *self.density.discrete)}
         return {name: value for name, value in values.items() if name not in latent}
 
+    @model_errors
     def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
         """See `Approximation.log_likelihood`."""
         z, weighed = self._weighed(draws, seed)
@@ -140,6 +146,7 @@ class GuideApproximation:
 
         return told(in_chunks(rows, z, self._width)[plate]), weighed
 
+    @model_errors
     def groups(self, draws: int, seed: int) -> dict[str, Group]:
         """See `Approximation.groups`."""
         z = self.unconstrained(draws, seed)

@@ -23,6 +23,7 @@ from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.export import Group
 from pyro_vi_kit.groups import by_observation, data_groups, prior_groups, sampled
 from pyro_vi_kit.model import Model
+from pyro_vi_kit.stopping import model_errors
 from pyro_vi_kit.user_guides import Marked
 
 # The model's trace and the guide's.
@@ -49,19 +50,23 @@ class TraceApproximation:
         # A trace takes milliseconds whatever the model's size, so draws are counted as dear.
         self.cost = 200_000
 
+    @model_errors
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
         return _values(self._traces(draws, seed, self._given_all()))
 
+    @model_errors
     def weigh(self, draws: int, seed: int) -> Weighed:
         """See `Approximation.weigh`."""
         return self._log_probs(self._traces(draws, seed))
 
+    @model_errors
     def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """See `Approximation.draw_and_weigh`."""
         pairs = self._traces(draws, seed)
         return _values(pairs), self._log_probs(pairs)
 
+    @model_errors
     def outside(self, draws: int, seed: int) -> dict[str, float]:
         """See `Approximation.outside`."""
         exempt = self._exempt()
@@ -90,6 +95,7 @@ class TraceApproximation:
                         values.setdefault(name, []).append(node["value"].detach())
         return {name: torch.stack(parts) for name, parts in values.items()}
 
+    @model_errors
     def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
         """See `Approximation.log_likelihood`.
 
@@ -113,6 +119,7 @@ class TraceApproximation:
         stacked = {name: torch.stack(parts) for name, parts in values.items()}
         return by_observation(self.density, stacked, 1), weighed
 
+    @model_errors
     def groups(self, draws: int, seed: int) -> dict[str, Group]:
         """See `Approximation.groups`."""
         values = self.draw(draws, seed)

@@ -25,6 +25,7 @@ from pyro_vi_kit.groups import (
 )
 from pyro_vi_kit.model import Model
 from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.stopping import model_errors
 from pyro_vi_kit.user_guides import stacked
 
 
@@ -51,21 +52,25 @@ class SummedApproximation:
         # A trace of the guide takes about a millisecond whatever its size.
         self.cost = max(self._width, 100_000)
 
+    @model_errors
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
         values, z, _ = self._drawn(draws, seed)
         return self._constrained(values, z, seed)
 
+    @model_errors
     def weigh(self, draws: int, seed: int) -> Weighed:
         """See `Approximation.weigh`."""
         _, z, log_q = self._drawn(draws, seed)
         return Weighed(self._log_p(z), log_q)
 
+    @model_errors
     def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """See `Approximation.draw_and_weigh`."""
         values, z, log_q = self._drawn(draws, seed)
         return self._constrained(values, z, seed), Weighed(self._log_p(z), log_q)
 
+    @model_errors
     def outside(self, draws: int, seed: int) -> dict[str, float]:
         """See `Approximation.outside`."""
         _, z, _ = self._drawn(draws, seed)
@@ -88,6 +93,7 @@ class SummedApproximation:
         latent = {site.name for site in (*self.density.latents, *self.density.discrete)}
         return {name: value for name, value in values.items() if name not in latent}
 
+    @model_errors
     def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
         """See `Approximation.log_likelihood`."""
         _, z, log_q = self._drawn(draws, seed)
@@ -104,6 +110,7 @@ class SummedApproximation:
 
         return told(in_chunks(rows, z, self._width)[plate]), Weighed(self._log_p(z), log_q)
 
+    @model_errors
     def groups(self, draws: int, seed: int) -> dict[str, Group]:
         """See `Approximation.groups`."""
         _, z, _ = self._drawn(draws, seed)
