@@ -768,3 +768,26 @@ def test_quick_is_a_part_of_the_whole():
 def test_every_script_is_in_the_report():
     report = importlib.import_module("benchmarks.report")
     assert set(report.SCRIPTS) == set(SCRIPTS) - {"report"}
+
+
+def test_versions_that_were_tried_are_a_table():
+    from benchmarks import versions
+
+    worked = {"versions": {"torch": "2.8.0"}, "steps": {"fit": "ok"}, "python": "3.12.1"}
+    failed = {"versions": {"torch": "2.15.0"}, "steps": {"fit": "ok", "nuts": "TypeError: no"}}
+    text = versions.document(
+        {
+            "3.12:oldest": worked,
+            "3.12:newest": failed,
+            "3.13:newest": {"why": "no Python 3.13 here"},
+        }
+    )
+    lines = text.splitlines()
+    assert any("3.12.1" in line and "2.8.0" in line and "works" in line for line in lines)
+    assert any("2.15.0" in line and "fails" in line for line in lines)
+    assert "- 3.12:newest: nuts: TypeError: no" in lines
+    assert "- 3.13:newest: not tried: no Python 3.13 here" in lines
+    own = "%d.%d" % sys.version_info[:2]
+    assert versions.interpreter(own, [sys.executable])
+    with pytest.raises(versions.NotTriedError, match=r"no Python 2\.3 here"):
+        versions.interpreter("2.3", [sys.executable])

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ class CFunction:
         self.path = library(self._source.text, found, level)
         try:
             self._library = ctypes.CDLL(str(self.path))
+            weakref.finalize(self, _unload, self._library._handle)
             self._replay = self._library.replay
             for name in self._source.entries:
                 self.address(name)
@@ -125,6 +127,15 @@ class CFunction:
         """
         behind = [tensor.data_ptr() for tensor in held]
         return (ctypes.c_void_p * self._count)(None, *behind, *self._behind)
+
+
+def _unload(handle: int) -> None:
+    """Give a library's memory back: Python keeps all that it has loaded."""
+    import _ctypes
+
+    close = getattr(_ctypes, "dlclose", None)  # not on Windows
+    if close is not None:
+        close(handle)
 
 
 def library(text: str, with_compiler: str, level: str) -> Path:
