@@ -787,7 +787,7 @@ def test_versions_that_were_tried_are_a_table():
     assert any("2.15.0" in line and "fails" in line for line in lines)
     assert "- 3.12:newest: nuts: TypeError: no" in lines
     assert "- 3.13:newest: not tried: no Python 3.13 here" in lines
-    own = "%d.%d" % sys.version_info[:2]
+    own = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert versions.interpreter(own, [sys.executable])
     with pytest.raises(versions.NotTriedError, match=r"no Python 2\.3 here"):
         versions.interpreter("2.3", [sys.executable])
