@@ -71,8 +71,8 @@ def fit_once(number: int) -> None:
         vi.nuts(model, chains=1, draws=1500, tune=100, seed=number, progress=False)
         return
     guide = GUIDES[number % len(GUIDES)]
-    steps = {"steps": 60} if guide == "affine_coupling" else {}
-    posterior = vi.fit(model, guide=guide, seed=number, progress=False, **steps)
+    steps = 60 if guide == "affine_coupling" else None
+    posterior = vi.fit(model, guide=guide, seed=number, progress=False, steps=steps)
     if guide != "delta":
         _ = posterior.verdict
     with tempfile.TemporaryDirectory() as folder:
