@@ -39,7 +39,7 @@ def summarise(
     rows: dict[str, dict[str, Any]] = {}
     for name, given in values.items():
         # Numbers with draws that are not finite have no moments, which the verdict says in words.
-        finite = np.isfinite(given).all(0)
+        finite = np.asarray(np.isfinite(given).all(0))
         draws = np.where(finite, given, 0.0)
         low, high = interval(draws, prob)
         columns = {

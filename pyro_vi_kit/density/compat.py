@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import Distribution, transforms
 from torch.overrides import TorchFunctionMode
 
+from pyro_vi_kit.density import domain
 from pyro_vi_kit.runtime import if_forked
 
 _FACTORIES = (
@@ -74,7 +75,7 @@ def plain() -> Iterator[None]:
 
 
 def _unvalidated(init: Callable[..., None]) -> Callable[..., None]:
-    """A distribution's constructor that leaves validation to the global switch."""
+    """A distribution's constructor that leaves validation to the global switch, and to `domain`."""
 
     def unvalidated(
         self: Any,
@@ -83,6 +84,8 @@ def _unvalidated(init: Callable[..., None]) -> Callable[..., None]:
         validate_args: bool | None = None,
     ) -> None:
         init(self, batch_shape, event_shape)
+        if validate_args is not False:
+            domain.note(self)
 
     return unvalidated
 

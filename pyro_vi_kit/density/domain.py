@@ -7,7 +7,7 @@ is zero instead (`Visit.unscaled`), which guides, samplers and importance weight
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,24 +33,40 @@ class Bound(NamedTuple):
     margin: Tensor
 
 
-def outside(fn: Any, value: Tensor | None) -> Tensor | None:
-    """Where, of a site's batch, an argument or the value leaves its constraint; None where none can.
+# Distributions that a run has made since its last site: a factor's own are among them.
+_made: list[Any] = []
+
+
+def note(fn: Any) -> None:
+    """Keep a distribution as it is made, inside `compat.plain`."""
+    _made.append(fn)
+
+
+def taken() -> list[Any]:
+    """The distributions made since this was last asked."""
+    made = _made.copy()
+    _made.clear()
+    return made
+
+
+def bounds(fn: Any, value: Tensor | None, made: Sequence[Any] = ()) -> list[Bound]:
+    """Every constraint that can be told, of a distribution and of those that it is made of.
 
     What is not a number is not outside: the density is none there either.
 
     Args:
         fn: The site's distribution.
         value: What was observed; None for a latent, which is inside its support by its transform.
+        made: Distributions that a factor was computed by.
     """
-    worst: Tensor | None = None
-    for bound in bounds(fn, value):
-        worst = bound.margin if worst is None else torch.minimum(worst, bound.margin)
-    return None if worst is None else worst < 0
-
-
-def bounds(fn: Any, value: Tensor | None) -> Iterator[Bound]:
-    """Every constraint that can be told, of a distribution and of those that it is made of."""
-    yield from _bounds(fn, value, len(fn.batch_shape))
+    batch = len(fn.batch_shape)
+    found: list[Bound] = []
+    try:
+        for part, given in [(fn, value), *((other, None) for other in made)]:
+            found += _bounds(part, given, batch)
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, ValueError):
+        pass  # a distribution that does not say what it is made of
+    return found
 
 
 def _bounds(fn: Any, value: Tensor | None, batch: int) -> Iterator[Bound]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.density import domain
 from pyro_vi_kit.density.handlers import Visit
 from pyro_vi_kit.errors import ViError
 
@@ -70,7 +69,7 @@ def flags(visits: Mapping[str, Visit], exempt: frozenset[str]) -> dict[Key, Tens
     """
     found: dict[Key, Tensor] = {}
     for visit in visits.values():
-        if visit.kind in ("latent", "discrete", "observed") and visit.name not in exempt:
+        if visit.kind != "deterministic" and visit.name not in exempt:
             for what, outside in _of(visit):
                 key = (visit.name, what)
                 found[key] = found[key] | outside if key in found else outside
@@ -81,11 +80,7 @@ def _of(visit: Visit) -> list[tuple[str, Tensor]]:
     """What can leave its constraint at a site, and whether it does where nothing hides it."""
     if visit.mask is False:
         return []
-    try:
-        bounds = list(domain.bounds(visit.fn, visit.value if visit.kind == "observed" else None))
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, ValueError):
-        return []  # a distribution that does not say what it is made of
-    wheres = [(bound.what, bound.margin < 0) for bound in bounds]
+    wheres = [(bound.what, bound.margin < 0) for bound in visit.bounds()]
     if isinstance(visit.mask, Tensor):
         wheres = [(what, where & visit.mask) for what, where in wheres]
     return [(what, where.any()) for what, where in wheres]

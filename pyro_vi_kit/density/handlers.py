@@ -8,9 +8,10 @@ a support may depend on other latents, and a cached transform would silently be 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -54,6 +55,7 @@ class Visit:
     log_det: Tensor | None = None
     choice: Choice | None = None
     guarded: bool = False
+    made: Sequence[Any] = ()
 
     @property
     def counts(self) -> bool:
@@ -89,9 +91,14 @@ class Visit:
             log_prob = torch.where(self.mask, log_prob, self._hidden())
         return log_prob
 
+    def bounds(self) -> list[domain.Bound]:
+        """How far inside their constraints its arguments are, and what was observed."""
+        return domain.bounds(self.fn, self.value if self.kind == "observed" else None, self.made)
+
     def outside(self) -> Tensor | None:
         """Where, of its batch, an argument or what was observed leaves its constraint."""
-        return domain.outside(self.fn, self.value if self.kind == "observed" else None)
+        margins = [bound.margin for bound in self.bounds()]
+        return functools.reduce(torch.minimum, margins) < 0 if margins else None
 
     def _hidden(self) -> float:
         """What stands where a mask hides: nothing, or for a discrete latent what sums to one."""
@@ -163,6 +170,7 @@ class Replay(Messenger):
                 f"two sites are named {msg['name']!r}: give each pyro.sample statement a name of "
                 "its own, as in f'x_{i}' in a loop"
             )
+        made = domain.taken()
         _require_tensors(msg)
         kind = kind_of(msg)
         visit = Visit(
@@ -175,6 +183,7 @@ class Replay(Messenger):
             mask=msg["mask"],
             infer=msg["infer"],
             guarded=msg["name"] in self.guarded,
+            made=made if kind == "factor" else (),
         )
         relaxed = None if self.drawn is None else self.drawn.of(visit.name)
         if kind == "discrete" and relaxed is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from pyro_vi_kit.density import domain
 from pyro_vi_kit.density.compat import plain
 from pyro_vi_kit.density.drawn import Drawn
 from pyro_vi_kit.density.enumeration import Enumeration
@@ -150,8 +151,10 @@ class Runner:
             Enumeration(self.nesting, self.drawn) if replay.enumerate else contextlib.nullcontext()
         )
         given = ArgumentRows(sliced)
+        domain.taken()  # those of an earlier run are none of this one's
         with self._handlers(params, index, replay.declared), replay, discrete, given:
             self.model.fn(*args, **kwargs)
+        domain.taken()
 
     def learned(self, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
         """A context in which the user's modules hold these parameters instead of their own."""

@@ -137,7 +137,7 @@ def discover(
         before = random_state()
         if init is None:
             for run in runs[1:]:
-                runner.try_run(run)
+                _try(runner, run)
         else:
             runs[1:] = _nearby(runner, runs[0])
         structure = structure_of(runs[-1], runner.at_hand)
@@ -153,14 +153,19 @@ def discover(
 
 def _first(runner: Runner, run: Replay) -> None:
     """Run the model for the first time; notes if it writes into what is its own."""
+    with Undone() as writes:
+        _try(runner, run)
+    if writes.found:
+        runner.run_on_copies()
+
+
+def _try(runner: Runner, run: Replay) -> None:
+    """Run the model at or near the origin, or say where it might begin instead."""
     try:
-        with Undone() as writes:
-            runner.try_run(run)
+        runner.try_run(run)
     except ModelError as error:
         hint = _hint(runner) if run.init is None else ""
         raise (ModelError(f"{error}{hint}") if hint else error) from error.__cause__
-    if writes.found:
-        runner.run_on_copies()
 
 
 def _hint(runner: Runner) -> str:
@@ -170,8 +175,8 @@ def _hint(runner: Runner) -> str:
     except ModelError:
         return ""
     return (
-        ". That is at the origin of unconstrained space, and at draws of its prior it runs: say where "
-        "to start, init='median' or another function of the site, or a dict of site values"
+        ". That is at or near the origin of unconstrained space, and at draws of its prior it runs: say "
+        "where to start, init='median' or another function of the site, or a dict of site values"
     )
 
 
