@@ -44,12 +44,12 @@ def ways(found: Found, known: bool) -> Iterator[tuple[str, Callable[[vi.Model], 
 def attempt(way: Callable[[vi.Model], Outcome], found: Found) -> Outcome:
     """``works``, ``refused``, ``wrong``, ``crash`` or ``not asked``, with the details."""
     try:
-        return way(vi.Model(found.model, *found.args, kwargs=found.kwargs))
+        outcome = way(vi.Model(found.model, *found.args, kwargs=found.kwargs))
     except vi.ViError as error:
         outcome = "refused", str(error)
     except Exception as error:  # noqa: BLE001  whatever is raised is the finding
         outcome = "crash", f"{type(error).__name__}: {error} [{_innermost_line(error)}]"
-    theirs = _raised_by_pyro(found)
+    theirs = None if outcome[0] in ("works", "not asked") else _raised_by_pyro(found)
     return ("not asked", f"Pyro raises {theirs}") if theirs else outcome
 
 
