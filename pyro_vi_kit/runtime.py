@@ -16,7 +16,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -196,6 +196,18 @@ def _set_states(generators: Sequence[torch.Generator], states: Sequence[torch.Te
 _CHECKING: tuple[Any, ...] = (distributions, infer, poutine)
 
 
+class _Users:
+    """What the user's own code is run with, outside of all blocks of `isolated`; under `LOCK`."""
+
+    blocks: ClassVar[int] = 0
+    validation: ClassVar[bool] = True
+
+
+def validated_by_user() -> bool:
+    """Whether the user has not switched the checks of all distributions off; under `LOCK`."""
+    return distributions.is_validation_enabled() if not _Users.blocks else _Users.validation
+
+
 @contextlib.contextmanager
 def isolated(
     dtype: torch.dtype, device: torch.device | None = None, *, validate: bool = False
@@ -219,14 +231,18 @@ def isolated(
             for module, check in zip(_CHECKING, checks, strict=True):
                 module.enable_validation(check)
             del _PYRO_STACK[handlers:], _DIM_ALLOCATOR._stack[dims:]
+            _Users.blocks = 0
 
         with if_forked(give_back):
+            _Users.validation = validated_by_user()
+            _Users.blocks += 1
             torch.set_default_dtype(dtype)
             torch.broadcast_shapes = broadcast_shapes
             try:
                 with pyro.validation_enabled(validate), default_device(device):
                     yield
             finally:
+                _Users.blocks -= 1
                 torch.broadcast_shapes = torchs_own
                 torch.set_default_dtype(outer)
 

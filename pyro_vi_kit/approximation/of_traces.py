@@ -18,7 +18,7 @@ from pyro_vi_kit.approximation.trained import TrainedGuide
 from pyro_vi_kit.density.guarding import Key, flags
 from pyro_vi_kit.density.handlers import Visit, kind_of, sample_sites
 from pyro_vi_kit.density.runner import placed
-from pyro_vi_kit.density.usable import is_unchecked
+from pyro_vi_kit.density.usable import made_unchecked
 from pyro_vi_kit.errors import ModelError
 from pyro_vi_kit.export import Group
 from pyro_vi_kit.groups import by_observation, data_groups, prior_groups, sampled
@@ -165,7 +165,7 @@ class TraceApproximation:
                 trace = self.trained.model_trace(self.trained.guide_trace(), self.trained.model.fn)
         except Exception:  # noqa: BLE001  its own draws may be what validation refuses
             return None
-        return frozenset(n for n, node in sample_sites(trace).items() if is_unchecked(node["fn"]))
+        return frozenset(n for n, node in sample_sites(trace).items() if made_unchecked(node["fn"]))
 
     def _traces(self, draws: int, seed: int, fn: Callable[..., Any] | None = None) -> list[Pair]:
         if fn is None:

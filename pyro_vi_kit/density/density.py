@@ -128,7 +128,7 @@ class Density:
         require_usable(visits)
         require_whole_rows(visits, self._runner.at_hand)
         seen = [visit for visit in visits.values() if visit.kind == "observed"]
-        self._unchecked = frozenset(visit.name for visit in seen if is_unchecked(visit.fn))
+        self._unchecked = frozenset(visit.name for visit in seen if is_unchecked(visit))
         noted = [*map(unchecked_note, seen), minibatch_note(visits, self._runner.at_hand)]
         self.notes: list[str] = [note for note in noted if note is not None]
         self.streamed: Streamed | None = (
@@ -142,7 +142,7 @@ class Density:
         self._runner.nesting = nesting_of(visits)
         self.block: Block = global_block(self.latents)
         self.dim = self.block.dim
-        self.exempt = frozenset(v.name for v in visits.values() if is_unchecked(v.fn))
+        self.exempt = frozenset(v.name for v in visits.values() if is_unchecked(v))
         self.start = self._packed(self._runner.centre) if self._runner.centre else None
         with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.

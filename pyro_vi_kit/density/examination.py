@@ -90,7 +90,7 @@ class Examination:
                 self.draws_in_vain = drew and "discrete" not in kinds
                 self.runner.nesting = nesting_of(self.runs[-1].visits)
                 visits = self.runs[-1].visits.values()
-                self.runner.guarded = frozenset(v.name for v in visits if not is_unchecked(v.fn))
+                self.runner.guarded = frozenset(v.name for v in visits if not is_unchecked(v))
         # Stores are private to the runs, modules are not: what was learned is read off the run.
         learned = parameters_of(self.runs[-1]) if self.runs else {}
         self.parameters = [f"{p.name} {tuple(p.value.shape)}" for p in learned.values()]

@@ -17,6 +17,7 @@ from pyro_vi_kit.density.problems import Problem
 from pyro_vi_kit.density.raised import is_constant, rows
 from pyro_vi_kit.density.shapes import shape_problem, unvalidated
 from pyro_vi_kit.errors import ModelError, ShapeError
+from pyro_vi_kit.runtime import validated_by_user
 
 
 def discrete_problem(visits: Mapping[str, Visit]) -> Problem | None:
@@ -76,7 +77,7 @@ def data_problem(visit: Visit, unchecked: bool | None = None) -> Problem | None:
     if outside is None or not bool(outside.any()):
         return None
     finite = _finite_at(visit, outside)
-    if finite and (is_unchecked(fn) if unchecked is None else unchecked):
+    if finite and (is_unchecked(visit) if unchecked is None else unchecked):
         return None
     remedy = "correct the values, or choose a distribution that can produce them"
     if finite:
@@ -91,20 +92,33 @@ def data_problem(visit: Visit, unchecked: bool | None = None) -> Problem | None:
     )
 
 
-def is_unchecked(fn: Any) -> bool:
+def is_unchecked(visit: Visit) -> bool:
+    """Whether the user has a site unchecked, of which one of first runs is asked.
+
+    Its distribution was made with ``validate_args=False``, or it has data outside of its support where
+    the checks of all distributions are off, ``pyro.distributions.enable_validation(False)``.
+    """
+    if made_unchecked(visit.fn):
+        return True
+    outside = None if validated_by_user() or visit.kind != "observed" else _outside(visit)
+    return outside is not None and bool(outside.any())
+
+
+def made_unchecked(fn: Any) -> bool:
     """Whether a distribution was made with ``validate_args=False``; of one that a first run met."""
     return vars(innermost(fn)).get("_validate_args") is False
 
 
 def unchecked_note(visit: Visit) -> str | None:
     """What to say of data outside a support that the model asks not to check."""
-    outside = _outside(visit) if is_unchecked(visit.fn) else None
+    outside = _outside(visit) if is_unchecked(visit) else None
     if outside is None or not bool(outside.any()):
         return None
     return (
         f"the data at site {visit.name!r} hold {int(outside.sum())} value(s) outside the support of its "
-        f"{type(innermost(visit.fn)).__name__}; with validate_args=False its formula is taken as it is, "
-        "though it is no density there: evidence and predictions are not those of such data"
+        f"{type(innermost(visit.fn)).__name__}; with validate_args=False, or all checks off, its "
+        "formula is taken as it is, though it is no density there: evidence and predictions are not "
+        "those of such data"
     )
 
 

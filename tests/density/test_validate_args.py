@@ -1,5 +1,7 @@
 """Data outside a support, where the model says that its formula is meant: validate_args=False."""
 
+import math
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -144,3 +146,21 @@ def test_a_support_that_follows_a_latent_is_empty_outside(fn, log_prob):
     expected = torch.stack([torch.as_tensor(log_prob(v, y), dtype=torch.float64) for v in a])
     prior = dist.Normal(0.0, 1.0).log_prob(z[:, 0])
     torch.testing.assert_close(density.log_prob(z), prior + expected)
+
+
+def test_checks_that_are_off_for_all_distributions_are_honoured_alike():
+    """`pyro.distributions.enable_validation(False)`, as Pyro's VAE tutorial has it."""
+    model = vi.Model(gray, GRAY, kwargs={"validate_args": None})
+    pyro.distributions.enable_validation(False)
+    try:
+        with pytest.warns(ModelWarning, match=r"site 'x' hold 4 value\(s\) outside"):
+            density = Density(model)
+        assert vi.check(model, verbose=False).ok
+    finally:
+        pyro.distributions.enable_validation(True)
+    z = torch.tensor([[0.3]], dtype=torch.float64)
+    p = float(density.constrain(z)["p"])
+    exact = float(GRAY.sum()) * math.log(p) + float((1 - GRAY).sum()) * math.log1p(-p)
+    assert float(density.log_prob(z, jacobian=False)) == pytest.approx(exact, rel=1e-6)
+    with pytest.raises(ModelError, match="outside the support"):
+        Density(model)
