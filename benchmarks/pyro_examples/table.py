@@ -23,6 +23,10 @@ _RIGHT = {
     "or `infer_discrete` is the way",
     r"has no latent sites": "nothing to infer",
     r"draws random numbers outside": "a random density (dropout, batch norm, `torch.randn`)",
+    r"finite with its gradient at 0 of": "no density near the origin; `init=` with the example's own "
+    "starting point is the way",
+    r"numpy\(\) on Tensor|grad_dtype": "the density leaves torch (NumPy, an inference inside of it)",
+    r"make it with validate_args=False": "data outside the support; `validate_args=False` is the way",
     r"whose values cannot be enumerated": "discrete latents of infinitely many or joint values, "
     "which NUTS and SVI with a Gaussian guide cannot take in Pyro either",
     r"hold all their values at once": "uses a discrete value in a way that Pyro's own enumeration "
