@@ -13,12 +13,13 @@ from torch import Tensor
 
 from pyro_vi_kit.density.batching import Batching, batched, first_that_agrees
 from pyro_vi_kit.density.compat import VectorisedCauchy
-from pyro_vi_kit.density.drawn import Drawn
+from pyro_vi_kit.density.drawn import Drawn, hardened
 from pyro_vi_kit.density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.density.guarding import Key, flags, sites_that_leave
 from pyro_vi_kit.density.handlers import Replay, Visit, scaled, subsample_indices
 from pyro_vi_kit.density.initial import SPREADS, InitFunction, function_of, require_latents
 from pyro_vi_kit.density.layout import Block, global_block
+from pyro_vi_kit.density.oracle import Rounded, Seen, require_same_as_pyro
 from pyro_vi_kit.density.problems import (
     aimless_problem,
     chance_problem,
@@ -146,7 +147,8 @@ class Density:
         self.start = self._packed(self._runner.centre) if self._runner.centre else None
         with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.
-            away = self.cast(torch.randn(3, self.dim, dtype=dtype, device="cpu"))
+            # Numbers of float32, so that a model in either precision has them exactly.
+            away = self.cast(torch.randn(3, self.dim, dtype=dtype, device="cpu").float())
             z = self._around(away)
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
@@ -243,6 +245,7 @@ class Density:
         *,
         jacobian: bool = True,
         power: float = 1.0,
+        seen: list[Seen] | None = None,
     ) -> Terms:
         """The log joint at K points, by part.
 
@@ -257,6 +260,7 @@ class Density:
                 transforms) or that of the constrained values.
             power: What the likelihood is raised to, observed sites and factors; for models whose
                 discrete sites, if any, it does not depend on.
+            seen: Filled with what each run met, where points are evaluated one by one.
         """
         scale: dict[str, float] = {}
 
@@ -266,6 +270,8 @@ class Density:
             enumerated = self._enumerated(replay)
             terms = add_up(replay.visits, jacobian, self.dtype, enumerated, power)
             scale.update(terms.scale)
+            if seen is not None:
+                seen.append(Seen.of(replay.visits))
             return terms.shared, terms.local
 
         shared, local = self._batched(single, z)
@@ -742,12 +748,16 @@ class Density:
         return self.block.unpack(z) if isinstance(z, Tensor) else z
 
     def _choose_batching(self, z: Tensor) -> Batching:
-        """The first way to batch that agrees with the loop at these points, gradients too."""
+        """The first way to batch that agrees with the loop at these points, gradients too.
+
+        The loop itself is compared with Pyro's own trace of the model.
+        """
         self.batching = "loop"
+        seen: list[Seen] = []
         sizes = Sizes(self._width(), [site.name for site in self.discrete])
         try:
             with sizes if self.discrete else contextlib.nullcontext():
-                exact = self.log_prob_and_grad(z)
+                exact = self._exact(z, seen)
         except ViError:
             raise
         except Exception as error:
@@ -761,6 +771,7 @@ class Density:
             ) from error
         self.largest = sizes.largest
         self._require_numbers(exact[0])
+        self._require_same_as_pyro(z, seen)
         if self._runner.precision and not self._runner.precision.met:
             self._runner.precision = None
 
@@ -797,6 +808,31 @@ class Density:
             problem = chance_problem(self._runner, run)
         if problem is not None:
             raise ModelError(str(problem))
+
+    def _exact(self, z: Tensor, seen: list[Seen]) -> tuple[Tensor, Tensor]:
+        """Log density and gradient, point by point, and what the runs met."""
+        z = z.detach().requires_grad_()
+        comparable = not self.discrete and self.drawn is None
+        noted = seen if comparable else None
+        log_prob = self.terms(self.block.unpack(z), seen=noted).total()
+        (grad,) = torch.autograd.grad(log_prob.sum(), z)
+        return log_prob.detach(), grad
+
+    def _require_same_as_pyro(self, z: Tensor, seen: Sequence[Seen]) -> None:
+        """Refuse a density that is not the one of Pyro's own trace."""
+        points = self.block.unpack(z)
+        points |= {s.name: hardened(points[s.name]) for s in self.latents if s.states}
+
+        def at(k: int, low: torch.dtype | None = None) -> Seen:
+            replay = Replay(unconstrained={name: value[k] for name, value in points.items()})
+            replay.constrained = self._example
+            with self._runner.isolated(), Rounded(low) if low else contextlib.nullcontext():
+                self._run(replay)
+                return Seen.of(replay.visits)
+
+        met = seen or [at(k) for k in range(len(z))]
+        learned = self.structure.parameters
+        require_same_as_pyro(self._runner, learned, self.params, met, at)
 
     def _require_true_gradient(self, z: Tensor) -> None:
         """Refuse a model that cuts a latent off from autograd; float32 cannot tell."""

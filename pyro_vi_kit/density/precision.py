@@ -72,6 +72,13 @@ class Precision(TorchFunctionMode):
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         self._storages: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
         self._born: dict[int, StorageWeakRef] = {}
+        # The precision that the user's own run has where the model named it, by storage.
+        self._named: dict[int, tuple[torch.dtype, StorageWeakRef]] = {}
+
+    @property
+    def written(self) -> bool:
+        """Whether the run wrote into what stands for older tensors."""
+        return any(copy._version for _, copy in self._tensors.values())
 
     def __enter__(self) -> Any:
         self._depth += 1
@@ -98,9 +105,12 @@ class Precision(TorchFunctionMode):
             return self._reinterpreted(args[0], kwargs.get("dtype", args[-1]))
         writes = _writes(name, kwargs)
         inert = writes or name in ("__get__", "__set__")
+        asked = kwargs.get("dtype")
         args = tuple(self._own(value, inert) for value in args)
         kwargs = {key: self._own(value, inert) for key, value in kwargs.items()}
         result = func(*args, **kwargs)
+        if isinstance(asked, torch.dtype) and isinstance(result, Tensor):
+            self._name(result, asked)
         return result if self.copies and _is_view(result, args) else self._registered(result)
 
     # -- tensors ------------------------------------------------------------------------------
@@ -165,6 +175,7 @@ class Precision(TorchFunctionMode):
             if key not in self._storages:
                 whole = torch.as_strided(tensor, (size,), (1,), 0)
                 self._storages[key] = (tensor, whole.to(self.device, dtype, copy=True))
+                self._name(self._storages[key][1], tensor.dtype)
             whole = self._storages[key][1]
             copy = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         self._tensors[id(tensor)] = (tensor, copy)
@@ -215,8 +226,23 @@ class Precision(TorchFunctionMode):
             if asked in (torch.float16, torch.bfloat16):
                 return self._registered(source.to(asked).to(wanted))
             found = source.to(self.device, wanted)
-            copied = asked not in (self.outer, self.outer.to_complex()) or kwargs.get("copy")
-            return self._registered(found.clone() if copied and found is source else found)
+            if found is source and (kwargs.get("copy") or self._precision_of(source) != asked):
+                found = source.clone()
+            self._name(found, asked)
+            return self._registered(found)
+
+    def _name(self, tensor: Tensor, asked: torch.dtype) -> None:
+        with torch._C.DisableTorchFunction():
+            if not is_functorch_wrapped_tensor(tensor) and tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                self._named.setdefault(storage._cdata, (asked, StorageWeakRef(storage)))
+
+    def _precision_of(self, tensor: Tensor) -> torch.dtype:
+        """What a tensor's precision is in the user's own run, as far as that is known."""
+        outer = self.outer.to_complex() if tensor.is_complex() else self.outer
+        if is_functorch_wrapped_tensor(tensor) or tensor.layout is not torch.strided:
+            return outer
+        return self._named.get(tensor.untyped_storage()._cdata, (outer,))[0]
 
     def _reinterpreted(self, tensor: Tensor, asked: torch.dtype) -> Tensor:
         """``x.view(dtype)``: what it is in the user's own run where that is x itself; else refused."""

@@ -118,6 +118,23 @@ class Runner:
         leaves = [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return tree_unflatten(leaves, self._spec)
 
+    def own_arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The user's own arguments, not cast."""
+        return tree_unflatten(self._leaves, self._spec)
+
+    @property
+    def own_device(self) -> torch.device:
+        """Where the user's own arguments are."""
+        return device_of(self._leaves)
+
+    @contextlib.contextmanager
+    def as_written(self) -> Iterator[None]:
+        """The plates' rows as in `run`, and copies of what is written into; nothing else of ours."""
+        copies = self.precision is not None and self.precision.copies
+        own = Precision(None, self.own_device, copies=True) if copies else contextlib.nullcontext()
+        with subsample_indices({}, None, self._streamed_rows, self.at_hand), own:
+            yield
+
     @contextlib.contextmanager
     def isolated(self, *, validate: bool = False) -> Iterator[None]:
         """Alone with Pyro, in this precision and on this device."""

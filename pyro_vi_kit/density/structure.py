@@ -133,7 +133,10 @@ def discover(
     with runner.first_runs():
         runs = [Replay(fill=fill) for fill in starts(runner.device)]
         runs[0].init = init
-        _first(runner, runs[0])
+        with Undone() as writes:
+            _first(runner, runs[0])
+        if writes.found or (runner.precision is not None and runner.precision.written):
+            runner.run_on_copies()
         before = random_state()
         if init is None:
             for run in runs[1:]:
