@@ -164,7 +164,7 @@ class Gradients:
         z = torch.from_numpy(point.copy()).view(1, -1)
         # C reads memory without gaps.
         held = [tensor.contiguous() for tensor in shape.rest]
-        points = [z, *_around(z)]
+        points = [z, *_around(z), *self._far(z)]
         function = program.to_c([(z, *held) for z in points])
         if function is None:
             return False
@@ -206,8 +206,8 @@ class Gradients:
         with self._lock:
             if shape.program is not None or shape.note:
                 return
-            others = [(other,) for other in _around(z)]
             try:
+                others = [(other,) for other in (*_around(z), *self._far(z))]
                 shape.program, shape.rest = capture_holding(
                     self._eager, (z.clone(),), self._rest, others
                 )
@@ -218,6 +218,16 @@ class Gradients:
                 shape.failures += 1
                 if shape.failures >= _ATTEMPTS:
                     shape.note = f"{type(error).__name__}: {first_line(error)}"
+
+    def _far(self, z: Tensor) -> list[Tensor]:
+        """Other points further away, where a branch may be another, if the density is defined there."""
+        with RandomStream(21):
+            point = z + 3.0 * torch.randn_like(z)
+        try:
+            self._eager(point, *self._rest)
+        except RuntimeError:
+            return []
+        return [point]
 
     def _eager(self, z: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         params = dict(zip(self._names, rest, strict=False))

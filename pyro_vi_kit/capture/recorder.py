@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 
 from pyro_vi_kit.capture.graph import Graph, Node, Noise, Ref
 from pyro_vi_kit.capture.layout import Layout
@@ -24,6 +26,15 @@ _READ = torch.ops.aten._local_scalar_dense.default
 _CHECK = torch.ops.aten._linalg_check_errors.default
 _CLONE = torch.ops.aten.clone.default
 _AS_STRIDED = torch.ops.aten.as_strided.default
+_READERS = frozenset((Tensor.numpy, Tensor.tolist, Tensor.__array__))
+# Of numbers; of a tensor they are operations like others.
+_MAKERS = frozenset((torch.tensor, torch.asarray, torch.as_tensor, Tensor.new_tensor))
+_INDEXED = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten._index_put_impl_.default,
+)
 
 
 class CaptureError(ViError):
@@ -47,9 +58,30 @@ def record(function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) 
             cannot follow, or takes more than 6,000 operations.
     """
     recorder = _Recorder(inputs)
-    with recorder:
+    with _Readings(recorder), recorder:
         results = function(*inputs)
     return recorder.graph(results)
+
+
+class _Readings(TorchFunctionMode):
+    """Refuses what reads the numbers of a tensor that inputs reach, past all operations."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        read = args if func in _READERS else ()
+        if func in _MAKERS:
+            read = [value for value in args if isinstance(value, list | tuple)]
+        if read and self._recorder.reaches(read):
+            raise CaptureError(
+                "what depends on a latent is read by Python or NumPy (.numpy(), .tolist(), "
+                "torch.tensor([latent])): use torch functions, torch.stack for vectors of latents"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(Watcher):
@@ -91,6 +123,7 @@ class _Recorder(Watcher):
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        args = self._counted(func, args)
         reached = any(_storage(tensor) in self._reached for tensor in _tensors((args, kwargs)))
         targets = _written(func, args, kwargs)
         if not reached:
@@ -130,12 +163,32 @@ class _Recorder(Watcher):
         )
         return result
 
+    def reaches(self, value: Any) -> bool:
+        """Whether inputs reach a tensor, or one in a list."""
+        with torch._C.DisableTorchFunction():
+            plain = (t for t in _tensors(value) if not is_functorch_wrapped_tensor(t))
+            return any(_storage(tensor) in self._reached for tensor in plain)
+
     def graph(self, results: Sequence[Tensor]) -> Graph:
         """The recording, as a function of inputs and noise."""
         outputs = [self._name(result) for result in results]
         noise = [f"n{position}" for position in range(len(self._noise))]
         graph = Graph(self._inputs + noise, outputs, self._nodes, self._constants, self._noise)
         return _pruned(simplified(graph, self._layouts))
+
+    def _counted(self, func: Any, args: Any) -> Any:
+        """``x[mask]`` by integer indices, where no input reaches the mask: its length is known then."""
+        if func not in _INDEXED or not any(_is_mask(index) for index in args[1]):
+            return args
+        indices: list[Tensor | None] = []
+        for index in args[1]:
+            if _is_mask(index):
+                if _storage(index) in self._reached:
+                    return args
+                indices.extend(index.nonzero(as_tuple=True))
+            else:
+                indices.append(index)
+        return (args[0], indices, *args[2:])
 
     # -- what inputs do not reach -------------------------------------------------------------
 
@@ -344,11 +397,15 @@ def _require_static(func: Any, args: tuple, results: Sequence[Any]) -> None:
         raise CaptureError(f"a Python value depends on latents ({func})")
 
 
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
 def _is_gather(func: Any, args: tuple) -> bool:
     """Whether this is `x[indices]`; with a mask, `x[mask]`, the result's length is the mask's."""
     if func is not torch.ops.aten.index.Tensor:
         return False
-    return all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1])
+    return not any(_is_mask(index) for index in args[1])
 
 
 def _pruned(graph: Graph) -> Graph:

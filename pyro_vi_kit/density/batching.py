@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from pyro_vi_kit.density.compat import Mended
 
-Batching = Literal["vmap", "lift", "loop"]
+Batching = Literal["vmap", "lift", "lift_all", "loop"]
 
 
 def batched(
@@ -24,15 +24,17 @@ def batched(
         single: From one point, by site name, to any nest of tensors.
         z: Points, each entry `[K, ...]`.
         mode: ``vmap``; ``lift``, vmap for models that write into tensors, with `compat.Mended`;
-            ``loop``, one point after another: always right, and the oracle for the others.
+            ``lift_all``, the same for models that write into copies of data; ``loop``, one point after
+            another: always right, and the oracle for the others.
     """
     points = dict(z)
     if mode == "loop":
         size = next(iter(points.values())).shape[0]
         results = [single({name: value[k] for name, value in points.items()}) for k in range(size)]
         return _stack(results)
-    if mode == "lift":
-        return torch.func.vmap(_lifted(single), randomness="different")(points)
+    if mode in ("lift", "lift_all"):
+        lifted = _lifted(single, everything=mode == "lift_all")
+        return torch.func.vmap(lifted, randomness="different")(points)
     return torch.func.vmap(single, randomness="different")(points)
 
 
@@ -46,7 +48,7 @@ def first_that_agrees(
         exact: What the loop gave.
     """
     tolerance = 1e-7 if exact[0].dtype == torch.float64 else 1e-3
-    modes: tuple[Batching, ...] = ("vmap", "lift")
+    modes: tuple[Batching, ...] = ("vmap", "lift", "lift_all")
     for mode in modes:
         try:
             with warnings.catch_warnings():
@@ -63,10 +65,12 @@ def first_that_agrees(
     return "loop"
 
 
-def _lifted(single: Callable[[dict[str, Tensor]], Any]) -> Callable[[dict[str, Tensor]], Any]:
+def _lifted(
+    single: Callable[[dict[str, Tensor]], Any], everything: bool
+) -> Callable[[dict[str, Tensor]], Any]:
     def run(point: dict[str, Tensor]) -> Any:
         zero = sum(value.reshape(-1)[:1].sum() for value in point.values()) * 0.0
-        with Mended(zero):  # type: ignore[arg-type]
+        with Mended(zero, everything):  # type: ignore[arg-type]
             return single(point)
 
     return run

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pyro.ops import special
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.distributions import Distribution, transforms
 from torch.overrides import TorchFunctionMode
 
@@ -119,16 +120,19 @@ class Mended(TorchFunctionMode):
     """Lets `torch.func.vmap` run models, and parts of Pyro, that write in place.
 
     New floating tensors depend on the particle, so that particles can be written into them; ``.data``
-    is a detached view; a value written where a mask holds is a `torch.where`; and in-place clamps,
-    for which vmap has no rule, write what a clamp gives.
+    is a detached view; a value written where a mask holds is a `torch.where`; and in-place clamps and
+    scattering by a mask, for which vmap has no rule, write what these give.
 
     Args:
         zero: A zero that vmap sees as batched.
+        everything: Whether that holds for what is computed from data too, copies of them among it. It
+            takes memory and time for each particle.
     """
 
-    def __init__(self, zero: Tensor) -> None:
+    def __init__(self, zero: Tensor, everything: bool = False) -> None:
         super().__init__()
         self.zero = zero
+        self.everything = everything
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -137,9 +141,18 @@ class Mended(TorchFunctionMode):
         result = NotImplemented if mend is None else mend(*args, **(kwargs or {}))
         if result is NotImplemented:
             result = func(*args, **(kwargs or {}))
-        if func in _FACTORIES and isinstance(result, Tensor) and result.is_floating_point():
-            return result + self.zero.to(result.dtype)
-        return result
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return result
+        new = func in _FACTORIES or (self.everything and _is_new(result, args))
+        return result + self.zero.to(result.dtype) if new else result
+
+
+def _is_new(result: Tensor, args: tuple[Any, ...]) -> bool:
+    """Whether a result has memory of its own that no particle is in."""
+    with torch._C.DisableTorchFunction():
+        if is_batchedtensor(result) or any(result is value for value in args):
+            return False
+        return not result._is_view()
 
 
 def _write_where(target: Tensor, mask: Any, value: Any) -> Any:
@@ -157,7 +170,23 @@ def _clamp(target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return target.copy_(target.clamp(*args, **kwargs))
 
 
+def _scatter(source: Tensor, mask: Any, values: Tensor) -> Any:
+    """``masked_scatter`` by integer indices, where the mask is the same for all particles."""
+    if is_batchedtensor(mask) or mask.shape != source.shape:
+        return NotImplemented
+    place = mask.nonzero(as_tuple=True)
+    return source.index_put(place, values.reshape(-1)[: len(place[0])])
+
+
+def _scatter_in_place(target: Tensor, mask: Any, values: Tensor) -> Any:
+    found = _scatter(target, mask, values)
+    return found if found is NotImplemented else target.copy_(found)
+
+
 _MENDS: dict[Any, Callable[..., Any]] = {
+    torch.masked_scatter: _scatter,
+    Tensor.masked_scatter: _scatter,
+    Tensor.masked_scatter_: _scatter_in_place,
     Tensor.data.__get__: lambda tensor: tensor.detach(),  # type: ignore[attr-defined]
     Tensor.__setitem__: _write_where,
     Tensor.clamp_: _clamp,
