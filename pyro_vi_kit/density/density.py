@@ -147,9 +147,9 @@ class Density:
         self.start = self._packed(self._runner.centre) if self._runner.centre else None
         with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.
+            away = self.cast(torch.randn(3, self.dim, dtype=dtype, device="cpu"))
             # Numbers of float32, so that a model in either precision has them exactly.
-            away = self.cast(torch.randn(3, self.dim, dtype=dtype, device="cpu").float())
-            z = self._around(away)
+            z = self._around(away).float().to(dtype)
             self.batching: Batching = self._choose_batching(z)
             self._require_true_gradient(z)
             self._require_true_sum(z)

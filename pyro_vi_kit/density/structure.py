@@ -133,10 +133,7 @@ def discover(
     with runner.first_runs():
         runs = [Replay(fill=fill) for fill in starts(runner.device)]
         runs[0].init = init
-        with Undone() as writes:
-            _first(runner, runs[0])
-        if writes.found or (runner.precision is not None and runner.precision.written):
-            runner.run_on_copies()
+        _first(runner, runs[0])
         before = random_state()
         if init is None:
             for run in runs[1:]:
@@ -158,7 +155,7 @@ def _first(runner: Runner, run: Replay) -> None:
     """Run the model for the first time; notes if it writes into what is its own."""
     with Undone() as writes:
         _try(runner, run)
-    if writes.found:
+    if writes.found or (runner.precision is not None and runner.precision.written):
         runner.run_on_copies()
 
 
