@@ -92,7 +92,8 @@ class Program:
         for statement in self.statements:
             with contextlib.ExitStack() as stack:
                 for name in statement.plates:
-                    state.rows[name] = stack.enter_context(plates[name])
+                    rows: Any = stack.enter_context(plates[name])
+                    state.rows[name] = rows
                 state.values[statement.name] = statement.run(state)
 
     def __str__(self) -> str:
@@ -321,10 +322,10 @@ class Grammar:
         kind = self._random.choice(list(OBSERVED))
         make, draw = OBSERVED[kind]
         # `obs_mask` makes a latent of its own.
-        how = self._random.choice(["", "", "mask", "scale", "obs_mask"])
+        how = self._random.choice(["", "mask", "scale", "obs_mask"])
         if how == "scale" and self.discrete:
             how = ""  # sites of the same discrete latents need one scale, as in Pyro
-        if how == "obs_mask" and (kind != "Normal" or not plates or self.discrete):
+        if how == "obs_mask" and (kind not in CONTINUOUS or not plates or self.discrete):
             how = "mask"
         shape = [self.sizes[p] if p in plates else 1 for p in (B, A)] if B in plates else []
         shape = shape or [self.sizes[p] for p in plates]
@@ -382,6 +383,9 @@ OBSERVED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Tensor]]] 
     "LogNormal": (lambda c: dist.LogNormal(c, 1.0), lambda u: u + 0.1),
     "Beta": (lambda c: dist.Beta(1.0 + c.exp(), 1.5), lambda u: 0.05 + 0.9 * u),
 }
+
+
+CONTINUOUS = ("Normal", "StudentT", "Gamma", "LogNormal", "Beta")
 
 
 def _diagonal(whole: Tensor, value: Tensor) -> None:

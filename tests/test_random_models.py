@@ -1,0 +1,34 @@
+"""A hundred random models of the grammar; `python -m benchmarks.random_models --count 1000` has more."""
+
+import pytest
+
+from benchmarks.lib.grammar import LATENTS, OBSERVED, WRITES, Grammar
+from benchmarks.random_models import compared, problem_of
+
+COUNT, STEP = 100, 10
+
+
+@pytest.mark.filterwarnings("ignore")  # of what random models are, mask and scale among it
+@pytest.mark.parametrize("first", range(0, COUNT, STEP))
+def test_the_density_is_that_of_plain_pyro(first, cache):
+    for seed in range(first, first + STEP):
+        # Recordings of every tenth; C and a file of one.
+        assert not problem_of(seed, thorough=seed == 3, recorded=seed % 10 == 3)
+
+
+def test_the_grammar_says_everything_that_it_can():
+    words = "\n".join(str(Grammar(seed).program()) for seed in range(COUNT))
+    for part in (*LATENTS, *OBSERVED, *WRITES, "obs_mask", "subsampled {'a'", "[b, a]", "states"):
+        assert part in words
+
+
+def test_a_disagreement_is_found(monkeypatch):
+    """The comparison can fail: the oracle's model has other data than the density's."""
+    program = Grammar(3).program()
+    right = type(program).run
+
+    def wrong(self, data, double):
+        return right(self, {n: v * 0.9 + 0.1 if double else v for n, v in data.items()}, double)
+
+    monkeypatch.setattr(type(program), "run", wrong)
+    assert "in Pyro's trace" in compared(program, thorough=False, recorded=False)
