@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_vi_kit.density.handlers import Visit, sample_sites
-from pyro_vi_kit.density.problems import Problem
+from pyro_vi_kit.density.problems import Problem, changing_problem
 from pyro_vi_kit.density.runner import Runner
 from pyro_vi_kit.density.structure import Parameter
 from pyro_vi_kit.errors import ModelError, first_line
@@ -121,7 +121,7 @@ def _problem(
         again = _plain(runner, parameters, params, point, len(raised) > 0)
         name = _first_that_differs(Seen({}, again), found, low)
         if name is not None:
-            return _chance(name)
+            return changing_problem(name)
     allowed = _rounding(point, rounded, low) if low != torch.float64 else {}
     name = _first_that_differs(point, found, low, allowed)
     return None if name is None else _difference(runner, name, point, found, low)
@@ -307,15 +307,6 @@ def _raised(error: Exception) -> Problem:
         f"Pyro's own trace of the model raises {type(error).__name__} ({first_line(error)})",
         "the model has to run by itself, poutine.trace(model).get_trace(...), at all values of its "
         "latents",
-    )
-
-
-def _chance(name: str) -> Problem:
-    return Problem(
-        f"the model is not deterministic: site {name!r} has another log density when the model is run "
-        "again at the same latents (random numbers of Python or NumPy, the time, a counter, tensors "
-        "that are kept from run to run)",
-        "make each draw a pyro.sample site, and pass what changes as an argument",
     )
 
 

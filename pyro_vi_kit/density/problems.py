@@ -58,15 +58,20 @@ def chance_problem(runner: Runner, run: Replay) -> Problem | None:
         runner.try_run(other)
         for name, visit in one.visits.items():
             if name not in other.visits or not _same(visit, other.visits[name]):
-                return Problem(
-                    f"the model is not deterministic, site {name!r} differs between two runs at the "
-                    "same latents: it draws random numbers outside its sample sites (torch.randn, "
-                    "NumPy's or Python's random, dropout in training mode), or reads the time or what "
-                    "it has changed itself",
-                    "make each draw a pyro.sample site, call module.eval() first, and pass everything "
-                    "else as an argument",
-                )
+                return changing_problem(name)
     return None
+
+
+def changing_problem(name: str) -> Problem:
+    """A site that is another one when the model is run again at the same latents."""
+    return Problem(
+        f"the model is not deterministic, site {name!r} differs between two runs at the "
+        "same latents: it draws random numbers outside its sample sites (torch.randn, "
+        "NumPy's or Python's random, dropout in training mode), or reads the time or what "
+        "it has changed itself",
+        "make each draw a pyro.sample site, call module.eval() first, and pass everything "
+        "else as an argument",
+    )
 
 
 def repetition(run: Replay) -> Replay:

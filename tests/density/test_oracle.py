@@ -181,7 +181,7 @@ def test_models_that_are_not_deterministic(changing):
         b = pyro.sample("b", dist.Normal(0.0, 10.0))
         pyro.sample("y", dist.Normal(b + changing(), 1.0).expand([5]).to_event(1), obs=y)
 
-    with pytest.raises(ModelError, match="not deterministic: site 'y'"):
+    with pytest.raises(ModelError, match="not deterministic, site 'y'"):
         density_of(model, Y)
 
 
