@@ -1,9 +1,16 @@
 """A hundred random models of the grammar; `python -m benchmarks.random_models --count 1000` has more."""
 
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
+from pyro import poutine
 
+import pyro_vi_kit as vi
 from benchmarks.lib.grammar import LATENTS, OBSERVED, WRITES, Grammar
 from benchmarks.random_models import compared, problem_of
+from pyro_vi_kit.density import Density
+from pyro_vi_kit.density.masks import shown
 
 COUNT, STEP = 100, 10
 
@@ -32,3 +39,17 @@ def test_a_disagreement_is_found(monkeypatch):
 
     monkeypatch.setattr(type(program), "run", wrong)
     assert "in Pyro's trace" in compared(program, thorough=False, recorded=False)
+
+
+def test_a_scalar_site_under_a_scalar_mask_is_shown_or_hidden():
+    """Found by seed 150: a file of such a model could not be written."""
+    for mask in (torch.tensor(True), torch.tensor(False)):
+
+        def model(y, mask=mask):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=mask):
+                pyro.sample("y", dist.Normal(b, 1.0), obs=y)
+
+        density = Density(vi.Model(model, torch.tensor(0.5)))
+        visits, _ = density.visits(density.block.unpack(torch.zeros(1, 1).double()))
+        assert bool(shown(visits["y"], density.structure.sites["y"])) == bool(mask)

@@ -23,5 +23,5 @@ def shown(visit: Visit, site: Site) -> Tensor:
         fn = fn.base_dist
     for mask, event in masks:
         hides = torch.as_tensor(mask, device=seen.device)
-        seen = seen & hides.reshape(*hides.shape, *(1,) * event)
+        seen = seen & hides.reshape((*hides.shape, *(1,) * event))
     return seen
