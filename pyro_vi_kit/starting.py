@@ -186,7 +186,10 @@ def _initialise(
         return Start(False)
     if request.below is not None and _taken_over(family, request.below):
         return Start(True, () if request.found is None else request.found.peaks)
-    if request.init == "origin" or density.params or density.dim > fixed_draws.MAX_DIM:
+    searched = not density.params or not (
+        isinstance(family, GaussianMixture) or isinstance(request.objective, Annealed)
+    )
+    if request.init == "origin" or not searched or density.dim > fixed_draws.MAX_DIM:
         if start is not None:
             family.centre_on(start)
         return Start(False)
