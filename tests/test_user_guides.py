@@ -333,6 +333,10 @@ def test_maximum_likelihood_with_everything_else_summed_out():
     z = posterior.sample(300, seed=0)["z"]
     expected = (math.log(w / (1 - w)) + 4.0 * Y).sigmoid().numpy()
     assert np.abs(z.mean(0) - expected).max() < 4 * 0.5 / math.sqrt(300)
+    # Draws of z from its prior would make up an ELBO far below the bound, and a verdict on it.
+    assert (posterior.elbo, posterior.verdict, posterior.khat) == (None, None, None)
+    assert "point estimate" in str(posterior)
+    assert "posterior" in list(posterior.to_arviz().groups())
 
 
 # -- sites that do not go together ---------------------------------------------------------------

@@ -49,8 +49,11 @@ class TrainedGuide:
 
     @property
     def point(self) -> bool:
-        """Whether it holds a latent at one value, or there is none: then q has no density."""
-        return bool(self.sites.points) or not self.sites.latents
+        """Whether it holds a latent at one value, or has none: then q has no density.
+
+        Where all latents are discrete and summed out, what is learned are parameters alone.
+        """
+        return bool(self.sites.points) or self.sites.latents == len(self.sites.summed)
 
     def arguments(self) -> tuple[Sequence[Any], Mapping[str, Any]]:
         """Positional and keyword arguments of guide and model."""
