@@ -72,6 +72,7 @@ class Report:
 
 
 @checks(model=a_model, dtype=a_dtype, verbose=flag)
+@torch.enable_grad()  # the caller may have gradients off
 def check(model: Model, *, dtype: torch.dtype = torch.float64, verbose: bool = True) -> Report:
     """Look a model over before fitting it. Nothing of the user's state is changed.
 

@@ -85,6 +85,7 @@ class Response:
         return Gaussian(self.shape.frame.loc, self.shape.frame.scale_tril @ inner)
 
 
+@torch.enable_grad()  # the caller may have gradients off
 def respond(
     approximation: object,
     record: Record,
@@ -121,6 +122,7 @@ def respond(
     return Response(shape, inverse, draws, left, evaluations, time.monotonic() - started)
 
 
+@torch.enable_grad()
 def corrected(
     response: Response, approximation: GuideApproximation, record: Record, seed: int
 ) -> tuple[GuideApproximation, Record]:

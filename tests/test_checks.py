@@ -285,3 +285,8 @@ def test_every_model_of_the_zoo_passes(name, dtype):
     assert report.ok, str(report)
     notes = [check.name for check in report.checks if check.outcome == "note"]
     assert set(notes) <= {"parameters"}, str(report)
+
+
+def test_callers_may_have_gradients_off():
+    with torch.no_grad():
+        assert check(vi.Model(good), verbose=False).ok
