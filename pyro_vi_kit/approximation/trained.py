@@ -69,8 +69,9 @@ class TrainedGuide:
             stack.enter_context(isolated(self.dtype, self.device))
             stack.enter_context(private_params(self.state))
             stack.enter_context(torch.no_grad())
-            # A minibatch has another log density at every draw.
-            stack.enter_context(subsample_indices({}))
+            # A minibatch has another log density at every draw; one that is at hand has not.
+            at_hand = frozenset() if self.density is None else self.density.at_hand
+            stack.enter_context(subsample_indices({}, at_hand=at_hand))
             if self.density is not None:
                 stack.enter_context(self.density.casting())
                 stack.enter_context(self.density.learned(self.params))

@@ -203,6 +203,11 @@ class Density:
             f"{', '.join(found or [ended or 'none alone'])}): give a point where it is"
         )
 
+    @property
+    def at_hand(self) -> frozenset[str]:
+        """Plates of which the arguments hold the minibatch that they declare."""
+        return self._runner.at_hand
+
     def cast(self, tensor: Tensor) -> Tensor:
         """A tensor in this precision and on this device, detached where it is a floating one.
 
@@ -606,7 +611,7 @@ class Density:
 
         sliced = {name: size for name, size in self._runner.sliced.items() if name in index}
         chosen = {name: rows for name, rows in index.items() if name not in sliced}
-        at_hand = self._runner.at_hand
+        at_hand = self.at_hand
 
         def some(*args: Any, **kwargs: Any) -> Any:
             with subsample_indices(chosen, at_hand=at_hand), ArgumentRows(sliced):

@@ -235,6 +235,25 @@ def test_a_fit_and_nuts_of_a_minibatch():
     assert abs(float(chains.w.mean()) - mean) < 4 * sd / 200**0.5
 
 
+def test_a_guide_of_the_users_on_a_minibatch():
+    """Pyro's svi_torch example: what is reported is of the same rows, each counted five times."""
+    locs = []
+
+    def guide(x, y, plate):
+        locs.append(pyro.param("loc", torch.tensor(0.5)))
+        pyro.sample("w", dist.Normal(locs[-1], 0.3))
+
+    with pytest.warns(ModelWarning, match="count 5 times each"):
+        posterior = vi.fit(vi.Model(slope, X, Y, of_a_hundred), guide, steps=1, seed=0)
+    with pytest.warns(ModelWarning):
+        density = density_of(slope, X, Y, of_a_hundred)
+    w = torch.as_tensor(posterior.sample(64, seed=0)["w"]).double()
+    log_q = dist.Normal(locs[-1].item(), 0.3).log_prob(w)
+    expected = density.log_prob(w[:, None]) - log_q
+    found = torch.as_tensor(posterior.log_weights(64, seed=0))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # draws in float32
+
+
 def test_data_alone_tell_that_they_are_a_minibatch():
     """The distribution broadcasts to the whole plate; only what is observed is shorter."""
 
