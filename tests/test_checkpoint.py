@@ -417,7 +417,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_at_once(tmp_path):
     for path in (tmp_path, tmp_path / "none" / "run.ckpt"):
         with pytest.raises(FileError, match="cannot write"):
             fit("eager", path)
-    with pytest.raises(OptionError, match="takes the path of a file"):
+    with pytest.raises(OptionError, match="must be the path of a file"):
         fit("eager", 3)
 
 

@@ -434,11 +434,17 @@ def test_a_point_has_no_multi_sample_bound():
 
 
 @pytest.mark.parametrize("name", [n for n in REGISTRY if n not in (*LOCAL, *SEARCHED)])
-def test_a_model_that_does_not_index_its_data_takes_no_minibatches(name):
+def test_a_model_whose_rows_depend_on_all_data_takes_no_minibatches(name):
+    def centred(x, y):
+        w = pyro.sample("w", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(x @ w, 1.0), obs=y - y.mean())
+
+    model = vi.Model(centred, *two_scales_model().args)
     with pytest.raises(
         ModelError, match=r"site 'y' does not follow the plate's indices.*obs=y\[i\]"
     ):
-        vi.fit(two_scales_model(), name, batch_size=2, seed=0)
+        vi.fit(model, name, batch_size=2, seed=0)
 
 
 def test_a_minibatch_larger_than_the_data_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import numpy as np
@@ -61,8 +62,9 @@ def test_the_statistics_that_fit_worst_are_kept(poisson):
     figure = predictive(poisson, draws=300, max_panels=2)
     assert len(figure.axes) == 2
     assert titles(figure)[1].startswith("share of zeros")
-    own = predictive(poisson, statistics={"twos": lambda y: (y == 2).sum()}, draws=50)
-    assert titles(own)[1].startswith("twos: too low")
+    own = predictive(poisson, statistics={"twos": lambda y: (y == 2).sum()}, draws=300)
+    # p is 0.03: which word that gets depends on the draws.
+    assert re.match(r"twos: (too|somewhat) low", titles(own)[1])
 
 
 def test_densities_of_several_sites():
