@@ -61,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     words.add_argument("--out", type=Path, default=OUT)
     words.add_argument("--table", type=Path, help="write the table of all results there")
+    words.add_argument("--note", default="", help="a sentence on this run, for the table")
     options = words.parse_args(arguments)
     if not (options.pyro / "examples").is_dir():
         words.error(f"{options.pyro} is no checkout of Pyro: it has no examples/")
@@ -70,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _run_all(chosen, options)
     if options.table:
         command = "python -m benchmarks.pyro_examples --pyro PYRO --table docs/PYRO_EXAMPLES.md"
-        options.table.write_text(table.markdown(options.out, command), encoding="utf-8")
+        options.table.write_text(
+            table.markdown(options.out, command, options.note), encoding="utf-8"
+        )
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 WAYS = ("check", "density", "mean_field", "full_rank", "own guide", "batches", "nuts")
 _BAD = ("wrong", "crash", "not ended")
+_ABSOLUTE = re.compile(r"/\S*/(?=(?:site-packages|pyro_vi_kit)/)")
 _MARKS = {"works": "✓", "refused": "refused", "not asked": "–"}
 
 # Why a refusal is right, by words of its message. What none of these matches is called needless.
@@ -54,12 +55,13 @@ def in_short(results: Path) -> str:
     return ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + "  " + "".join(ends)
 
 
-def markdown(out: Path, command: str) -> str:
+def markdown(out: Path, command: str, note: str = "") -> str:
     """The whole document.
 
     Args:
         out: The folder with the results.
         command: What made them.
+        note: What is to be said of this run.
     """
     import pyro
     import torch
@@ -71,6 +73,8 @@ def markdown(out: Path, command: str) -> str:
     counts = Counter(row["outcome"] for row in tried if row["outcome"] != "not asked")
     models = {(row["source"], row["model"]) for row in tried}
     told = ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common())
+    asked = Counter(row["way"] for row in tried)
+    ways = ", ".join(f"{way} of {asked[way]}" for way in WAYS if asked[way])
     right = sum(row["outcome"] == "refused" and bool(_reason(row["detail"])) for row in tried)
     head = f"""# Pyro's examples and tutorials
 
@@ -87,7 +91,8 @@ ELBO with its draws, table and export; a fit has two seconds, so that it says no
 convergence.
 
 **{len(models)} models in {len({s for s, _ in models})} sources, {sum(counts.values())} runs: {told}.**
-{right} of the refusals are right, in the sense of the last column.
+{right} of the refusals are right, in the sense of the last column. Asked: {ways}; a dash is what was not
+asked, or does not apply. {note}
 """
     return "\n".join([head, _table(tried), "", _not_run(every)])
 
@@ -122,7 +127,7 @@ def _words(own: Iterable[dict[str, Any]]) -> str:
         if row["outcome"] in (*_BAD, "refused"):
             why = _reason(row["detail"])
             judged = f"right: {why}" if why else "needless" if row["outcome"] == "refused" else ""
-            text = row["detail"].partition("\n")[0]
+            text = _ABSOLUTE.sub("", row["detail"].partition("\n")[0])
             text = text if len(text) <= 160 else text[:160] + " …"
             told[why or text] = f"{text} ({judged})" if judged else f"{row['way']}: {text}"
     return "; ".join(told.values()).replace("|", "\\|").replace("*", "\\*")
@@ -131,5 +136,5 @@ def _words(own: Iterable[dict[str, Any]]) -> str:
 def _not_run(every: list[dict[str, Any]]) -> str:
     """Sources that were not run, or ended by an error of their own."""
     ended = [row for row in every if row["way"] == "source" and row["outcome"] != "ran"]
-    lines = [f"- {row['source']}: {row['detail'][:200]}" for row in ended]
+    lines = [f"- {row['source']}: {' '.join(row['detail'][:200].split())}" for row in ended]
     return "## Not run, or not to the end\n\n" + "\n".join(lines or ["None."]) + "\n"
