@@ -126,7 +126,9 @@ class Smoke:
 
 
 def _groups(tree: Any) -> list[Any]:
-    return list(tree.groups() if callable(tree.groups) else tree.groups)
+    groups: Any = tree.groups
+    found: Any = groups() if callable(groups) else groups
+    return list(found)
 
 
 def _require(holds: bool, message: str) -> None:
