@@ -167,5 +167,5 @@ def test_one_draw_has_no_error():
     posterior = fitted(gaussian(2)[0], "full_rank")
     with pytest.raises(OptionError, match="at least 2"):
         posterior.evidence(1)
-    with pytest.raises(OptionError, match="positive integer"):
+    with pytest.raises(OptionError, match="integer of at least 1"):
         posterior.evidence(0)

@@ -1,5 +1,6 @@
 """`guide="auto"`: when it goes on, what it takes, what it says, and that its time is kept."""
 
+import copy
 import json
 import math
 import time
@@ -129,14 +130,9 @@ def test_many_dimensions_begin_with_mean_field():
 def replace_dim(density, dim):
     """The same model, said to be of so many dimensions: only the choice of guides looks at them."""
 
-    class Larger:
-        def __init__(self):
-            self.dim = dim
-
-        def __getattr__(self, name):
-            return getattr(density, name)
-
-    return Larger()
+    other = copy.copy(density)
+    other.dim = dim
+    return other
 
 
 def test_one_dimension_has_no_flow():

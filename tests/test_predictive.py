@@ -161,9 +161,9 @@ def test_a_point_estimate_and_a_pyro_guide():
 
 
 def test_a_pyro_guide_is_corrected_too(monkeypatch):
-    from pyro_vi_kit import approximation
+    from pyro_vi_kit.approximation import of_traces
 
-    monkeypatch.setattr(approximation, "_pool", lambda draws: 400)
+    monkeypatch.setattr(of_traces, "pool_of", lambda draws: 400)
 
     def wide(y):
         pyro.sample("m", dist.Normal(1.0, 2.0))

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, TransformedDistribution, constraints
 from torch.distributions.utils import lazy_property
 
+from pyro_vi_kit.runtime import broadcast_shapes
+
 # As torch's own check of a simplex has it.
 _SIMPLEX_ERROR = 1e-6
 
@@ -62,8 +64,9 @@ def bounds(fn: Any, value: Tensor | None, made: Sequence[Any] = ()) -> list[Boun
     batch = len(fn.batch_shape)
     found: list[Bound] = []
     try:
-        for part, given in [(fn, value), *((other, None) for other in made)]:
-            found += _bounds(part, given, batch)
+        found += _bounds(fn, value, batch)
+        for other in made:
+            found += (Bound(b.what, _fitted(b.margin, fn)) for b in _bounds(other, None, batch))
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, ValueError):
         pass  # a distribution that does not say what it is made of
     return found
@@ -92,6 +95,18 @@ def _bounds(fn: Any, value: Tensor | None, batch: int) -> Iterator[Bound]:
     for part in vars(fn).values():
         if isinstance(part, Distribution):
             yield from _bounds(part, None, batch)
+
+
+def _fitted(margin: Tensor, fn: Any) -> Tensor:
+    """The margin of a distribution that a factor was computed by, in the factor's own batch.
+
+    Where the two have other shapes (what was summed over is the last dim, say), one number for all.
+    """
+    try:
+        fits = broadcast_shapes(margin.shape, fn.batch_shape) == fn.batch_shape
+    except RuntimeError:
+        fits = False
+    return margin if fits or not margin.numel() else margin.min()
 
 
 def _told(fn: Any, name: str) -> Any:

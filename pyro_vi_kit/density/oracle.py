@@ -18,6 +18,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -200,6 +201,9 @@ class _Given(Messenger):
         self.device = device
 
     def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            # Of a plate, which may be entered twice, or be called as a site is; a trace takes neither.
+            msg["stop"] = True
         value = self.values.get(msg["name"])
         if value is None or msg["is_observed"]:
             return
