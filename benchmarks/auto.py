@@ -82,7 +82,7 @@ def resampled(posterior: Any, facts: Mapping[str, Any]) -> dict[str, float]:
     import numpy as np
 
     from benchmarks.lib.quality import entries
-    from pyro_vi_kit.psis import psis, weighted_moments
+    from pyro_vi_kit.core.psis import psis, weighted_moments
 
     values, weighed = posterior.approximation.draw_and_weigh(DRAWS, 314_159)
     smoothed = psis((weighed.log_p - weighed.log_q).numpy())

@@ -36,7 +36,7 @@ fit on one core.
 def one_model(name):
     """Reference, fits and pictures of one model; its table as text."""
     # Imported in the worker: the parent only waits.
-    from pyro_vi_kit.bench import Nuts, format_results, run
+    from pyro_vi_kit.validation.suite import Nuts, format_results, run
 
     frame = run(
         [ROOT / "models" / f"{name}.py"],
@@ -54,8 +54,9 @@ def one_model(name):
 
 def draw(name, rows):
     """Marginals over NUTS, one picture per objective, and one of all training bounds."""
-    from pyro_vi_kit import export, plots
-    from pyro_vi_kit.modelfile import load_model_file
+    from pyro_vi_kit import plots
+    from pyro_vi_kit.core import export
+    from pyro_vi_kit.model.modelfile import load_model_file
     from pyro_vi_kit.posterior import load
 
     model = load_model_file(ROOT / "models" / f"{name}.py")
@@ -87,7 +88,7 @@ def main():
         for future in as_completed(running):
             tables[running[future]], count = future.result()
             failed += count
-    from pyro_vi_kit.bench import write_table
+    from pyro_vi_kit.validation.suite import write_table
 
     table = write_table(OUT)
     print(*(f"\n{tables[name]}\n" for name in sorted(tables)), LEGEND, sep="\n")

@@ -49,11 +49,12 @@ def one(path: str) -> dict[str, Any]:
     """What becomes of one model, in the process of a worker."""
     import torch
 
-    from pyro_vi_kit import engines, guides, objectives
+    from pyro_vi_kit import guides, objectives
     from pyro_vi_kit.capture import CaptureError, capture
-    from pyro_vi_kit.density import Density
-    from pyro_vi_kit.modelfile import load_model_file
-    from pyro_vi_kit.runtime import RandomStream
+    from pyro_vi_kit.core.runtime import RandomStream
+    from pyro_vi_kit.model.log_density import Density
+    from pyro_vi_kit.model.modelfile import load_model_file
+    from pyro_vi_kit.optimize import engines
 
     torch.set_num_threads(1)
     density = Density(load_model_file(path))
@@ -118,7 +119,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         for part in ("density", "step")
         if (why := row.get(f"{part}_why"))
     ]
-    from pyro_vi_kit.gradients import PATIENCE
+    from pyro_vi_kit.model.gradients import PATIENCE
 
     return "\n\n".join(
         [

@@ -90,7 +90,7 @@ def _gradients(
 
     import pyro_vi_kit as vi
     from pyro_vi_kit import guides, objectives
-    from pyro_vi_kit.density import Density
+    from pyro_vi_kit.model.log_density import Density
     from pyro_vi_kit.objectives import surrogate
 
     x = torch.linspace(-1.0, 1.0, dims, dtype=torch.float64)

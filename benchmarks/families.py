@@ -49,7 +49,7 @@ def one(name: str, guide: str, seed: int, draws: int) -> dict[str, Any]:
 
     import pyro_vi_kit as vi
     from benchmarks.lib.quality import against
-    from pyro_vi_kit.density import Density
+    from pyro_vi_kit.model.log_density import Density
 
     torch.set_num_threads(1)
     reference = references.Reference(name)

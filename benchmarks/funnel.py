@@ -52,7 +52,7 @@ def one(guide: str, seed: int, draws: int) -> dict[str, Any]:
 
     import pyro_vi_kit as vi
     from benchmarks.lib.quality import elbo_of
-    from pyro_vi_kit.modelfile import load_model_file
+    from pyro_vi_kit.model.modelfile import load_model_file
 
     torch.set_num_threads(1)
     model = load_model_file(ROOT / "models" / "funnel.py")

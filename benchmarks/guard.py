@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 
-from pyro_vi_kit.density import Density, density
-from pyro_vi_kit.model import Model
+from pyro_vi_kit.model.log_density import Density, density
+from pyro_vi_kit.model.model import Model
 
 # Milliseconds that it may cost on eight schools.
 ALLOWED = 30.0

@@ -45,7 +45,7 @@ def target() -> tuple[Any, Any, float]:
     """Points `[n]` of a grid, the target's log density there, and the grid's width."""
     import numpy as np
 
-    from pyro_vi_kit.modelfile import load_model_file
+    from pyro_vi_kit.model.modelfile import load_model_file
 
     module = sys.modules[load_model_file(ROOT / "models" / "kl_direction.py").fn.__module__]
     x = np.linspace(-3.0, 3.5, 650_001)
@@ -100,7 +100,7 @@ def one(optimum: str, particles: int, seed: int) -> dict[str, Any]:
     import torch
 
     import pyro_vi_kit as vi
-    from pyro_vi_kit.modelfile import load_model_file
+    from pyro_vi_kit.model.modelfile import load_model_file
 
     torch.set_num_threads(1)
     model = load_model_file(ROOT / "models" / "kl_direction.py")

@@ -31,8 +31,8 @@ from torch import Tensor
 
 import pyro_vi_kit as vi
 from benchmarks.lib.grammar import A, Grammar, Program
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.gradients import Gradients
+from pyro_vi_kit.model.gradients import Gradients
+from pyro_vi_kit.model.log_density import Density
 
 TOLERANCE = 1e-8
 POINTS = 3

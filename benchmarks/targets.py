@@ -50,7 +50,7 @@ def one(s: float, objective: str, seed: int) -> dict[str, Any]:
     import torch
 
     import pyro_vi_kit as vi
-    from pyro_vi_kit.modelfile import load_model_file
+    from pyro_vi_kit.model.modelfile import load_model_file
 
     torch.set_num_threads(1)
     fn = load_model_file(ROOT / "models" / "gaussian_mixture_target.py").fn

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from pyro_vi_kit import runtime
+from pyro_vi_kit.core import runtime
 
 NAME = "elsewhere"
 GENERATOR = torch.Generator()

@@ -12,14 +12,14 @@ from toys import SEARCHED, is_local, local_and_global_model, local_model, two_sc
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides, objectives
-from pyro_vi_kit.checkpoint import cloned
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import Batches, EagerEngine
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.checkpoint import cloned
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.guides import REGISTRY
-from pyro_vi_kit.guides.local import HEADS
+from pyro_vi_kit.guides.local.local import HEADS
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives.estimators import chosen
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.optimize.engines import Batches, EagerEngine
 
 ENCODED = [name for name in HEADS if name != "delta"]
 

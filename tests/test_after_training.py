@@ -15,11 +15,11 @@ import torch
 from toys import gaussian, local_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import pointwise
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.guides import Amortized, held_at_mean
 from pyro_vi_kit.objectives import Iwae, evaluate
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.posterior.diagnostics import pointwise
 
 pytestmark = pytest.mark.usefixtures("float64")
 N, P, D = 60, 4, 2

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 from toys import MODELS
 
-from pyro_vi_kit.bench import COLUMNS, Nuts, enumerate_cells, format_results, run, runner
-from pyro_vi_kit.bench.table import advice
-from pyro_vi_kit.errors import FileError, ModelError, OptionError, UnknownNameError
+from pyro_vi_kit.core.errors import FileError, ModelError, OptionError, UnknownNameError
+from pyro_vi_kit.validation.suite import COLUMNS, Nuts, enumerate_cells, format_results, run, runner
+from pyro_vi_kit.validation.suite.table import advice
 
 LINE = MODELS / "gaussian_regression_2d.py"
 # Two chains of 100 draws are rightly complained about; the bench says so in its table.

@@ -37,9 +37,9 @@ from benchmarks.lib.processes import Result, call
 from benchmarks.lib.records import Records
 from benchmarks.lib.tables import Measured, first_within, markdown, median_of, number, slope
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.model import Model
-from pyro_vi_kit.modelfile import load_model_file
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.model import Model
+from pyro_vi_kit.model.modelfile import load_model_file
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = (

@@ -19,12 +19,13 @@ import torch
 from toys import gaussian, local_and_global_model, local_model, two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import checkpoint as checkpoints
-from pyro_vi_kit import files, guides
-from pyro_vi_kit.engines import CapturedEngine, EagerEngine
-from pyro_vi_kit.errors import FileError, OptionError
-from pyro_vi_kit.methods.runs import Runs
+from pyro_vi_kit import guides
+from pyro_vi_kit.core import checkpoint as checkpoints
+from pyro_vi_kit.core import files
+from pyro_vi_kit.core.errors import FileError, OptionError
 from pyro_vi_kit.objectives import Elbo, Iwae
+from pyro_vi_kit.optimize.engines import CapturedEngine, EagerEngine
+from pyro_vi_kit.optimize.stochastic.runs import Runs
 
 SMALL = guides.AffineCoupling(layers=2, hidden=(8,))
 ADAM = functools.partial(torch.optim.Adam, lr=3e-3)
@@ -175,7 +176,7 @@ def test_a_finished_fit_comes_back_without_a_step(name, tmp_path, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr(CapturedEngine, "run", never)
-    monkeypatch.setattr("pyro_vi_kit.methods.fixed_draws.prefit", never)
+    monkeypatch.setattr("pyro_vi_kit.optimize.deterministic.fixed_draws.prefit", never)
     again = fit(name, path)
     assert_same(again, expected)
     assert again.engine == expected.engine == "captured"
@@ -253,8 +254,8 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 import test_checkpoint as tests
-from pyro_vi_kit import checkpoint
-from pyro_vi_kit.methods.runs import Runs
+from pyro_vi_kit.core import checkpoint
+from pyro_vi_kit.optimize.stochastic.runs import Runs
 
 checkpoint._EVERY = 0.0
 number = 0
@@ -452,8 +453,8 @@ def test_an_engine_goes_on_from_its_state(kind, optimizer):
         plate = density.blocks[0].plate
         return kind(density, Elbo(2), seed=1, batches=Batches({plate: 4}), optimizer=optimizer)
 
-    from pyro_vi_kit.density import Density
-    from pyro_vi_kit.engines import Batches
+    from pyro_vi_kit.model.log_density import Density
+    from pyro_vi_kit.optimize.engines import Batches
 
     def density_of(model):
         torch.manual_seed(0)

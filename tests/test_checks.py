@@ -11,7 +11,7 @@ from pyro.distributions import constraints
 from torch import nn
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.checks import Check, Report, check
+from pyro_vi_kit.model.checks import Check, Report, check
 
 MODELS = Path(__file__).parents[1] / "models"
 NAMES = sorted(path.stem for path in MODELS.glob("*.py"))

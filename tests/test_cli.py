@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 from toys import MODELS
 
-import pyro_vi_kit.fitting
+import pyro_vi_kit.fitting.fit
 from pyro_vi_kit.cli import main
 from pyro_vi_kit.cli.output import in_options
-from pyro_vi_kit.methods import stochastic
+from pyro_vi_kit.optimize.stochastic import stochastic
 
 LINE = str(MODELS / "gaussian_regression_2d.py")
 EIGHT = str(MODELS / "eight_schools.py")
@@ -261,7 +261,7 @@ def fail_with(monkeypatch, error):
     def fit(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(pyro_vi_kit.fitting, "fit", fit)
+    monkeypatch.setattr(pyro_vi_kit.fitting.fit, "fit", fit)
 
 
 def test_the_unexpected(monkeypatch):
@@ -448,7 +448,7 @@ def test_bench_interrupted(monkeypatch, tmp_path):
     def fit(*args, **kwargs):
         raise KeyboardInterrupt
 
-    from pyro_vi_kit.bench import runner
+    from pyro_vi_kit.validation.suite import runner
 
     monkeypatch.setattr(runner, "fit", fit)
     result = vi_kit("bench", LINE, "--no-nuts", "--out", tmp_path)

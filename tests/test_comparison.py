@@ -15,11 +15,11 @@ from conjugate import exact
 
 import pyro_vi_kit as vi
 from models import linear_regression
-from pyro_vi_kit.comparison import COLUMNS, Paired, compare, format_overview, overview
-from pyro_vi_kit.comparison.measures import Distances, effective_draws
-from pyro_vi_kit.errors import ModelError, OptionError
-from pyro_vi_kit.export import Group, to_arviz
-from pyro_vi_kit.sampling import SamplerWarning
+from pyro_vi_kit.core.errors import ModelError, OptionError
+from pyro_vi_kit.core.export import Group, to_arviz
+from pyro_vi_kit.validation.compare import COLUMNS, Paired, compare, format_overview, overview
+from pyro_vi_kit.validation.compare.measures import Distances, effective_draws
+from pyro_vi_kit.validation.nuts import SamplerWarning
 
 MODEL = linear_regression.MODEL
 MEAN, COVARIANCE, LOG_EVIDENCE = exact(

@@ -17,11 +17,11 @@ from pyro_vi_kit import guides, objectives
 from pyro_vi_kit.capture import Program, replay
 from pyro_vi_kit.capture.recorder import record
 from pyro_vi_kit.cli import main
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.device import checked, device_of
-from pyro_vi_kit.engines import CapturedEngine, EagerEngine
-from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.runtime import RandomStream, default_device, isolated, random_state
+from pyro_vi_kit.core.device import checked, device_of
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.runtime import RandomStream, default_device, isolated, random_state
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.optimize.engines import CapturedEngine, EagerEngine
 
 CASES = Path(__file__).parent / "elsewhere_cases.py"
 needs_cuda = pytest.mark.skipif(

@@ -15,18 +15,18 @@ from pyro.infer.reparam import LocScaleReparam
 from toys import gaussian, load
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.approximation import GuideApproximation
-from pyro_vi_kit.chains import run_chains
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.hierarchy import centred_sites
-from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.methods.peaks import Peak, left_out
-from pyro_vi_kit.methods.shapes import Gaussian
+from pyro_vi_kit.core.contracts import Status
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.work import work_of
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density.hierarchy import centred_sites
+from pyro_vi_kit.optimize.deterministic.modes import Peak, left_out
+from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
 from pyro_vi_kit.posterior import Posterior
-from pyro_vi_kit.record import Record
-from pyro_vi_kit.shifts import flattened
-from pyro_vi_kit.types import Status
-from pyro_vi_kit.work import work_of
+from pyro_vi_kit.posterior.approximation import GuideApproximation
+from pyro_vi_kit.posterior.diagnostics.chains import run_chains
+from pyro_vi_kit.posterior.diagnostics.shifts import flattened
+from pyro_vi_kit.posterior.record import Record
 
 
 def posterior_with(model, loc, scale_tril, guide="full_rank"):
@@ -248,7 +248,7 @@ def test_a_needle_that_chains_step_over_is_no_secret(init):
 
 
 def test_chains_are_left_out_where_they_would_take_too_long(monkeypatch):
-    monkeypatch.setattr("pyro_vi_kit.chains._WORK", 1)
+    monkeypatch.setattr("pyro_vi_kit.posterior.diagnostics.chains._WORK", 1)
     posterior = against_gaussian(0.5)
     assert chains_from(posterior) is None
     assert posterior.verdict.level == "resample"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.core.errors import ModelError, OptionError
 
 Y = torch.tensor([0.0, 3.0, 0.0, 0.0])
 INITIAL = torch.tensor([0.7, 0.3])

@@ -13,9 +13,9 @@ from conjugate import exact
 from toys import gaussian, local_model, two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import evidence
-from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.psis import psis
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.psis import psis
+from pyro_vi_kit.posterior.corrections import evidence
 
 REPEATS = 40
 

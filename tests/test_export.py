@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 import xarray as xr
 
-from pyro_vi_kit import export, files
-from pyro_vi_kit.errors import FileError, ModelError
-from pyro_vi_kit.export import Group
+from pyro_vi_kit.core import export, files
+from pyro_vi_kit.core.errors import FileError, ModelError
+from pyro_vi_kit.core.export import Group
 
 SCHOOLS = ["Älpha", "Beta", "Gamma"]
 

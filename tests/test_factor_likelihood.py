@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.model.log_density import Density
 
 Y = torch.randn(12, generator=torch.Generator().manual_seed(3)) + 0.5
 

@@ -21,10 +21,11 @@ from test_checkpoint import rewrite
 from toys import two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import export, files, storage
-from pyro_vi_kit.bench import records
-from pyro_vi_kit.bench.cells import Cell
-from pyro_vi_kit.errors import FileError, ModelError, OptionError, OtherDataWarning, ViError
+from pyro_vi_kit.core import export, files
+from pyro_vi_kit.core.errors import FileError, ModelError, OptionError, OtherDataWarning, ViError
+from pyro_vi_kit.posterior import storage
+from pyro_vi_kit.validation.suite import records
+from pyro_vi_kit.validation.suite.cells import Cell
 
 STEPS = {"method": "stochastic", "engine": "eager", "steps": 5, "seed": 0, "init": "origin"}
 
@@ -68,7 +69,8 @@ def test_a_planted_name_is_not_followed(tmp_path):
 def test_what_a_killed_process_left_is_taken_away(tmp_path):
     path = tmp_path / "run.ckpt"
     code = (
-        "import os; from pyro_vi_kit import files; os.replace = lambda *_: os.kill(os.getpid(), 9); "
+        "import os; from pyro_vi_kit.core import files; "
+        "os.replace = lambda *_: os.kill(os.getpid(), 9); "
         f"files.write({str(path)!r}, b'new')"
     )
     killed = subprocess.run([sys.executable, "-c", code], check=False)

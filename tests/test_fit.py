@@ -26,13 +26,14 @@ from toys import (
 )
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import fitting, guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import FileError, ModelError, OptionError, UnknownNameError
+from pyro_vi_kit import guides
+from pyro_vi_kit.core.errors import FileError, ModelError, OptionError, UnknownNameError
+from pyro_vi_kit.core.runtime import one_thread
+from pyro_vi_kit.fitting import fit
 from pyro_vi_kit.guides import REGISTRY
-from pyro_vi_kit.methods.stochastic import Schedule
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
-from pyro_vi_kit.runtime import one_thread
+from pyro_vi_kit.optimize.stochastic.stochastic import Schedule
 
 LOCAL = [name for name in REGISTRY if is_local(name)]
 SPREAD = [name for name in REGISTRY if name != "delta"]
@@ -46,7 +47,7 @@ def short_fits(monkeypatch):
     def short(**options):
         return Schedule(**{**options, "stretch": 20, "max_steps": 40, "replicates": 4})
 
-    monkeypatch.setattr(fitting.stochastic, "Schedule", short)
+    monkeypatch.setattr(fit.stochastic, "Schedule", short)
 
 
 @pytest.fixture(scope="module")

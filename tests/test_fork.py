@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import runtime
+from pyro_vi_kit.core import runtime
 
 Y = torch.tensor([1.0, 2.0, 4.0])
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.gradients import Gradients
-from pyro_vi_kit.modelfile import load_model_file
+from pyro_vi_kit.model.gradients import Gradients
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.modelfile import load_model_file
 
 MODELS = sorted(
     path.stem for path in (Path(__file__).parents[1] / "models").glob("*.py") if path.stem[0] != "_"

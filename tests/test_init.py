@@ -10,8 +10,8 @@ from pyro.infer.autoguide import initialization as pyros
 from pyro.nn import PyroModule
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.core.errors import ModelError, OptionError
+from pyro_vi_kit.model.log_density import Density
 
 Y = torch.tensor([0.5, -0.4])
 

@@ -12,16 +12,17 @@ from click.testing import CliRunner
 from toys import MODELS, gaussian, load, local_model, two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import fitting, guides, ladder
-from pyro_vi_kit.bench import obstacle
+from pyro_vi_kit import guides
 from pyro_vi_kit.cli import main
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.contracts import Status
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.fitting import auto, fit
 from pyro_vi_kit.guides import AffineCoupling
-from pyro_vi_kit.guides.coupling import CouplingFlow
-from pyro_vi_kit.record import Record
-from pyro_vi_kit.types import Status
-from pyro_vi_kit.verdict import Verdict
+from pyro_vi_kit.guides.flows.coupling import CouplingFlow
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.posterior.diagnostics.verdict import Verdict
+from pyro_vi_kit.posterior.record import Record
+from pyro_vi_kit.validation.suite import obstacle
 
 COLUMNS = ["rung", "guide", "elbo", "khat", "verdict", "seconds", "chosen", "ended"]
 
@@ -53,11 +54,11 @@ class Scripted:
         return told
 
     def climb(self, budget=60.0):
-        request = fitting.checked(
+        request = fit.checked(
             self.density.model, "elbo", "auto", "auto", None, budget, None, "auto", "auto", None,
             None, 0, False, False,
         )  # fmt: skip
-        return ladder.climb(request, self.density, self)
+        return auto.climb(request, self.density, self)
 
     @property
     def names(self):
@@ -145,7 +146,7 @@ def test_one_dimension_has_no_flow():
 
 
 def test_a_rung_that_is_not_affordable_is_left_out_and_said(monkeypatch):
-    monkeypatch.setattr(ladder, "_seconds_per_step", lambda climb: 1.0)
+    monkeypatch.setattr(auto, "_seconds_per_step", lambda climb: 1.0)
     posterior = Scripted([("reject", -1.0, 1.0)]).climb(budget=60.0)
     first, *others = posterior.record.ladder
     assert first.chosen

@@ -13,14 +13,14 @@ from conjugate import exact
 from toys import gaussian, local_model, two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import linear_response
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.methods.curvature import entries, hessian
-from pyro_vi_kit.methods.draws import matched_normals
-from pyro_vi_kit.methods.shapes import Dense, Diagonal, Gaussian
-from pyro_vi_kit.progress import Progress
-from pyro_vi_kit.runtime import seed_of
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.core.runtime import seed_of
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.optimize.deterministic.curvature import entries, hessian
+from pyro_vi_kit.optimize.deterministic.draws import matched_normals
+from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Diagonal, Gaussian
+from pyro_vi_kit.posterior.corrections import linear_response
 
 QUIET = Progress("", enabled=False)
 DRAWS = 512

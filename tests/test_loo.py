@@ -14,11 +14,11 @@ from conjugate import exact
 
 import pyro_vi_kit as vi
 from models import eight_schools_centered, hmm, missing_data
-from pyro_vi_kit.errors import ModelError, OptionError, UnknownNameError
-from pyro_vi_kit.export import arviz_major, import_arviz
-from pyro_vi_kit.loo import LooWarning
-from pyro_vi_kit.loo.elpd import leave_one_out
-from pyro_vi_kit.psis import psis
+from pyro_vi_kit.core.errors import ModelError, OptionError, UnknownNameError
+from pyro_vi_kit.core.export import arviz_major, import_arviz
+from pyro_vi_kit.core.psis import psis
+from pyro_vi_kit.posterior.diagnostics.loo import LooWarning
+from pyro_vi_kit.posterior.diagnostics.loo.elpd import leave_one_out
 
 pytestmark = pytest.mark.usefixtures("float64")
 PRIOR, NOISE, N = 2.0, 0.7, 24

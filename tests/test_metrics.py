@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from pyro_vi_kit import metrics
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core import metrics
+from pyro_vi_kit.core.errors import OptionError
 
 
 def _unit(dimensions: int) -> dict[str, np.ndarray]:

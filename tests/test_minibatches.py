@@ -13,12 +13,12 @@ from toys import local_and_global_model, local_evidence, local_model, two_scales
 import pyro_vi_kit as vi
 from benchmarks.peers.rows import grouped, moments, regression
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.subsampling import require_subsamplable
-from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.core.errors import ModelError, OptionError
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density.subsampling import require_subsamplable
 from pyro_vi_kit.objectives import Elbo, Iwae
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.optimize.engines import Batches, CapturedEngine, EagerEngine
 
 ROWS, COLUMNS = 60, 3
 
@@ -213,7 +213,7 @@ def test_a_number_means_the_largest_plate(batch_size, sizes):
     model = vi.Model(two_plates, torch.randn(6), torch.randn(11))
     posterior = vi.fit(model, "mean_field", batch_size=batch_size, steps=3, seed=0)
     assert posterior.record.batch_size == batch_size
-    from pyro_vi_kit.minibatches import sizes_of
+    from pyro_vi_kit.fitting.minibatches import sizes_of
 
     assert {p.name: s for p, s in sizes_of(batch_size, posterior.density).items()} == sizes
 

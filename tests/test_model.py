@@ -12,8 +12,8 @@ import pytest
 import torch
 from pyro.nn import PyroModule
 
-from pyro_vi_kit import errors
-from pyro_vi_kit.model import Model
+from pyro_vi_kit.core import errors
+from pyro_vi_kit.model.model import Model
 
 
 def normal(x, y=None, *more, scale=1.0):

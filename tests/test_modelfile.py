@@ -7,8 +7,8 @@ import torch
 from toys import MODELS
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.errors import FileError, ModelError
-from pyro_vi_kit.modelfile import load_model_file, model_files
+from pyro_vi_kit.core.errors import FileError, ModelError
+from pyro_vi_kit.model.modelfile import load_model_file, model_files
 
 GOOD = """
 import pyro

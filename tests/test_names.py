@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import export, plots
-from pyro_vi_kit.errors import ModelError, OptionError, UnknownNameError, ViError
+from pyro_vi_kit import plots
+from pyro_vi_kit.core import export
+from pyro_vi_kit.core.errors import ModelError, OptionError, UnknownNameError, ViError
 
 ROWS = torch.tensor([0, 1, 2, 0])
 Y = torch.tensor([0.3, -0.1, 1.2, 0.5])

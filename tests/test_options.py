@@ -17,10 +17,11 @@ import pytest
 import torch
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import plots, runtime
-from pyro_vi_kit.calibration import Calibration
-from pyro_vi_kit.errors import ViError
+from pyro_vi_kit import plots
+from pyro_vi_kit.core import runtime
+from pyro_vi_kit.core.errors import ViError
 from pyro_vi_kit.posterior import Posterior
+from pyro_vi_kit.validation.calibrate import Calibration
 
 
 class Unprintable:

@@ -13,7 +13,7 @@ import torch
 
 import pyro_vi_kit as vi
 from models import missing_data, zero_inflated_counts
-from pyro_vi_kit.errors import FileError, MissingDependencyError, OptionError
+from pyro_vi_kit.core.errors import FileError, MissingDependencyError, OptionError
 from pyro_vi_kit.plots import predictive
 from pyro_vi_kit.plots.predictive import _edges
 

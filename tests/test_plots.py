@@ -12,8 +12,8 @@ import pytest
 
 import pyro_vi_kit as vi
 from models import eight_schools
-from pyro_vi_kit.errors import FileError, MissingDependencyError, OptionError, UnknownNameError
-from pyro_vi_kit.export import Group, to_arviz
+from pyro_vi_kit.core.errors import FileError, MissingDependencyError, OptionError, UnknownNameError
+from pyro_vi_kit.core.export import Group, to_arviz
 from pyro_vi_kit.plots import losses, marginals
 from pyro_vi_kit.plots.density import density, support
 from pyro_vi_kit.plots.losses import smoothed

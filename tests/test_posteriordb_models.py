@@ -15,8 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import FileError
+from pyro_vi_kit.core.errors import FileError
+from pyro_vi_kit.model.log_density import Density
 
 pytestmark = pytest.mark.usefixtures("float64")
 

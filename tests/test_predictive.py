@@ -12,9 +12,9 @@ import torch
 
 import pyro_vi_kit as vi
 from models import eight_schools, missing_data
-from pyro_vi_kit.errors import OptionError, UnknownNameError
-from pyro_vi_kit.observations import kind_of, observations
-from pyro_vi_kit.predictive import Comparison, replicate
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError
+from pyro_vi_kit.posterior.diagnostics.observations import kind_of, observations
+from pyro_vi_kit.posterior.diagnostics.predictive import Comparison, replicate
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -161,7 +161,7 @@ def test_a_point_estimate_and_a_pyro_guide():
 
 
 def test_a_pyro_guide_is_corrected_too(monkeypatch):
-    from pyro_vi_kit.approximation import of_traces
+    from pyro_vi_kit.posterior.approximation import of_traces
 
     monkeypatch.setattr(of_traces, "pool_of", lambda draws: 400)
 

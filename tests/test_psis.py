@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.export import arviz_major, import_arviz
-from pyro_vi_kit.psis import khat_error, psis, resample, weighted_moments
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.export import arviz_major, import_arviz
+from pyro_vi_kit.core.psis import khat_error, psis, resample, weighted_moments
 
 SIZES = (100, 1000, 10_000)
 LAWS = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from test_psis import LAWS
 
-from pyro_vi_kit.evaluation import smooth
-from pyro_vi_kit.psis_rows import psis_rows
+from pyro_vi_kit.posterior.diagnostics.psis_rows import psis_rows
+from pyro_vi_kit.posterior.evaluation import smooth
 
 ROWS = 40
 

@@ -100,7 +100,7 @@ def test_a_wrong_density_is_told(monkeypatch):
 
     import pyro_vi_kit as vi
     from benchmarks.pyro_examples import judge
-    from pyro_vi_kit.density import Density
+    from pyro_vi_kit.model.log_density import Density
 
     def model():
         pyro.sample("x", dist.Normal(0.0, 1.0))

@@ -9,8 +9,8 @@ from pyro import poutine
 import pyro_vi_kit as vi
 from benchmarks.lib.grammar import LATENTS, OBSERVED, WRITES, Grammar
 from benchmarks.random_models import compared, problem_of
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.masks import shown
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density.masks import shown
 
 COUNT, STEP = 100, 10
 

@@ -19,7 +19,7 @@ from torch.distributions import biject_to, constraints
 from torch.utils.data import TensorDataset
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.errors import ViError
+from pyro_vi_kit.core.errors import ViError
 
 X = torch.linspace(-1.0, 1.0, 8)
 Y = torch.tensor([0.3, -0.7, 0.2, 1.1, -0.4, 0.9, 0.1, 0.5])

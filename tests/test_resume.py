@@ -12,9 +12,9 @@ from toys import gaussian, local_model, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.engines import EagerEngine
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.core.errors import ModelError, OptionError
 from pyro_vi_kit.objectives import Elbo, Iwae
+from pyro_vi_kit.optimize.engines import EagerEngine
 
 SMALL = guides.AffineCoupling(layers=2, hidden=(8,))
 

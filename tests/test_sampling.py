@@ -18,19 +18,19 @@ from conjugate import exact
 import models.eight_schools
 import models.gaussian_regression_2d
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import (
+from pyro_vi_kit.core.errors import (
     MissingDependencyError,
     ModelError,
     OptionError,
     UnknownNameError,
 )
-from pyro_vi_kit.export import datasets
-from pyro_vi_kit.sampling import SAMPLERS, SamplerWarning, diagnose, nuts
-from pyro_vi_kit.sampling.target import Target
+from pyro_vi_kit.core.export import datasets
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.validation.nuts import SAMPLERS, SamplerWarning, diagnose, nuts
+from pyro_vi_kit.validation.nuts.target import Target
 
 # Short runs, as most here are, are rightly complained about.
-pytestmark = pytest.mark.filterwarnings("ignore::pyro_vi_kit.sampling.SamplerWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::pyro_vi_kit.validation.nuts.SamplerWarning")
 
 EIGHT = models.eight_schools.MODEL
 SHORT = dict(chains=2, draws=10, tune=10, progress=False)
@@ -181,7 +181,7 @@ def test_quiet(sampler, capfd):
 
 
 def test_progress_goes_to_stderr(sampler, capfd, monkeypatch):
-    monkeypatch.setattr("pyro_vi_kit.progress._DELAY", 0.0)
+    monkeypatch.setattr("pyro_vi_kit.core.progress._DELAY", 0.0)
     nuts(EIGHT, sampler=sampler, **{**SHORT, "draws": 60, "progress": True})
     out, err = capfd.readouterr()
     assert out == ""

@@ -17,11 +17,11 @@ import torch
 import models.eight_schools
 import pyro_vi_kit as vi
 from pyro_vi_kit.capture.in_c import library
-from pyro_vi_kit.errors import ModelError
-from pyro_vi_kit.sampling import SamplerWarning, by_address, nuts
+from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.validation.nuts import SamplerWarning, by_address, nuts
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore::pyro_vi_kit.sampling.SamplerWarning"),
+    pytest.mark.filterwarnings("ignore::pyro_vi_kit.validation.nuts.SamplerWarning"),
     pytest.mark.skipif(library.compiler() is None, reason="there is no C compiler"),
 ]
 
@@ -94,7 +94,7 @@ def test_what_was_done_is_counted():
 
 
 def test_progress_is_shown(capfd, monkeypatch):
-    monkeypatch.setattr("pyro_vi_kit.progress._DELAY", 0.0)
+    monkeypatch.setattr("pyro_vi_kit.core.progress._DELAY", 0.0)
     nuts(EIGHT, **{**LONG, "draws": 4000, "progress": True})
     assert "NUTS, 2 chains" in capfd.readouterr().err
 

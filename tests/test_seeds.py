@@ -9,9 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.loo import LooWarning
-from pyro_vi_kit.methods.draws import matched_normals, sobol_normals
-from pyro_vi_kit.runtime import RandomStream, generator_of, seed_of
+from pyro_vi_kit.core.runtime import RandomStream, generator_of, seed_of
+from pyro_vi_kit.optimize.deterministic.draws import matched_normals, sobol_normals
+from pyro_vi_kit.posterior.diagnostics.loo import LooWarning
 
 
 def regression(x, y):

@@ -38,7 +38,7 @@ def test_shapes_broadcast_as_torch_has_them():
     import pytest
     import torch
 
-    from pyro_vi_kit.runtime import isolated
+    from pyro_vi_kit.core.runtime import isolated
 
     cases = [((3,), (2, 1)), ((), (4,)), ((1, 1), (5, 1, 2)), (3, (2, 3)), ((0,), (1,)), ()]
     expected = [torch.broadcast_shapes(*case) for case in cases]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.psis import psis
-from pyro_vi_kit.shifts import by_chains, by_weights
-from pyro_vi_kit.states import Columns
+from pyro_vi_kit.core.psis import psis
+from pyro_vi_kit.posterior.diagnostics.shifts import by_chains, by_weights
+from pyro_vi_kit.posterior.diagnostics.states import Columns
 
 S = 4000
 

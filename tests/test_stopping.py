@@ -23,11 +23,12 @@ from test_fork import in_child
 from toys import gaussian, two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import bench, checkpoint, stopping
-from pyro_vi_kit.calibration import workers
-from pyro_vi_kit.errors import FitError, ModelError, OptionError
-from pyro_vi_kit.sampling import with_nutpie
-from pyro_vi_kit.sampling.target import Draws, Target
+from pyro_vi_kit.core import checkpoint, stopping
+from pyro_vi_kit.core.errors import FitError, ModelError, OptionError
+from pyro_vi_kit.validation import suite
+from pyro_vi_kit.validation.calibrate import workers
+from pyro_vi_kit.validation.nuts import with_nutpie
+from pyro_vi_kit.validation.nuts.target import Draws, Target
 
 Y = torch.tensor([1.0, 2.0, 4.0])
 STEPS = {"method": "stochastic", "engine": "eager", "init": "origin", "seed": 0}
@@ -139,7 +140,7 @@ def interrupted_after(monkeypatch, draws):
     monkeypatch.setattr(with_nutpie, "_POLL_SECONDS", 0.001)
 
 
-@pytest.mark.filterwarnings("ignore::pyro_vi_kit.sampling.SamplerWarning")
+@pytest.mark.filterwarnings("ignore::pyro_vi_kit.validation.nuts.SamplerWarning")
 def test_ctrl_c_in_nuts_keeps_the_draws(monkeypatch):
     """Two chains after one another: one and a half are made."""
     interrupted_after(monkeypatch, 100 + 200 + 100 + 80)
@@ -151,7 +152,7 @@ def test_ctrl_c_in_nuts_keeps_the_draws(monkeypatch):
     assert tree.attrs["draws"] == 200
 
 
-@pytest.mark.filterwarnings("ignore::pyro_vi_kit.sampling.SamplerWarning")
+@pytest.mark.filterwarnings("ignore::pyro_vi_kit.validation.nuts.SamplerWarning")
 def test_ctrl_c_in_nutpie_keeps_the_draws(monkeypatch):
     pytest.importorskip("nutpie")
     interrupted_after(monkeypatch, 2_000)
@@ -405,12 +406,12 @@ def test_a_fit_that_is_killed_at_any_moment_loses_nothing(tmp_path, monkeypatch)
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.ckpt"]
 
 
-@pytest.mark.filterwarnings("ignore::pyro_vi_kit.sampling.SamplerWarning")
+@pytest.mark.filterwarnings("ignore::pyro_vi_kit.validation.nuts.SamplerWarning")
 def test_a_bench_that_is_killed_at_any_moment_loses_nothing(tmp_path):
     (tmp_path / "model.py").write_text(MODEL_FILE.format(at_each_call="pass"))
 
     def run(folder):
-        return bench.run(
+        return suite.run(
             [tmp_path / "model.py"],
             ["mean_field", "full_rank"],
             ["elbo"],

@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import CapturedEngine, EagerEngine, StreamedBatches
-from pyro_vi_kit.errors import ModelError, OptionError
-from pyro_vi_kit.guides.streamed import weigh_all
+from pyro_vi_kit.core.errors import ModelError, OptionError
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.guides.local.streamed import weigh_all
+from pyro_vi_kit.model.data import Stream
+from pyro_vi_kit.model.data.order import Order
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
-from pyro_vi_kit.runtime import RandomStream
-from pyro_vi_kit.stream import Stream
-from pyro_vi_kit.stream.order import Order
+from pyro_vi_kit.optimize.engines import CapturedEngine, EagerEngine, StreamedBatches
 
 N, COLUMNS = 600, 3
 
@@ -390,7 +390,7 @@ def test_a_conjugate_posterior_is_found(name):
 
 
 def test_the_start_moves_from_the_sample_to_all_data(monkeypatch):
-    from pyro_vi_kit import streaming
+    from pyro_vi_kit.fitting import streaming
 
     monkeypatch.setattr(streaming, "_ROWS", 200)
     model = vi.Model(linear, TensorDataset(*data()))
@@ -506,7 +506,7 @@ def test_a_multi_sample_bound_of_each_row():
 
 
 def test_a_look_at_very_many_batches_is_at_some(monkeypatch):
-    monkeypatch.setattr("pyro_vi_kit.engines.streaming._LOOK", 5)
+    monkeypatch.setattr("pyro_vi_kit.optimize.engines.streaming._LOOK", 5)
     density = Density(vi.Model(linear, TensorDataset(*data())))
     batches = StreamedBatches(density, 20, 0)
     one, other = ([b[1] for b in batches.looked_at()] for _ in range(2))

@@ -30,10 +30,10 @@ def test_circles_are_found_and_chains_are_none():
 
 
 def test_hops_are_counted_where_a_run_goes_on_in_another_file():
-    from pyro_vi_kit import registry
+    from pyro_vi_kit.core import registry
 
     files, hops = structure.passed_through(lambda: registry.first_line(int))
-    assert list(files) == ["registry.py"]
+    assert list(files) == ["core/registry.py"]
     assert hops == []
 
 

@@ -20,8 +20,8 @@ from pyro.infer.autoguide import (
 from torch.distributions import constraints
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import evaluation
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.posterior import evaluation
 
 Y = torch.tensor([-2.1, -1.7, -2.6, 2.2, 1.4, 1.9])
 fit = functools.partial(vi.fit, seed=0, progress=False)

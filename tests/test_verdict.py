@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from pyro_vi_kit import guides
-from pyro_vi_kit.advice import RICHER, Cure
-from pyro_vi_kit.evaluation import gap_of, smooth
-from pyro_vi_kit.psis import Psis
-from pyro_vi_kit.shifts import Shifts, by_weights, flattened, scale_of
-from pyro_vi_kit.types import Status
-from pyro_vi_kit.verdict import Findings, is_close, judge, needs_chains
+from pyro_vi_kit.core.contracts import Status
+from pyro_vi_kit.core.psis import Psis
+from pyro_vi_kit.posterior.diagnostics.advice import RICHER, Cure
+from pyro_vi_kit.posterior.diagnostics.shifts import Shifts, by_weights, flattened, scale_of
+from pyro_vi_kit.posterior.diagnostics.verdict import Findings, is_close, judge, needs_chains
+from pyro_vi_kit.posterior.evaluation import gap_of, smooth
 
 CONVERGED = Status(True, "converged", "Done.")
 S = 4000

@@ -14,8 +14,8 @@ from pyro.poutine.util import prune_subsample_sites
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.model.log_density import Density
 
 MODELS = Path(__file__).parents[1] / "models"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.density import Density
+from pyro_vi_kit.model.log_density import Density
 
 _CHUNK = 4096
 # Draws, and nats below the target from which on more of them are worth their time.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.references import Reference
-from pyro_vi_kit.density import Density
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.posterior import Posterior
 
 _SEED = 271_828

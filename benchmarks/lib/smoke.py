@@ -63,7 +63,7 @@ class Smoke:
     def fit(self) -> None:
         """A normal and a flow: a search, and captured steps; both find the slopes."""
         import pyro_vi_kit as vi
-        from pyro_vi_kit.modelfile import load_model_file
+        from pyro_vi_kit.model.modelfile import load_model_file
 
         self.made["model"] = model = load_model_file(self.file)
         for guide in ("full_rank", "affine_coupling"):

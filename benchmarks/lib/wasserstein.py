@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.lib.references import Reference, folder
-from pyro_vi_kit.metrics import sliced_wasserstein
+from pyro_vi_kit.core.metrics import sliced_wasserstein
 
 DIRECTIONS, SEED = 256, 99
 

@@ -18,8 +18,8 @@ def smallest(draws: Mapping[str, Any]) -> dict[str, float]:
         nobody's sampling.
     """
     started = time.perf_counter()
-    from pyro_vi_kit.export import Group, to_arviz
-    from pyro_vi_kit.sampling.report import diagnose
+    from pyro_vi_kit.core.export import Group, to_arviz
+    from pyro_vi_kit.validation.nuts.report import diagnose
 
     groups = {"posterior": Group({name: np.asarray(value) for name, value in draws.items()})}
     with warnings.catch_warnings():

@@ -73,7 +73,7 @@ def race(name: str, guide: str, seed: int, target: float, cap: float) -> dict[st
     """Seconds until the ELBO is within the target for the first time, compilation included."""
     from benchmarks.lib import race as races
     from benchmarks.lib.oracle import Oracle
-    from pyro_vi_kit.density import Density
+    from pyro_vi_kit.model.log_density import Density
 
     oracle = Oracle(Density(Reference(name).module().MODEL))
     # What JAX and NumPyro do once in a process; compiling this model is on the clock.

@@ -51,7 +51,7 @@ def race(name: str, guide: str, seed: int, target: float, cap: float) -> dict[st
     """Seconds until the ELBO is within the target for the first time; see `lib.race`."""
     from benchmarks.lib import race as races
     from benchmarks.lib.oracle import Oracle
-    from pyro_vi_kit.density import Density
+    from pyro_vi_kit.model.log_density import Density
 
     svi, autoguide, model = set_up(name, guide, seed)
     oracle = Oracle(Density(model))

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib.clock import pace
-from pyro_vi_kit import engines, fitting, guides, objectives
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.model import Model
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.fitting import fit
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.model import Model
+from pyro_vi_kit.optimize import engines
 
 RATE = 0.005
 
@@ -64,7 +66,7 @@ def run(
     before = _peak()
     if kind == "fit":
         started = time.perf_counter()
-        posterior = fitting.fit(model, guide=guide, seed=0, progress=False)
+        posterior = fit.fit(model, guide=guide, seed=0, progress=False)
         found = {
             "ms": 1000 * (time.perf_counter() - started),
             "evaluations": float(posterior.evaluations),
@@ -123,7 +125,7 @@ def _data(family: str, rows: int, columns: int) -> tuple[Tensor, Tensor]:
 def _warm_up() -> None:
     X, y = _data("linear", 10, 2)
     _by_hand(X, y, "linear", 2)(2)
-    fitting.fit(Model(linear, X, y), guide="mean_field", seed=0, progress=False)
+    fit.fit(Model(linear, X, y), guide="mean_field", seed=0, progress=False)
 
 
 def _peak() -> float:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import Batches, CapturedEngine
+from pyro_vi_kit.core.runtime import RandomStream, one_thread
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
-from pyro_vi_kit.runtime import RandomStream, one_thread
+from pyro_vi_kit.optimize.engines import Batches, CapturedEngine
 
 
 def regression(x: Tensor, y: Tensor, there: Tensor) -> None:

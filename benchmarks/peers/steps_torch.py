@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from benchmarks.lib.clock import pace
 from benchmarks.peers.schools import LAYERS, SIGMA, WIDTH, Y
 from models.eight_schools import eight_schools
-from pyro_vi_kit import engines, guides, objectives
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.model import Model
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.model import Model
+from pyro_vi_kit.optimize import engines
 
 # Learning rate of all: what a step costs does not depend on it.
 RATE = 0.005

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyro_vi_kit import engines, fitting, guides, objectives
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.model import Model
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.fitting import fit as fitting
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.model import Model
+from pyro_vi_kit.optimize import engines
 
 RATE = 0.005
 _PIECE = 50_000

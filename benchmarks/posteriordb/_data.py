@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pyro_vi_kit.errors import FileError
+from pyro_vi_kit.core.errors import FileError
 
 VARIABLE = "PYRO_VI_KIT_POSTERIORDB"
 

@@ -36,9 +36,9 @@ _IMPORTED_BY_MANY = (
     "sklearn.datasets",
     "arviz",
     "pyro.infer",
-    "pyro_vi_kit.checks",
-    "pyro_vi_kit.fitting",
-    "pyro_vi_kit.sampling",
+    "pyro_vi_kit.model.checks",
+    "pyro_vi_kit.fitting.fit",
+    "pyro_vi_kit.validation.nuts",
     "benchmarks.pyro_examples.judge",
 )
 

@@ -13,8 +13,8 @@ from pyro import infer, poutine
 
 import pyro_vi_kit as vi
 from benchmarks.pyro_examples.hooks import Found
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.handlers import subsample_indices
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density.handlers import subsample_indices
 
 BUDGET = 2.0  # seconds of a fit: whether it runs is asked here, not how good it gets
 _LARGEST_FOR_NUTS = 2_000  # dimensions

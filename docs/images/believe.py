@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.export import datasets
+from pyro_vi_kit.core.export import datasets
 from pyro_vi_kit.plots import predictive
 
 HERE = Path(__file__).parent

@@ -15,8 +15,8 @@ from pyro_vi_kit.capture.hoist import hoisted
 from pyro_vi_kit.capture.in_c import CFunction, RefusedError
 from pyro_vi_kit.capture.native import Library, impossible
 from pyro_vi_kit.capture.recorder import CaptureError, record
-from pyro_vi_kit.errors import first_line
-from pyro_vi_kit.runtime import LOCK, RandomStream
+from pyro_vi_kit.core.errors import first_line
+from pyro_vi_kit.core.runtime import LOCK, RandomStream
 
 # TorchScript's set-up grows faster than the graph: 7,000 operations take 5 seconds.
 _MAX_SCRIPT = 4000

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from pyro_vi_kit.capture.graph import Graph, Node, Noise, Ref
 from pyro_vi_kit.capture.layout import Layout
 from pyro_vi_kit.capture.simplify import simplified
-from pyro_vi_kit.errors import ViError
-from pyro_vi_kit.work import Watcher
+from pyro_vi_kit.core.errors import ViError
+from pyro_vi_kit.core.work import Watcher
 
 _READ = torch.ops.aten._local_scalar_dense.default
 _CHECK = torch.ops.aten._linalg_check_errors.default

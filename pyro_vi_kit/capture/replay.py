@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vi_kit import work
 from pyro_vi_kit.capture.graph import Graph
+from pyro_vi_kit.core import work
 
 Run = Callable[..., Sequence[Tensor]]
 

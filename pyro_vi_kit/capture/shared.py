@@ -11,7 +11,7 @@ from pyro_vi_kit.capture.graph import Graph
 from pyro_vi_kit.capture.hoist import hoisted
 from pyro_vi_kit.capture.program import Function, Program, same
 from pyro_vi_kit.capture.recorder import CaptureError, record
-from pyro_vi_kit.runtime import LOCK, RandomStream
+from pyro_vi_kit.core.runtime import LOCK, RandomStream
 
 Held = Sequence[Tensor]
 

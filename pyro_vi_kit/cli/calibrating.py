@@ -25,10 +25,10 @@ from pyro_vi_kit.cli.output import (
     relative,
     write_table,
 )
-from pyro_vi_kit.errors import MissingDependencyError
+from pyro_vi_kit.core.errors import MissingDependencyError
 
 if TYPE_CHECKING:
-    from pyro_vi_kit.calibration import Calibration
+    from pyro_vi_kit.validation.calibrate import Calibration
 
 NOT_CALIBRATED, INTERRUPTED = 3, 130
 
@@ -93,9 +93,9 @@ def calibrate_command(
     Exit code 3 if it does not.
     """
     from pyro_vi_kit import guides
-    from pyro_vi_kit.bench import folder_for_results
-    from pyro_vi_kit.calibration import calibrate
-    from pyro_vi_kit.modelfile import load_model_file
+    from pyro_vi_kit.model.modelfile import load_model_file
+    from pyro_vi_kit.validation.calibrate import calibrate
+    from pyro_vi_kit.validation.suite import folder_for_results
 
     spec = guides.specify(guide, **key_values("--guide-option", guide_options))
     goal = make_objective(objective, particles, alpha)

@@ -14,7 +14,7 @@ from pyro_vi_kit.cli.options import common_options, json_option
 from pyro_vi_kit.cli.output import print_json
 
 if TYPE_CHECKING:
-    from pyro_vi_kit.registry import About
+    from pyro_vi_kit.core.registry import About
 
 # Narrower, words stand one below the other; wider, lines are hard to follow.
 _WIDTHS = (96, 150)

@@ -20,11 +20,11 @@ from pyro_vi_kit.cli.options import (
     split_names,
 )
 from pyro_vi_kit.cli.output import message, print_json, records, relative, write_table
-from pyro_vi_kit.errors import MissingDependencyError, OptionError
+from pyro_vi_kit.core.errors import MissingDependencyError, OptionError
 
 if TYPE_CHECKING:
-    from pyro_vi_kit.export import Tree
-    from pyro_vi_kit.model import Model
+    from pyro_vi_kit.core.export import Tree
+    from pyro_vi_kit.model.model import Model
     from pyro_vi_kit.posterior import Posterior
 
 FAILED, INTERRUPTED = 1, 130
@@ -58,11 +58,11 @@ def compare_command(
 ) -> None:
     """Fit guides and print how far each is from NUTS, and how much faster."""
     from pyro_vi_kit import guides
-    from pyro_vi_kit.bench import folder_for_results
-    from pyro_vi_kit.comparison import compare, format_overview
-    from pyro_vi_kit.fitting import fit
-    from pyro_vi_kit.modelfile import load_model_file
-    from pyro_vi_kit.sampling import nuts
+    from pyro_vi_kit.fitting.fit import fit
+    from pyro_vi_kit.model.modelfile import load_model_file
+    from pyro_vi_kit.validation.compare import compare, format_overview
+    from pyro_vi_kit.validation.nuts import nuts
+    from pyro_vi_kit.validation.suite import folder_for_results
 
     names = split_names("guide", guide_text, list(guides.choices()))
     goal = make_objective(objective, particles, alpha)
@@ -117,7 +117,7 @@ def bench_command(
 ) -> None:
     """Fit all guides to all models with all objectives; may be interrupted and resumed."""
     from pyro_vi_kit import guides, objectives
-    from pyro_vi_kit.bench import Nuts, format_results, run
+    from pyro_vi_kit.validation.suite import Nuts, format_results, run
 
     names = split_names("guide", guide_text, list(guides.choices()))
     goals = split_names("objective", goal_text, objectives.names())
@@ -144,8 +144,8 @@ def bench_command(
 
 def _refuse_impossible(model: Model, names: list[str], objective: str, init: str) -> None:
     """Refuse what cannot work before anything is run."""
-    from pyro_vi_kit.bench import obstacle
-    from pyro_vi_kit.density import Density, initial
+    from pyro_vi_kit.model.log_density import Density, initial
+    from pyro_vi_kit.validation.suite import obstacle
 
     where = initial.checked(init, ("auto", "origin"))
     density = Density(model, init=None if isinstance(where, str) else where)
@@ -158,7 +158,7 @@ def _refuse_impossible(model: Model, names: list[str], objective: str, init: str
 def _write(folder: Path, reference: Tree, posteriors: dict[str, Posterior]) -> None:
     """Everything that a comparison is made of, and pictures where they can be drawn."""
     from pyro_vi_kit import plots
-    from pyro_vi_kit.export import write
+    from pyro_vi_kit.core.export import write
 
     write(reference, folder / "reference.nc")
     for name, posterior in posteriors.items():

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from pyro_vi_kit.errors import OptionError, UnknownNameError, told
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
 
 if TYPE_CHECKING:
-    from pyro_vi_kit.types import Objective
+    from pyro_vi_kit.core.contracts import Objective
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -121,7 +121,7 @@ def netcdf_target(out: str | None) -> Path | None:
         OptionError: If its ending is that of another kind of file.
         FileError: If it cannot be written.
     """
-    from pyro_vi_kit.files import check_writable
+    from pyro_vi_kit.core.files import check_writable
 
     if out is None:
         return None

@@ -84,7 +84,7 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
 
 def write_table(frame: pd.DataFrame, path: Path, **options: Any) -> None:
     """Write a table as CSV, all of it or nothing."""
-    from pyro_vi_kit import files
+    from pyro_vi_kit.core import files
 
     files.write(path, frame.to_csv(**options).encode())
 

@@ -20,12 +20,12 @@ from pyro_vi_kit.cli.options import (
     seed_option,
 )
 from pyro_vi_kit.cli.output import in_options, message, print_json, print_table, records, relative
-from pyro_vi_kit.errors import FitError
+from pyro_vi_kit.core.errors import FitError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pyro_vi_kit.export import Tree
+    from pyro_vi_kit.core.export import Tree
     from pyro_vi_kit.posterior import Posterior
 
 WRONG_REQUEST, REJECTED, NOT_CONVERGED, INTERRUPTED = 2, 3, 3, 130
@@ -40,8 +40,8 @@ _REPORT = ("max_rhat", "min_ess_bulk", "min_ess_tail", "divergences", "seconds",
 @click.pass_context
 def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
     """Look a model over: named checks, each with its remedy. Exit code 2 if one fails."""
-    from pyro_vi_kit.checks import check
-    from pyro_vi_kit.modelfile import load_model_file
+    from pyro_vi_kit.model.checks import check
+    from pyro_vi_kit.model.modelfile import load_model_file
 
     report = check(load_model_file(model_file), verbose=False)
     if as_json:
@@ -115,8 +115,8 @@ def fit_command(
     **options: Any,
 ) -> None:
     """Fit a guide; print the verdict and a summary. Exit code 3 if the verdict is reject."""
-    from pyro_vi_kit.fitting import fit
-    from pyro_vi_kit.modelfile import load_model_file
+    from pyro_vi_kit.fitting.fit import fit
+    from pyro_vi_kit.model.modelfile import load_model_file
 
     fresh = options["resume"] is None
     given = key_values("--guide-option", guide_options)
@@ -162,9 +162,9 @@ def nuts_command(
 
     Exit code 3 if they did not.
     """
-    from pyro_vi_kit.export import write
-    from pyro_vi_kit.modelfile import load_model_file
-    from pyro_vi_kit.sampling import nuts
+    from pyro_vi_kit.core.export import write
+    from pyro_vi_kit.model.modelfile import load_model_file
+    from pyro_vi_kit.validation.nuts import nuts
 
     target = netcdf_target(out)
     model = load_model_file(model_file)
@@ -198,7 +198,7 @@ def _keep(posterior: Posterior | None, target: Path | None, draws: int | None) -
 def _guide(name: str | None, options: dict[str, Any]) -> Any:
     """What ``--guide`` and its options stand for; None where neither is given."""
     from pyro_vi_kit import guides
-    from pyro_vi_kit.errors import OptionError
+    from pyro_vi_kit.core.errors import OptionError
 
     guides.require_choice(name)
     if name != guides.AUTO:
@@ -259,8 +259,8 @@ def _nuts_report(tree: Tree) -> str:
 
 def _draws_summary(tree: Tree) -> Any:
     """ArviZ's summary: mean, sd, interval, Monte Carlo errors, ESS and R-hat of each number."""
-    from pyro_vi_kit.export import datasets, import_arviz
-    from pyro_vi_kit.summary import labels_in
+    from pyro_vi_kit.core.export import datasets, import_arviz
+    from pyro_vi_kit.posterior.summary import labels_in
 
     frame = import_arviz().summary(tree, round_to="none")
     labels = [label for site in datasets(tree)["posterior"].values() for label in labels_in(site)]

@@ -6,34 +6,34 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.device import Device
-from pyro_vi_kit.errors import UnknownNameError
-from pyro_vi_kit.guides.adaptor import Draw, Guide
-from pyro_vi_kit.guides.affine_coupling import AffineCoupling
-from pyro_vi_kit.guides.amortized import Amortized
-from pyro_vi_kit.guides.autoregressive import Autoregressive
-from pyro_vi_kit.guides.delta import Delta
+from pyro_vi_kit.core.device import Device
+from pyro_vi_kit.core.errors import UnknownNameError
+from pyro_vi_kit.core.options import SEED, checks, optional
+from pyro_vi_kit.core.registry import About, first_line, resolve
+from pyro_vi_kit.core.runtime import RandomStream, a_dtype, default_dtype
 from pyro_vi_kit.guides.discrete import drawn_of
-from pyro_vi_kit.guides.full_rank import FullRank
-from pyro_vi_kit.guides.gaussian_mixture import Mixture
-from pyro_vi_kit.guides.held import held_at_mean, mean_of_globals
-from pyro_vi_kit.guides.laplace import Laplace
-from pyro_vi_kit.guides.local import LocalFlow, LocalMixture
-from pyro_vi_kit.guides.low_rank import LowRank
-from pyro_vi_kit.guides.mean_field import MeanField
-from pyro_vi_kit.guides.mixed import Relaxed
-from pyro_vi_kit.guides.neural_spline import NeuralSpline
-from pyro_vi_kit.guides.pathfinder import Pathfinder
-from pyro_vi_kit.guides.per_datum import per_datum, tabulated
-from pyro_vi_kit.guides.planar import Planar
-from pyro_vi_kit.guides.radial import Radial
-from pyro_vi_kit.guides.structured import Structured
-from pyro_vi_kit.guides.student_t import StudentT
-from pyro_vi_kit.model import Model, a_model
-from pyro_vi_kit.options import SEED, checks, optional
-from pyro_vi_kit.registry import About, first_line, resolve
-from pyro_vi_kit.runtime import RandomStream, a_dtype, default_dtype
+from pyro_vi_kit.guides.flows.affine_coupling import AffineCoupling
+from pyro_vi_kit.guides.flows.autoregressive import Autoregressive
+from pyro_vi_kit.guides.flows.neural_spline import NeuralSpline
+from pyro_vi_kit.guides.flows.planar import Planar
+from pyro_vi_kit.guides.flows.radial import Radial
+from pyro_vi_kit.guides.gaussian.delta import Delta
+from pyro_vi_kit.guides.gaussian.full_rank import FullRank
+from pyro_vi_kit.guides.gaussian.laplace import Laplace
+from pyro_vi_kit.guides.gaussian.low_rank import LowRank
+from pyro_vi_kit.guides.gaussian.mean_field import MeanField
+from pyro_vi_kit.guides.gaussian.pathfinder import Pathfinder
+from pyro_vi_kit.guides.gaussian.structured import Structured
+from pyro_vi_kit.guides.gaussian.student_t import StudentT
+from pyro_vi_kit.guides.local.amortized import Amortized
+from pyro_vi_kit.guides.local.condition_on_globals import held_at_mean, mean_of_globals
+from pyro_vi_kit.guides.local.local import LocalFlow, LocalMixture
+from pyro_vi_kit.guides.local.per_datum import per_datum, tabulated
+from pyro_vi_kit.guides.mixtures.gaussian_mixture import Mixture
+from pyro_vi_kit.guides.pyro_guide import Draw, Guide
+from pyro_vi_kit.guides.supports.mixed import Relaxed
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.model import Model, a_model
 
 
 @runtime_checkable

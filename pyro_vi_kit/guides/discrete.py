@@ -13,14 +13,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from pyro_vi_kit.density import Block, Density, Drawn, Plate, Site
-from pyro_vi_kit.density.relaxing import require_smooth
-from pyro_vi_kit.errors import OptionError, UnknownNameError, told
-from pyro_vi_kit.guides.adaptor import Guide
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
 from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.heads import Head
-from pyro_vi_kit.guides.local import LocalFamily, Table, head_for, local_name
-from pyro_vi_kit.guides.mixed import DiscreteHead, Part, Relaxed
+from pyro_vi_kit.guides.local.heads import Head
+from pyro_vi_kit.guides.local.local import LocalFamily, Table, head_for, local_name
+from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.guides.supports.mixed import DiscreteHead, Part, Relaxed
+from pyro_vi_kit.model.log_density import Block, Density, Drawn, Plate, Site
+from pyro_vi_kit.model.log_density.relaxing import require_smooth
 
 NAMES = ("score", "relaxed")
 

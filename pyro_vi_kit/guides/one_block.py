@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.guides.adaptor import Guide
 from pyro_vi_kit.guides.families import Family
+from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.model.log_density import Density
 
 
 class OneBlock(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import inf
 
-from pyro_vi_kit.errors import OptionError, told
+from pyro_vi_kit.core.errors import OptionError, told
 
 # A dense factor, its gradient and Adam's two moments take 0.5 GB at 4,000 dimensions.
 MAX_DENSE = 4000

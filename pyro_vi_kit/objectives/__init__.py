@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Protocol
 
+from pyro_vi_kit.core.contracts import LogWeights, Objective
+from pyro_vi_kit.core.registry import About, first_line, resolve
 from pyro_vi_kit.objectives.annealed import SCHEDULES, Annealed
 from pyro_vi_kit.objectives.base import Bound
 from pyro_vi_kit.objectives.beta import Beta
@@ -18,8 +20,6 @@ from pyro_vi_kit.objectives.forward_kl import ForwardKl
 from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
 from pyro_vi_kit.objectives.tail_adaptive import TailAdaptive
-from pyro_vi_kit.registry import About, first_line, resolve
-from pyro_vi_kit.types import LogWeights, Objective
 
 
 class ListedObjective(Objective, Protocol):

@@ -11,10 +11,10 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError, UnknownNameError, told
+from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives.elbo import Elbo, no_stock_loss, require_particles
-from pyro_vi_kit.registry import About
-from pyro_vi_kit.types import LogWeights
 
 # From the share of the warm-up that is over, a tensor in [0, 1], and the first power to the power now.
 SCHEDULES: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.types import LogWeights
+from pyro_vi_kit.core.contracts import LogWeights
 
 
 class Bound:

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError, told
+from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
 from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
-from pyro_vi_kit.registry import About
-from pyro_vi_kit.types import LogWeights
 
 
 @dataclass(frozen=True)

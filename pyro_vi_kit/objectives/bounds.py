@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.types import LogWeights, Objective
+from pyro_vi_kit.core.contracts import LogWeights, Objective
 
 
 def evaluate(objective: Objective, weights: LogWeights) -> Tensor:

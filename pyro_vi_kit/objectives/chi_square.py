@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError, told
+from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.options import is_finite
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.upper import UpperBound, require_several
-from pyro_vi_kit.options import is_finite
-from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import ClassVar
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError, told
+from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
-from pyro_vi_kit.registry import About
 
 _MOST_PARTICLES = 10**6
 

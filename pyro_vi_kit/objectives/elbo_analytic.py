@@ -11,11 +11,11 @@ from pyro.distributions import Independent, LowRankMultivariateNormal, Multivari
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives.elbo import Elbo, no_stock_loss
 from pyro_vi_kit.objectives.priors import normal_priors
-from pyro_vi_kit.registry import About
-from pyro_vi_kit.types import LogWeights
 
 
 @dataclass(frozen=True)

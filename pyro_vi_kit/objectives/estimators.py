@@ -33,10 +33,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.core.contracts import LogWeights, Objective
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives import stratified
 from pyro_vi_kit.objectives.bounds import evaluate, reduced
-from pyro_vi_kit.registry import About
-from pyro_vi_kit.types import LogWeights, Objective
 
 ABOUT = {
     "pathwise": About(

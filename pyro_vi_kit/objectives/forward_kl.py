@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives.upper import UpperBound, require_several
-from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)

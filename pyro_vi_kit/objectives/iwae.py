@@ -8,10 +8,10 @@ from typing import ClassVar
 from pyro.infer import ELBO, RenyiELBO
 from torch import Tensor
 
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives.base import Bound
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.elbo import require_particles
-from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import ClassVar
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor
 
-from pyro_vi_kit.errors import OptionError, told
+from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.options import is_finite, is_number
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
 from pyro_vi_kit.objectives.bounds import log_mean_exp
 from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
-from pyro_vi_kit.options import is_finite, is_number
-from pyro_vi_kit.registry import About
 
 
 @dataclass(frozen=True)

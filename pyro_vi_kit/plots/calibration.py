@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_vi_kit.calibration import Calibration
-from pyro_vi_kit.calibration.judging import CALIBRATED, JOINT
-from pyro_vi_kit.calibration.uniformity import Band, band, ecdf
-from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.options import checks, names, of_class, optional
-from pyro_vi_kit.options import path as a_path
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.options import checks, names, of_class, optional
+from pyro_vi_kit.core.options import path as a_path
 from pyro_vi_kit.plots.style import COLOURS, GREY, INK, destination, panels, save
+from pyro_vi_kit.validation.calibrate import Calibration
+from pyro_vi_kit.validation.calibrate.judging import CALIBRATED, JOINT
+from pyro_vi_kit.validation.calibrate.uniformity import Band, band, ecdf
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

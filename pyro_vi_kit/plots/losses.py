@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_vi_kit.comparison import by_name
-from pyro_vi_kit.options import checks, optional
-from pyro_vi_kit.options import path as a_path
+from pyro_vi_kit.core.options import checks, optional
+from pyro_vi_kit.core.options import path as a_path
 from pyro_vi_kit.plots.style import INK, destination, number, panels, save, styles
 from pyro_vi_kit.posterior import Posterior
+from pyro_vi_kit.validation.compare import by_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

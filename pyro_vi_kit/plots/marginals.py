@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyro_vi_kit.comparison import Paired, Reference, by_name, error_table, pair
-from pyro_vi_kit.comparison.measures import varies
-from pyro_vi_kit.errors import ModelError, UnknownNameError
-from pyro_vi_kit.export import Tree
-from pyro_vi_kit.options import COUNT, SEED, checks, integer, names, optional
-from pyro_vi_kit.options import path as a_path
+from pyro_vi_kit.core.errors import ModelError, UnknownNameError
+from pyro_vi_kit.core.export import Tree
+from pyro_vi_kit.core.options import COUNT, SEED, checks, integer, names, optional
+from pyro_vi_kit.core.options import path as a_path
 from pyro_vi_kit.plots.density import density, support
 from pyro_vi_kit.plots.style import GREY, INK, destination, panels, quality, save, styles
 from pyro_vi_kit.posterior import Posterior
+from pyro_vi_kit.validation.compare import Paired, Reference, by_name, error_table, pair
+from pyro_vi_kit.validation.compare.measures import varies
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from pyro_vi_kit import files
-from pyro_vi_kit.errors import MissingDependencyError, OptionError
+from pyro_vi_kit.core import files
+from pyro_vi_kit.core.errors import MissingDependencyError, OptionError
 from pyro_vi_kit.posterior import Posterior
 
 if TYPE_CHECKING:

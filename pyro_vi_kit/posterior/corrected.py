@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from pyro_vi_kit import evidence, linear_response
+from pyro_vi_kit.core.options import DRAWS, SEED, checks, flag, optional
+from pyro_vi_kit.core.runtime import fresh_seed
 from pyro_vi_kit.guides import FullRank
-from pyro_vi_kit.options import DRAWS, SEED, checks, flag, optional
-from pyro_vi_kit.posterior.fitted import Fitted
-from pyro_vi_kit.runtime import fresh_seed
+from pyro_vi_kit.posterior.base import Fitted
+from pyro_vi_kit.posterior.corrections import evidence, linear_response
 
 if TYPE_CHECKING:
     import pandas as pd

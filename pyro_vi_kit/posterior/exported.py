@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pyro_vi_kit import export, files, storage
-from pyro_vi_kit.groups import coords_of, width_of
-from pyro_vi_kit.options import DRAWS, SEED, checks, optional
-from pyro_vi_kit.options import path as a_path
-from pyro_vi_kit.posterior.judged import Judged
+from pyro_vi_kit.core import export, files
+from pyro_vi_kit.core.options import DRAWS, SEED, checks, optional
+from pyro_vi_kit.core.options import path as a_path
+from pyro_vi_kit.model.groups import coords_of, width_of
+from pyro_vi_kit.posterior import storage
+from pyro_vi_kit.posterior.quality import Judged
 
 # Numbers that the draws of an export make together where nobody says how many there shall be: about
 # 100 MB of file.

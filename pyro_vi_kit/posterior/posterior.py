@@ -6,17 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyro_vi_kit import storage
-from pyro_vi_kit.device import Device
+from pyro_vi_kit.core.device import Device
+from pyro_vi_kit.core.options import checks
+from pyro_vi_kit.core.options import path as a_path
 from pyro_vi_kit.guides import GuideSpec
-from pyro_vi_kit.model import Model, a_model
-from pyro_vi_kit.options import checks
-from pyro_vi_kit.options import path as a_path
-from pyro_vi_kit.posterior.against_data import AgainstData
-from pyro_vi_kit.posterior.by_row import ByRow
+from pyro_vi_kit.model.model import Model, a_model
+from pyro_vi_kit.posterior import storage
 from pyro_vi_kit.posterior.corrected import Corrected
-from pyro_vi_kit.posterior.drawn import Drawn
 from pyro_vi_kit.posterior.exported import Exported
+from pyro_vi_kit.posterior.model_checks import AgainstData
+from pyro_vi_kit.posterior.per_datum import ByRow
+from pyro_vi_kit.posterior.sampling import Drawn
 
 
 class Posterior(Drawn, Corrected, AgainstData, ByRow, Exported):

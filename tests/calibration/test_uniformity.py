@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from pyro_vi_kit.calibration.departures import bias, dispersion, holm
-from pyro_vi_kit.calibration.intervals import PROBS, coverage_row, covered
-from pyro_vi_kit.calibration.judging import assess
-from pyro_vi_kit.calibration.uniformity import (
+from pyro_vi_kit.validation.calibrate.departures import bias, dispersion, holm
+from pyro_vi_kit.validation.calibrate.intervals import PROBS, coverage_row, covered
+from pyro_vi_kit.validation.calibrate.judging import assess
+from pyro_vi_kit.validation.calibrate.uniformity import (
     band,
     ecdf,
     points_for,

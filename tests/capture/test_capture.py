@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_vi_kit.capture import CaptureError, Program, capture, capture_holding, record
 from pyro_vi_kit.capture import recorder as recorder_module
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.core.runtime import RandomStream
 
 
 def points(*shape: int, seed: int = 0, count: int = 3) -> list[tuple[Tensor]]:

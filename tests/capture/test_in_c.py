@@ -11,9 +11,9 @@ import models.eight_schools
 import pyro_vi_kit as vi
 from pyro_vi_kit.capture import Program, capture
 from pyro_vi_kit.capture.in_c import CFunction, RefusedError, library, source
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.gradients import Gradients
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.model.gradients import Gradients
+from pyro_vi_kit.model.log_density import Density
 
 needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="there is no C compiler")
 MANY = 10**6

@@ -17,9 +17,9 @@ from pyro_vi_kit.capture.in_c import CFunction, library
 from pyro_vi_kit.capture.native import impossible
 from pyro_vi_kit.capture.program import Program
 from pyro_vi_kit.capture.recorder import record
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.gradients import Gradients
-from pyro_vi_kit.undefined import ERRORS, is_undefined
+from pyro_vi_kit.core.undefined import ERRORS, is_undefined
+from pyro_vi_kit.model.gradients import Gradients
+from pyro_vi_kit.model.log_density import Density
 
 needs_compiler = pytest.mark.skipif(library.compiler() is None, reason="there is no C compiler")
 
@@ -136,7 +136,7 @@ def test_a_density_is_not_defined_beyond_a_table(way: str, tmp_path: object) -> 
             assert value == pytest.approx(exact, rel=1e-6)  # sin(t / 3) is of float32
 
 
-@pytest.mark.filterwarnings("ignore::pyro_vi_kit.sampling.SamplerWarning")
+@pytest.mark.filterwarnings("ignore::pyro_vi_kit.validation.nuts.SamplerWarning")
 def test_nuts_goes_on_where_the_density_is_not_defined() -> None:
     """Nearly all of the prior's draws lie beyond the table: there is no mass there, and no crash."""
     pytest.importorskip("nutpie")

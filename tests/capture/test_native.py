@@ -9,7 +9,7 @@ import torch
 
 from pyro_vi_kit.capture import Program, capture
 from pyro_vi_kit.capture import program as program_module
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.core.runtime import RandomStream
 
 NO_COMPILER = shutil.which("g++") is None and shutil.which("clang++") is None
 

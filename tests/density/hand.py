@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
+from pyro_vi_kit.model.log_density import Density
 
 # Prime and no size of a model here, so that a particle dimension cannot pass for one of theirs.
 K = 5

@@ -10,7 +10,8 @@ from pyro import poutine
 from pyro.distributions.util import eye_like
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.gradients import Gradients
+from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.model.gradients import Gradients
 
 SHAPE = (3, 4)
 CLOSED = {t: torch.zeros(SHAPE, dtype=t) for t in (torch.float32, torch.float64)}
@@ -271,5 +272,5 @@ def test_bits_of_floating_point_numbers_are_refused():
         sign = (y.view(torch.int32) < 0).float()
         pyro.sample("y", dist.Normal(b * sign, 1.0).to_event(1), obs=y)
 
-    with pytest.raises(vi.errors.ModelError, match="bits of floating-point numbers"):
+    with pytest.raises(ModelError, match="bits of floating-point numbers"):
         density_of(model, torch.tensor([-1.0, 2.0]))

@@ -8,9 +8,9 @@ from hand import assert_agrees, density_of, normal
 from pyro import poutine
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.subsampling import require_subsamplable
-from pyro_vi_kit.errors import ModelError, ModelWarning, OptionError
+from pyro_vi_kit.core.errors import ModelError, ModelWarning, OptionError
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density.subsampling import require_subsamplable
 
 X = torch.randn(20, generator=torch.Generator().manual_seed(0))
 Y = X + torch.randn(20, generator=torch.Generator().manual_seed(1))

@@ -8,8 +8,8 @@ from pyro.ops import special
 from torch.distributions import Distribution, transforms
 from torch.distributions.utils import tril_matrix_to_vec, vec_to_tril_matrix
 
-from pyro_vi_kit.density.batching import batched
-from pyro_vi_kit.density.compat import plain
+from pyro_vi_kit.model.log_density.batching import batched
+from pyro_vi_kit.model.log_density.compat import plain
 
 pytestmark = pytest.mark.usefixtures("float64")
 

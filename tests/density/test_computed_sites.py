@@ -11,8 +11,8 @@ from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import make
+from pyro_vi_kit.model.log_density import Density
 
 Y = torch.tensor([0.3, -1.2, 0.8])
 

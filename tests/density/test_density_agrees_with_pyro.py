@@ -10,9 +10,9 @@ from pyro import poutine
 from pyro.poutine.util import prune_subsample_sites
 
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.guides import Draw
+from pyro_vi_kit.model.log_density import Density
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

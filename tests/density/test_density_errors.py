@@ -7,7 +7,7 @@ import torch
 from hand import density_of
 from torch import nn
 
-from pyro_vi_kit.errors import ModelError
+from pyro_vi_kit.core.errors import ModelError
 
 Y = torch.tensor([0.3, -1.2, 0.8])
 

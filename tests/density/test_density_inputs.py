@@ -12,7 +12,7 @@ from hand import assert_agrees, density_of, normal, points, value_and_grad
 from torch import nn
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
+from pyro_vi_kit.model.log_density import Density
 
 X = torch.tensor([[1.0, 0.5], [0.2, -1.0], [-0.3, 0.8], [2.0, 0.1], [-1.0, -0.4]])
 Y = torch.tensor([0.3, -1.2, 0.8, 2.0, -0.5])

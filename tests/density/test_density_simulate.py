@@ -12,8 +12,8 @@ from pyro.infer.reparam import LocScaleReparam
 from torch import nn
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.errors import ModelError
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.core.runtime import RandomStream
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.0])
 Y64 = Y.double()

@@ -11,10 +11,10 @@ from toys import load, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import ModelError
-from pyro_vi_kit.gradients import Gradients, second_derivatives
-from pyro_vi_kit.model import Model
+from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.model.gradients import Gradients, second_derivatives
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.model import Model
 
 
 def other(density, seed=1):

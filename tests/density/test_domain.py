@@ -11,10 +11,10 @@ import torch
 from pyro import poutine
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import ModelError
-from pyro_vi_kit.gradients import Gradients
-from pyro_vi_kit.sampling import SamplerWarning
+from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.model.gradients import Gradients
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.validation.nuts import SamplerWarning
 
 N = 4
 COUNTS = torch.tensor([0.0, 1.0, 3.0, 2.0])

@@ -13,10 +13,10 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.elimination import Factor, eliminate
-from pyro_vi_kit.errors import ModelError, OptionError
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.core.errors import ModelError, OptionError
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density.elimination import Factor, eliminate
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

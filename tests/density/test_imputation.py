@@ -9,7 +9,7 @@ import pytest
 import torch
 from hand import density_of, normal, points
 
-from pyro_vi_kit.gradients import Gradients
+from pyro_vi_kit.model.gradients import Gradients
 
 GENERATOR = torch.Generator().manual_seed(0)
 WHOLE = torch.randn(7, 2, generator=GENERATOR)

@@ -15,10 +15,10 @@ import pyro_vi_kit as vi
 from pyro_vi_kit.capture import program
 from pyro_vi_kit.capture.graph import Graph
 from pyro_vi_kit.capture.in_c import CFunction
-from pyro_vi_kit.density import batching, density, handlers, precision
-from pyro_vi_kit.density.enumeration import Enumerated
-from pyro_vi_kit.errors import ModelError
-from pyro_vi_kit.gradients import Gradients
+from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.model.gradients import Gradients
+from pyro_vi_kit.model.log_density import batching, density, handlers, precision
+from pyro_vi_kit.model.log_density.enumeration import Enumerated
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.0, -0.5])
 

@@ -14,8 +14,8 @@ from pyro import poutine
 from pyro.distributions import constraints
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import ModelError
+from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.model.log_density import Density
 
 Y = torch.tensor([0.4, -0.2, 1.3, 0.6])
 

@@ -10,8 +10,8 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import ShapeError
+from pyro_vi_kit.core.errors import ShapeError
+from pyro_vi_kit.model.log_density import Density
 
 X, Y = torch.linspace(0.5, 1.5, 5), torch.tensor([1.0, 2.0, 3.0, 2.5, 1.5])
 

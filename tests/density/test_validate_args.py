@@ -9,8 +9,8 @@ import torch
 from pyro import poutine
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import ModelError, ModelWarning
+from pyro_vi_kit.core.errors import ModelError, ModelWarning
+from pyro_vi_kit.model.log_density import Density
 
 GRAY = torch.tensor([0.2, 0.9, 0.5, 0.7, 1.0])
 

@@ -14,9 +14,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import prune_subsample_sites
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.density.supports import bijector
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density.supports import bijector
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

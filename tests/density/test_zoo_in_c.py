@@ -9,9 +9,9 @@ import zoo
 
 import pyro_vi_kit as vi
 from pyro_vi_kit.capture.in_c.library import compiler
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.gradients import Gradients
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.model.gradients import Gradients
+from pyro_vi_kit.model.log_density import Density
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="there is no C compiler")
 MANY = 10**6

@@ -13,10 +13,10 @@ from toys import gaussian, local_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae, Renyi
+from pyro_vi_kit.optimize.engines import Batches, CapturedEngine, EagerEngine
 
 OBJECTIVES = [Elbo(3), Iwae(3), Renyi(0.5, 3)]
 

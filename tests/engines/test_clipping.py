@@ -8,10 +8,10 @@ from torch import nn
 from toys import local_model, perturb, two_scales_model
 
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import CapturedEngine, EagerEngine
-from pyro_vi_kit.engines.clipping import clipped
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo
+from pyro_vi_kit.optimize.engines import CapturedEngine, EagerEngine
+from pyro_vi_kit.optimize.engines.clipping import clipped
 
 
 @pytest.mark.parametrize("length", [0.3, 1.0, 100.0])

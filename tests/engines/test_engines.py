@@ -21,14 +21,15 @@ from toys import (
 )
 
 import pyro_vi_kit as vi
-from pyro_vi_kit import fitting, guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import Batches, EagerEngine, PyroEngine
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit import guides
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.fitting import fit
 from pyro_vi_kit.guides import REGISTRY
-from pyro_vi_kit.methods.stochastic import Schedule
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae, Renyi
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.optimize.engines import Batches, EagerEngine, PyroEngine
+from pyro_vi_kit.optimize.stochastic.stochastic import Schedule
 
 LOCAL = [name for name in REGISTRY if is_local(name)]
 GLOBAL = [name for name in REGISTRY if name not in LOCAL]
@@ -56,7 +57,7 @@ def short_fits(monkeypatch):
     def short(**options):
         return Schedule(**{**options, "stretch": 20, "max_steps": 40, "replicates": 4})
 
-    monkeypatch.setattr(fitting.stochastic, "Schedule", short)
+    monkeypatch.setattr(fit.stochastic, "Schedule", short)
 
 
 def pair(name, model, objective, seed=3, **options):

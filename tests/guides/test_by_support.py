@@ -14,11 +14,11 @@ from toys import load, local_model, perturb, traced_log_weight, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.guides.gamma_draws import LOG_NOISE, log_gamma_draws
-from pyro_vi_kit.guides.site_parts import StickDirichlets
-from pyro_vi_kit.guides.von_mises_draws import NOISE, von_mises_draws
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.guides.supports.gamma_draws import LOG_NOISE, log_gamma_draws
+from pyro_vi_kit.guides.supports.site_parts import StickDirichlets
+from pyro_vi_kit.guides.supports.von_mises_draws import NOISE, von_mises_draws
+from pyro_vi_kit.model.log_density import Density
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 
@@ -95,7 +95,7 @@ def test_log_gamma_draws(shape):
 
 def test_the_slope_of_log_gamma_draws_is_smooth_where_its_formula_changes():
     """Either side of a variate of 1e-10, and against torch's derivative."""
-    from pyro_vi_kit.guides.gamma_draws import _log_slope
+    from pyro_vi_kit.guides.supports.gamma_draws import _log_slope
 
     at = torch.tensor([-23.1, -22.9])
     shape = torch.full((2,), 0.3)
@@ -221,7 +221,7 @@ def test_gradients_of_expectations_against_closed_forms(name):
 
 def exactly(family, name):
     """Make a one-site family its posterior."""
-    from pyro_vi_kit.guides.factors import _numbers
+    from pyro_vi_kit.guides.gaussian.factors import _numbers
 
     (place,) = family.places
     family.become(place, *(x.to(family.loc) for x in _numbers(place, POSTERIORS[name])))

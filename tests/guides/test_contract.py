@@ -22,9 +22,9 @@ from toys import (
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError
 from pyro_vi_kit.guides import REGISTRY, AffineCoupling, Amortized, Draw, Guide, GuideSpec
+from pyro_vi_kit.model.log_density import Density
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

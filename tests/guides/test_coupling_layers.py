@@ -7,12 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pyro_vi_kit.guides.coupling_layers import (
-    MAX_LOG_SCALE,
-    couple,
-    slope_of_log_q,
-    uncouple,
-)
+from pyro_vi_kit.guides.flows.coupling_layers import MAX_LOG_SCALE, couple, slope_of_log_q, uncouple
 
 SHAPES = [(2, 1, ()), (5, 3, (4,)), (6, 4, (3, 7))]  # D, layers, widths of the hidden layers
 

@@ -11,9 +11,9 @@ from toys import traced_log_weight
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density, Drawn
-from pyro_vi_kit.errors import ModelError, OptionError, UnknownNameError
+from pyro_vi_kit.core.errors import ModelError, OptionError, UnknownNameError
 from pyro_vi_kit.guides import Amortized, FullRank, LowRank, MeanField, Relaxed
+from pyro_vi_kit.model.log_density import Density, Drawn
 from pyro_vi_kit.objectives import Elbo
 from pyro_vi_kit.objectives.estimators import surrogate
 

@@ -16,14 +16,14 @@ from toys import local_and_global_model, local_model, perturb
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import Batches, CapturedEngine, EagerEngine
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError
+from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.guides import Amortized, LocalFlow, LocalMixture
-from pyro_vi_kit.guides.local import HEADS, Table, head_for
-from pyro_vi_kit.guides.mixture import MixtureNormal
+from pyro_vi_kit.guides.local.local import HEADS, Table, head_for
+from pyro_vi_kit.guides.mixtures.mixture import MixtureNormal
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae, Renyi, evaluate, surrogate
-from pyro_vi_kit.runtime import RandomStream
+from pyro_vi_kit.optimize.engines import Batches, CapturedEngine, EagerEngine
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

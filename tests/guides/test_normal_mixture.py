@@ -8,12 +8,12 @@ import torch
 from toys import gaussian
 
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.guides import Mixture
-from pyro_vi_kit.guides.gaussian_mixture import split
-from pyro_vi_kit.guides.mixture import MixtureNormal
-from pyro_vi_kit.guides.normal_mixture import NormalMixture
+from pyro_vi_kit.guides.mixtures.gaussian_mixture import split
+from pyro_vi_kit.guides.mixtures.mixture import MixtureNormal
+from pyro_vi_kit.guides.mixtures.normal_mixture import NormalMixture
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, surrogate
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")

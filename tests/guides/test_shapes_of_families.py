@@ -11,9 +11,8 @@ from toys import gaussian, perturb
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.errors import OptionError
-from pyro_vi_kit.guides.gamma_draws import NOISE, gamma_draws
-from pyro_vi_kit.guides.spline import (
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.guides.flows.spline import (
     BOUND,
     numbers,
     pull,
@@ -21,7 +20,8 @@ from pyro_vi_kit.guides.spline import (
     spline,
     unspline,
 )
-from pyro_vi_kit.guides.structured import Layout
+from pyro_vi_kit.guides.gaussian.structured import Layout
+from pyro_vi_kit.guides.supports.gamma_draws import NOISE, gamma_draws
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

@@ -7,9 +7,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from pyro_vi_kit.guides.coupling_layers import MAX_LOG_SCALE
-from pyro_vi_kit.guides.spline import spline
-from pyro_vi_kit.guides.spline_layers import Setters, couple, numbers_of, slope_behind, uncouple
+from pyro_vi_kit.guides.flows.coupling_layers import MAX_LOG_SCALE
+from pyro_vi_kit.guides.flows.spline import spline
+from pyro_vi_kit.guides.flows.spline_layers import (
+    Setters,
+    couple,
+    numbers_of,
+    slope_behind,
+    uncouple,
+)
 
 BINS = 4
 SHAPES = [(1, ()), (2, ()), (5, (4,)), (6, (3, 7))]  # D, widths of the hidden layers

@@ -7,9 +7,9 @@ from toys import gaussian, is_local, perturb
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import REGISTRY
 from pyro_vi_kit.guides.families import GaussianFamily
+from pyro_vi_kit.model.log_density import Density
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

@@ -10,7 +10,7 @@ from conjugate import exact
 from toys import load, two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.errors import ModelError, OptionError
+from pyro_vi_kit.core.errors import ModelError, OptionError
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -19,7 +19,7 @@ Y = torch.tensor([1.0, 2.0, 0.5, 3.0, -1.0, 0.2], dtype=torch.float64)
 
 
 def factors(posterior):
-    from pyro_vi_kit.guides.factors import Factors
+    from pyro_vi_kit.guides.gaussian.factors import Factors
 
     return Factors(posterior.approximation.guide).read()
 

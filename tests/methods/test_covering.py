@@ -8,12 +8,12 @@ from toys import gaussian, load, local_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.methods import covering, fixed_draws
-from pyro_vi_kit.methods.draws import sobol_normals
-from pyro_vi_kit.methods.search import Search
+from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Annealed
-from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.optimize.deterministic import fixed_draws, forward_kl_refinement
+from pyro_vi_kit.optimize.deterministic.draws import sobol_normals
+from pyro_vi_kit.optimize.deterministic.search import Search
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -27,10 +27,10 @@ SMALL = {
 @pytest.fixture
 def few(monkeypatch):
     """Fewer draws and evaluations than a fit has."""
-    monkeypatch.setattr(covering, "_DRAWS", 512)
-    monkeypatch.setattr(covering, "_DRAWS_PER_PARAMETER", 1)
-    monkeypatch.setattr(covering, "_FORWARD", 60)
-    monkeypatch.setattr(covering, "_REVERSE", 40)
+    monkeypatch.setattr(forward_kl_refinement, "_DRAWS", 512)
+    monkeypatch.setattr(forward_kl_refinement, "_DRAWS_PER_PARAMETER", 1)
+    monkeypatch.setattr(forward_kl_refinement, "_FORWARD", 60)
+    monkeypatch.setattr(forward_kl_refinement, "_REVERSE", 40)
 
 
 def flow(model, name="affine_coupling", spread=0.0):
@@ -40,7 +40,7 @@ def flow(model, name="affine_coupling", spread=0.0):
 
 def rounds_of(guide, seed=0):
     search = Search(guide.density, seed, None, Progress("", enabled=False))
-    return covering._Rounds(search, guide.families["latent"])
+    return forward_kl_refinement._Rounds(search, guide.families["latent"])
 
 
 def values(guide):
@@ -49,7 +49,7 @@ def values(guide):
 
 def improve(guide, tolerance=0.01):
     # By the draws of some seeds the weights are too uneven to begin with, rightly.
-    return covering.improve(guide, seed=3, tolerance=tolerance, deadline=None)
+    return forward_kl_refinement.improve(guide, seed=3, tolerance=tolerance, deadline=None)
 
 
 def test_sobol_normals_have_the_moments_of_normals():
@@ -111,7 +111,7 @@ def test_the_best_is_kept(few, monkeypatch):
     def spoil(self, turn):
         self.write(self.read() + 1.0)
 
-    monkeypatch.setattr(covering._Rounds, "reverse", spoil)
+    monkeypatch.setattr(forward_kl_refinement._Rounds, "reverse", spoil)
     improve(guide)
     assert bool((values(guide) == before).all())
 
@@ -139,12 +139,16 @@ def test_an_interrupt_keeps_the_best_too(few, monkeypatch):
 
 def test_small_flows_over_few_data_are_improved():
     model = two_scales_model()
-    assert covering.applies_to(flow(model))
-    assert not covering.applies_to(guides.make("full_rank", model))
-    assert not covering.applies_to(guides.make("affine_coupling", model, hidden=(200, 200)))
-    assert not covering.applies_to(guides.make("amortized", local_model(n=4), hidden=4))
-    assert not covering.applies_to(flow(two_scales_model(n=10_000)))
-    assert not covering.applies_to(lambda: None)
+    assert forward_kl_refinement.applies_to(flow(model))
+    assert not forward_kl_refinement.applies_to(guides.make("full_rank", model))
+    assert not forward_kl_refinement.applies_to(
+        guides.make("affine_coupling", model, hidden=(200, 200))
+    )
+    assert not forward_kl_refinement.applies_to(
+        guides.make("amortized", local_model(n=4), hidden=4)
+    )
+    assert not forward_kl_refinement.applies_to(flow(two_scales_model(n=10_000)))
+    assert not forward_kl_refinement.applies_to(lambda: None)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -170,7 +174,7 @@ def test_an_annealed_fit_counts_the_evaluations_of_its_rounds(few, monkeypatch):
         seen.append(options["seed"])
         return 123
 
-    monkeypatch.setattr(covering, "improve", counted)
+    monkeypatch.setattr(forward_kl_refinement, "improve", counted)
     spec = guides.AffineCoupling(layers=2, hidden=(4,))
     objective = Annealed(particles=8, steps=50)
     found = vi.fit(gaussian(2)[0], spec, objective, seed=7, steps=100)

@@ -16,14 +16,14 @@ from toys import load, local_and_global_model, local_model, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import Stretch
-from pyro_vi_kit.errors import OptionError, UnknownNameError
-from pyro_vi_kit.methods import by_epochs
-from pyro_vi_kit.methods.course import Course
-from pyro_vi_kit.methods.validation import Held, Validation
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError
+from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
-from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.optimize.engines import Stretch
+from pyro_vi_kit.optimize.stochastic import by_epochs
+from pyro_vi_kit.optimize.stochastic.course import Course
+from pyro_vi_kit.optimize.stochastic.validation import Held, Validation
 
 # -- options ----------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class ExactEncoder(nn.Module):
 
 @pytest.mark.parametrize("objective", [Elbo(1), Iwae(3)])
 def test_with_the_exact_posterior_it_is_the_evidence_of_each_row(objective, monkeypatch):
-    monkeypatch.setattr("pyro_vi_kit.methods.validation._ROWS", 4)
+    monkeypatch.setattr("pyro_vi_kit.optimize.stochastic.validation._ROWS", 4)
     held = local_model(n=9, seed=5).args[0]
     guide = guides.make("amortized", Density(local_model(n=6)), encoder=ExactEncoder())
     found = Validation(guide, objective, (held,))({})

@@ -12,18 +12,18 @@ from toys import gaussian, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import ModelError
-from pyro_vi_kit.methods import fixed_draws
-from pyro_vi_kit.methods.draws import matched_normals
-from pyro_vi_kit.methods.laplace import hessian
-from pyro_vi_kit.methods.low_rank import LowRankShape
-from pyro_vi_kit.methods.minimise import minimise, minimise_several
-from pyro_vi_kit.methods.natural import BATCH, climb, shortfall
-from pyro_vi_kit.methods.search import Search
-from pyro_vi_kit.methods.shapes import Dense, Diagonal, Gaussian
-from pyro_vi_kit.methods.starts import find_frame, find_modes, starting_points
-from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.optimize.deterministic import fixed_draws
+from pyro_vi_kit.optimize.deterministic.draws import matched_normals
+from pyro_vi_kit.optimize.deterministic.laplace import hessian
+from pyro_vi_kit.optimize.deterministic.low_rank import LowRankShape
+from pyro_vi_kit.optimize.deterministic.minimise import minimise, minimise_several
+from pyro_vi_kit.optimize.deterministic.natural_gradient import BATCH, climb, shortfall
+from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Diagonal, Gaussian
+from pyro_vi_kit.optimize.deterministic.search import Search
+from pyro_vi_kit.optimize.deterministic.starts import find_frame, find_modes, starting_points
 
 pytestmark = pytest.mark.usefixtures("float64")
 

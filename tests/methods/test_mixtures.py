@@ -11,11 +11,11 @@ from toys import gaussian, load, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.methods import mixtures
-from pyro_vi_kit.methods.mixtures import Components, _Blend, _log_q, _placed
-from pyro_vi_kit.methods.search import Search
-from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.optimize.deterministic import mixtures
+from pyro_vi_kit.optimize.deterministic.mixtures import Components, _Blend, _log_q, _placed
+from pyro_vi_kit.optimize.deterministic.search import Search
 
 QUIET = Progress("", enabled=False)
 

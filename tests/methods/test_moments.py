@@ -7,7 +7,7 @@ import torch
 from toys import gaussian, load, two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

@@ -8,8 +8,8 @@ from pyro.distributions import constraints
 from toys import gaussian, two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.methods.inverse_hessian import along
-from pyro_vi_kit.methods.laplace import hessian
+from pyro_vi_kit.optimize.deterministic.inverse_hessian import along
+from pyro_vi_kit.optimize.deterministic.laplace import hessian
 
 pytestmark = pytest.mark.usefixtures("float64")
 

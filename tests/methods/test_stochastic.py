@@ -12,12 +12,12 @@ from toys import gaussian
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import EagerEngine, Stretch
-from pyro_vi_kit.methods import stochastic
-from pyro_vi_kit.methods.stochastic import Schedule
+from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
-from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.optimize.engines import EagerEngine, Stretch
+from pyro_vi_kit.optimize.stochastic import stochastic
+from pyro_vi_kit.optimize.stochastic.stochastic import Schedule
 
 pytestmark = pytest.mark.usefixtures("float64")
 

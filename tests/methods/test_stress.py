@@ -8,12 +8,12 @@ import torch
 from stress import MODELS
 
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.methods import fixed_draws
-from pyro_vi_kit.methods.natural import climb
-from pyro_vi_kit.methods.search import Search
-from pyro_vi_kit.methods.shapes import Gaussian
-from pyro_vi_kit.progress import Progress
+from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.optimize.deterministic import fixed_draws
+from pyro_vi_kit.optimize.deterministic.natural_gradient import climb
+from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
+from pyro_vi_kit.optimize.deterministic.search import Search
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -12,13 +12,13 @@ from toys import local_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import CapturedEngine, EagerEngine
-from pyro_vi_kit.errors import OptionError, UnknownNameError
-from pyro_vi_kit.methods import fixed_draws
-from pyro_vi_kit.methods.shapes import Gaussian
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import SCHEDULES, Annealed, evaluate
 from pyro_vi_kit.objectives.elbo import Elbo
+from pyro_vi_kit.optimize.deterministic import fixed_draws
+from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
+from pyro_vi_kit.optimize.engines import CapturedEngine, EagerEngine
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

@@ -10,7 +10,7 @@ from toys import load, local_and_global_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.objectives import Beta, Elbo, evaluate
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")

@@ -10,7 +10,7 @@ from toys import perturb
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.objectives import Annealed, Elbo, Iwae
 from pyro_vi_kit.objectives.estimators import chosen, obstacle, surrogate
 

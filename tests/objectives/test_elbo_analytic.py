@@ -11,8 +11,8 @@ from toys import local_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, ElboAnalytic, evaluate
 from pyro_vi_kit.objectives.priors import normal_priors
 

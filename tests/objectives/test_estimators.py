@@ -18,8 +18,8 @@ from toys import (
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
 from pyro_vi_kit.guides import REGISTRY
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae, Renyi, evaluate
 from pyro_vi_kit.objectives.estimators import obstacle, surrogate
 

@@ -8,7 +8,7 @@ from torch.distributions import constraints
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides, objectives
-from pyro_vi_kit.density import Density
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import estimators
 
 GROUPS, ROWS = 20, 5

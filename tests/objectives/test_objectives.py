@@ -20,8 +20,8 @@ from toys import (
 )
 
 from pyro_vi_kit import guides, objectives
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError, UnknownNameError
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import REGISTRY, Elbo, Iwae, LogWeights, Objective, Renyi, evaluate
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")

@@ -11,10 +11,10 @@ from toys import gaussian, guide_for, local_and_global_model, local_model, pertu
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.guides import REGISTRY, Guide
 from pyro_vi_kit.guides.families import Family
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae, Renyi
 from pyro_vi_kit.objectives.base import leave_one_out, leave_one_out_mean
 from pyro_vi_kit.objectives.estimators import chosen, obstacle, surrogate

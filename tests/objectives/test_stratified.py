@@ -11,15 +11,15 @@ from toys import local_and_global_model, local_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides, objectives
-from pyro_vi_kit.density import Density
-from pyro_vi_kit.engines import EagerEngine
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.guides import Guide, Mixture
-from pyro_vi_kit.guides.local import LocalFamily, Table
-from pyro_vi_kit.guides.mixture import MixtureHead, MixtureNormal
-from pyro_vi_kit.guides.normal_mixture import NormalMixture
+from pyro_vi_kit.guides.local.local import LocalFamily, Table
+from pyro_vi_kit.guides.mixtures.mixture import MixtureHead, MixtureNormal
+from pyro_vi_kit.guides.mixtures.normal_mixture import NormalMixture
+from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import REGISTRY, Annealed, Beta, Elbo, Iwae, Renyi
 from pyro_vi_kit.objectives.estimators import obstacle, surrogate
+from pyro_vi_kit.optimize.engines import EagerEngine
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

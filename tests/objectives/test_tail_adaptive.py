@@ -12,10 +12,10 @@ from toys import gaussian, local_and_global_model, local_model, perturb, two_sca
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides, objectives
-from pyro_vi_kit.engines import CapturedEngine, EagerEngine
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.objectives import Elbo, TailAdaptive
 from pyro_vi_kit.objectives.estimators import surrogate
+from pyro_vi_kit.optimize.engines import CapturedEngine, EagerEngine
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 

@@ -10,7 +10,7 @@ from toys import gaussian, local_and_global_model, local_model, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.objectives import ChiSquare, Elbo, ForwardKl, Iwae
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")

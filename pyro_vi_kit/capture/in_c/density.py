@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from pyro_vi_kit.capture.in_c.library import CFunction
 
 ENTRIES = ("log_density", "keep_draw")
 _TEXT = """
@@ -58,6 +55,18 @@ int64_t keep_draw(uint64_t dim, uint64_t length, const double *x, double *draw, 
 """
 
 
+class Compiled(Protocol):
+    """A library of compiled C, `library.CFunction`."""
+
+    def arguments(self, held: Sequence[Tensor]) -> Any:
+        """Pointers to what the function takes, a place for the point in front."""
+        ...
+
+    def address(self, name: str) -> int:
+        """Where one of its functions lies."""
+        ...
+
+
 class State(ctypes.Structure):
     """What the functions share, in memory that must outlive their last call.
 
@@ -87,7 +96,7 @@ class CDensity:
         AttributeError: If the graph is of another form.
     """
 
-    def __init__(self, function: CFunction, held: Sequence[Tensor]) -> None:
+    def __init__(self, function: Compiled, held: Sequence[Tensor]) -> None:
         self.function, self._held = function, list(held)
         self._tensors = function.arguments(self._held)
         self.state = State(ctypes.addressof(self._tensors), 0, 0, 0)

@@ -1,0 +1,1 @@
+"""Normalizing flows over a Gaussian, and their layers."""

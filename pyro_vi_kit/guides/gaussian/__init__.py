@@ -1,0 +1,1 @@
+"""Families that are Gaussian in unconstrained space, points and Student-t among them."""

@@ -1,0 +1,60 @@
+"""One multivariate normal in unconstrained space (Kucukelbir et al. 2017)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyro_vi_kit.core.registry import About
+from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
+from pyro_vi_kit.guides.families import DenseNormal, Family
+from pyro_vi_kit.guides.options import require_dense, require_positive
+from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.model.log_density import Density
+
+
+@dataclass(frozen=True)
+class FullRank:
+    """One multivariate normal in unconstrained space: exact for Gaussian posteriors.
+
+    Args:
+        init_scale: Initial standard deviation, in unconstrained units.
+        discrete: Discrete sites in a data plate that are not summed out: ``"score"``, trained by the
+            score function, ``"relaxed"`` or a `Relaxed`, for all of them; or a dict by site, the others
+            being summed out. Each gets a table of logits, one row per datum.
+
+    Raises:
+        OptionError: If `init_scale` is not positive.
+    """
+
+    name: ClassVar[str] = "full_rank"
+    about: ClassVar[About] = About(
+        does="one Gaussian, any linear correlation",
+        cost="D^2",
+        use="the default: most posteriors with enough data",
+        paper="Kucukelbir et al. 2017",
+    )
+
+    init_scale: float = 0.1
+    discrete: Discrete | None = None
+
+    def __post_init__(self) -> None:
+        require_discrete(self.name, self.discrete)
+        require_positive(self.name, "init_scale", self.init_scale)
+
+    def build(self, density: Density) -> Guide:
+        """The guide for this model, centred on the origin of unconstrained space.
+
+        Raises:
+            OptionError: If the model has too many latents for a dense covariance.
+        """
+        return with_tables(self, density, self.init_scale)
+
+    def family(self, dim: int) -> Family:
+        """The family over `[D]`.
+
+        Raises:
+            OptionError: If D is too large for a dense covariance.
+        """
+        require_dense(self.name, dim)
+        return DenseNormal(dim, self.init_scale)

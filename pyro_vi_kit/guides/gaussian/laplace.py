@@ -1,0 +1,54 @@
+"""The Gaussian of the curvature at the mode (Laplace 1774; Tierney & Kadane 1986)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from pyro_vi_kit.core.registry import About
+from pyro_vi_kit.guides.families import DenseNormal, Family
+from pyro_vi_kit.guides.one_block import OneBlock
+from pyro_vi_kit.guides.options import require_dense, require_positive
+
+
+@dataclass(frozen=True)
+class Laplace(OneBlock):
+    """The Gaussian of the log density's curvature at its mode in unconstrained space.
+
+    A fit searches for the mode and maximises no bound. Of several modes it takes the one of the highest
+    evidence by this very approximation.
+
+    Args:
+        init_scale: Initial standard deviation, in unconstrained units.
+
+    Raises:
+        OptionError: If `init_scale` is not positive.
+    """
+
+    name: ClassVar[str] = "laplace"
+    about: ClassVar[About] = About(
+        does="one Gaussian around the mode: blind to skewness, exact for Gaussian posteriors",
+        cost="no steps: a search, then D gradients and D^3",
+        use="much data and few latents, or where nothing may take long",
+        paper="Tierney & Kadane 1986",
+    )
+
+    init_scale: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_positive(self.name, "init_scale", self.init_scale)
+
+    def family(self, dim: int) -> Family:
+        """The family over `[D]`.
+
+        Raises:
+            OptionError: If D is too large for a dense covariance.
+        """
+        require_dense(self.name, dim)
+        return ModeNormal(dim, self.init_scale)
+
+
+class ModeNormal(DenseNormal):
+    """A multivariate normal that a fit puts on a mode."""
+
+    searched = True

@@ -1,0 +1,1 @@
+"""A distribution for every datum: stored row by row, or encoded from what the datum holds."""

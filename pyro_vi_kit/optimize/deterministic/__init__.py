@@ -1,0 +1,1 @@
+"""Searches without noise: modes, L-BFGS on fixed draws, Laplace, Pathfinder, moments, CAVI."""

@@ -1,0 +1,1 @@
+"""Stochastic steps: their schedules, epochs, and when they stop."""

@@ -1,0 +1,129 @@
+"""Steps in short runs: what every stochastic method makes its stretches of."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_vi_kit.core.checkpoint import cloned
+from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.optimize.engines import Engine
+
+_RUN_STEPS = 64
+
+
+@dataclass
+class Runs:
+    """A stretch of steps under way, and the losses of all steps so far.
+
+    In short runs, so that a deadline is met and an interrupt loses little. Their lengths do not depend
+    on time, which would show in the last bits of the average, until a deadline is near. Between two
+    runs the fit can be stopped, and go on from `state` with the same numbers.
+
+    Attributes:
+        engine: What executes steps.
+        deadline: `time.monotonic` second at which to stop.
+        progress: Told each run.
+        losses: Minus the bound at each step, nats.
+        length: Steps that the stretch under way is to have; 0 where none is.
+        done: Steps that it has.
+        average: Mean of each parameter behind every step of it, by name.
+        skipped: Steps that the engine had skipped when it began.
+    """
+
+    engine: Engine
+    deadline: float | None
+    progress: Progress
+    losses: list[float] = field(default_factory=list)
+    length: int = 0
+    done: int = 0
+    average: dict[str, Tensor] = field(default_factory=dict)
+    skipped: int = 0
+    _next: int = 1
+    _pace: float = 0.0
+
+    @property
+    def late(self) -> bool:
+        """Whether the deadline has passed."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    @property
+    def ahead(self) -> int:
+        """Steps of the next run, as long as no deadline is near."""
+        return min(self._next, self.length - self.done)
+
+    @property
+    def failed(self) -> bool:
+        """Whether more than half the steps of the stretch were skipped."""
+        return self.engine.skipped - self.skipped > self.done // 2
+
+    def begin(self, length: int) -> None:
+        """A new stretch of so many steps."""
+        self.length, self.done, self.average = length, 0, {}
+        self.skipped, self._pace = self.engine.skipped, 0.0
+
+    def advance(self, rate: float, words: str | None = None) -> bool:
+        """One run at this learning rate; whether the stretch goes on behind it.
+
+        Args:
+            rate: The learning rate.
+            words: What the progress bar says in the place of the bound.
+        """
+        steps = self.ahead
+        self._next = min(2 * self._next, _RUN_STEPS)
+        if self.deadline is not None and self._pace > 0.0:
+            steps = max(1, min(steps, int((self.deadline - time.monotonic()) / self._pace)))
+        started = time.monotonic()
+        run = self.engine.run(steps, rate)
+        now = time.monotonic()
+        self.done += steps
+        self.losses.extend((-run.bounds).tolist())
+        self.progress.step(float(run.bounds[-1]), steps, words)
+        for name, value in run.average.items():
+            if name not in self.average or not value.is_floating_point():
+                self.average[name] = value
+            else:
+                self.average[name] += (value - self.average[name]) * (steps / self.done)
+        self._pace = (now - started) / steps
+        overdue = self.deadline is not None and now > self.deadline
+        return self.done < self.length and not overdue
+
+    def end(self) -> tuple[dict[str, Tensor], int]:
+        """Close the stretch: the average of its iterates, and how many steps it had."""
+        self.length = 0
+        return self.average, self.done
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands, but for the losses."""
+        return {
+            "next": self._next,
+            "length": self.length,
+            "done": self.done,
+            "skipped": self.skipped,
+            "average": cloned(self.average),
+        }
+
+    def restore(self, state: dict[str, Any], losses: Tensor) -> None:
+        """Go on from `state`, with the losses until then."""
+        self._next, self.length, self.done = state["next"], state["length"], state["done"]
+        self.skipped, own = state["skipped"], self.engine.parameters()
+        self.average = {n: v.to(own[n].device) for n, v in cloned(state["average"]).items()}
+        self.losses = losses.tolist()
+        self.progress.step(steps=len(self.losses))
+
+
+def read(engine: Engine) -> dict[str, Tensor]:
+    """Copies of the engine's parameters, by name."""
+    return {name: value.detach().clone() for name, value in engine.parameters().items()}
+
+
+@torch.no_grad()
+def write(engine: Engine, values: dict[str, Tensor]) -> None:
+    """Give the engine's parameters these values."""
+    for name, parameter in engine.parameters().items():
+        if name in values:
+            parameter.copy_(values[name])

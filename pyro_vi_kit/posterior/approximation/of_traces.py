@@ -1,0 +1,222 @@
+"""A Pyro guide of the user's, weighed by Pyro's own traces of guide and model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import infer_discrete
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.core.export import Group
+from pyro_vi_kit.core.stopping import model_errors
+from pyro_vi_kit.guides.user_guides import Marked
+from pyro_vi_kit.model.groups import by_observation, data_groups, prior_groups, sampled
+from pyro_vi_kit.model.log_density.guarding import Key, flags
+from pyro_vi_kit.model.log_density.handlers import Visit, kind_of, sample_sites
+from pyro_vi_kit.model.log_density.runner import placed
+from pyro_vi_kit.model.log_density.usable import made_unchecked
+from pyro_vi_kit.model.model import Model
+from pyro_vi_kit.posterior.approximation.protocol import (
+    PRIOR_DRAWS,
+    Weighed,
+    chosen_of,
+    pool_of,
+    told,
+)
+from pyro_vi_kit.posterior.approximation.trained import TrainedGuide
+
+# The model's trace and the guide's.
+Pair = tuple[poutine.Trace, poutine.Trace]
+
+
+class TraceApproximation:
+    """Any Pyro guide that has all latents of the model, or is a point estimate, run by Pyro's handlers.
+
+    Args:
+        trained: The guide, and what it was trained in.
+    """
+
+    def __init__(self, trained: TrainedGuide) -> None:
+        self.trained = trained
+        self.guide = trained.guide
+        self.state = trained.state
+        self.dtype = trained.dtype
+        self.device = trained.device
+        self.density = trained.density
+        self.name = trained.name
+        self.point = trained.point
+        self.points = trained.sites.points
+        # A trace takes milliseconds whatever the model's size, so draws are counted as dear.
+        self.cost = 200_000
+
+    @model_errors
+    def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
+        """See `Approximation.draw`."""
+        return _values(self._traces(draws, seed, self._given_all()))
+
+    @model_errors
+    def weigh(self, draws: int, seed: int) -> Weighed:
+        """See `Approximation.weigh`."""
+        return self._log_probs(self._traces(draws, seed))
+
+    @model_errors
+    def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
+        """See `Approximation.draw_and_weigh`."""
+        pairs = self._traces(draws, seed)
+        return _values(pairs), self._log_probs(pairs)
+
+    @model_errors
+    def outside(self, draws: int, seed: int) -> dict[str, float]:
+        """See `Approximation.outside`."""
+        exempt = self._exempt()
+        shares: dict[str, float] = {}
+        for model, _ in self._traces(draws, seed):
+            for site, what in left(model, exempt):
+                words = f"site {site!r}: {what}"
+                shares[words] = shares.get(words, 0.0) + 1.0 / draws
+        return shares
+
+    def predict(
+        self, model: Model, draws: int, seed: int, *, corrected: bool = False
+    ) -> dict[str, Tensor]:
+        """See `Approximation.predict`."""
+        values: dict[str, list[Tensor]] = {}
+        model = placed(model, self.device)
+        chosen = self._resampled(draws, seed) if corrected else None
+        with self.trained.running(seed):
+            for i in range(draws):
+                guide = self.trained.guide_trace() if chosen is None else chosen[i]
+                with _DrawObserved():
+                    replayed = poutine.replay(model.fn, trace=guide)
+                    trace = poutine.trace(replayed).get_trace(*model.args, **model.kwargs)
+                for name, node in sample_sites(trace).items():
+                    if name not in guide.nodes and kind_of(node) != "factor":
+                        values.setdefault(name, []).append(node["value"].detach())
+        return {name: torch.stack(parts) for name, parts in values.items()}
+
+    @model_errors
+    def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
+        """See `Approximation.log_likelihood`.
+
+        Raises:
+            ModelError: If the model has no Density, which knows the plates.
+        """
+        if self.density is None:
+            raise ModelError(
+                "the plates of this model are not known, since it has no batched density: "
+                "vi.check(model) says what stands in the way"
+            )
+        pairs = self._traces(draws, seed)
+        for model, _ in pairs:
+            model.compute_log_prob()
+        weighed = self._log_probs(pairs)
+        values: dict[str, list[Tensor]] = {}
+        for site in self.density.structure.likelihood:
+            for model, _ in pairs:
+                visit: Any = model.nodes[site.name]
+                values.setdefault(site.name, []).append(visit["log_prob"].detach())
+        stacked = {name: torch.stack(parts) for name, parts in values.items()}
+        return by_observation(self.density, stacked, 1), weighed
+
+    @model_errors
+    def groups(self, draws: int, seed: int) -> dict[str, Group]:
+        """See `Approximation.groups`."""
+        values = self.draw(draws, seed)
+        if self.density is None:
+            arrays = {name: value.cpu().numpy()[None] for name, value in values.items()}
+            return {"posterior": Group(arrays)} if arrays else {}
+        groups = {"posterior": sampled(self.density, values, 1)}
+        groups |= prior_groups(self.density, min(PRIOR_DRAWS, draws), seed=seed)
+        return groups | data_groups(self.density)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """See `Approximation.parameters`."""
+        return self.trained.parameters()
+
+    def _given_all(self) -> Callable[..., Any] | None:
+        """The model with the discrete latents that the guide lacks drawn given the data, if any are."""
+        if not self.trained.sites.summed:
+            return None
+        marked = Marked(self.trained.sites.summed)(self.trained.model.fn)
+        return infer_discrete(marked, first_available_dim=-1 - self.trained.sites.nesting)
+
+    def _resampled(self, draws: int, seed: int) -> list[poutine.Trace]:
+        """Traces of the guide chosen by their importance weights."""
+        pairs = self._traces(pool_of(draws), seed)
+        return [pairs[i][1] for i in chosen_of(self._log_probs(pairs), draws, seed)]
+
+    def _log_probs(self, pairs: Sequence[Pair]) -> Weighed:
+        """The log densities of traces; the model's is zero where a distribution is not defined."""
+        exempt = self._exempt()
+        log_p = [
+            -torch.inf if left(model, exempt) else torch.as_tensor(model.log_prob_sum()).item()
+            for model, _ in pairs
+        ]
+        log_q = torch.stack([torch.as_tensor(guide.log_prob_sum()) for _, guide in pairs])
+        return Weighed(torch.tensor(log_p, dtype=torch.float64), told(log_q))
+
+    def _exempt(self) -> frozenset[str] | None:
+        """Sites made with ``validate_args=False``; None where no run under validation tells them."""
+        if self.density is not None:
+            return self.density.exempt
+        try:
+            with self.trained.running(0, "first run"), pyro.validation_enabled(True):
+                trace = self.trained.model_trace(self.trained.guide_trace(), self.trained.model.fn)
+        except Exception:  # noqa: BLE001  its own draws may be what validation refuses
+            return None
+        return frozenset(n for n, node in sample_sites(trace).items() if made_unchecked(node["fn"]))
+
+    def _traces(self, draws: int, seed: int, fn: Callable[..., Any] | None = None) -> list[Pair]:
+        if fn is None:
+            fn = self.trained.model.fn
+            fn = fn if self.density is None else self.density.each_run_anew(fn)
+        pairs = []
+        with self.trained.running(seed):
+            for _ in range(draws):
+                guide = self.trained.guide_trace()
+                pairs.append((self.trained.model_trace(guide, fn), guide))
+        return pairs
+
+
+def left(trace: poutine.Trace, exempt: frozenset[str] | None) -> list[Key]:
+    """What leaves its constraint in one trace of a model: nothing where nobody knows what may.
+
+    Args:
+        trace: It.
+        exempt: Sites made with ``validate_args=False``.
+    """
+    if exempt is None:
+        return []
+    visits = {
+        name: Visit(name, kind_of(node), node["fn"], node["value"], (), 1.0, node["mask"])
+        for name, node in sample_sites(trace).items()
+    }
+    return [key for key, found in flags(visits, exempt).items() if bool(found)]
+
+
+class _DrawObserved(Messenger):
+    """Draws what was observed. Unlike `poutine.uncondition` it leaves alone what only looks observed.
+
+    A deterministic or factor site is an observed one to Pyro.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not isinstance(msg["fn"], _Subsample) and kind_of(msg) == "observed":
+            msg["is_observed"] = False
+            msg["value"] = None
+
+
+def _values(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    values: dict[str, list[Tensor]] = {}
+    for model, _ in pairs:
+        for name, node in sample_sites(model).items():
+            if kind_of(node) in ("latent", "discrete", "deterministic"):
+                values.setdefault(name, []).append(node["value"].detach())
+    return {name: torch.stack(parts) for name, parts in values.items()}

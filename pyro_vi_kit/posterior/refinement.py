@@ -1,0 +1,173 @@
+"""From an encoder's answer for each row to numbers of the row's own: semi-amortized inference.
+
+The encoder says where each row starts, and stochastic steps go on from there with its numbers alone
+(Kim, Wiseman, Miller, Sontag & Rush 2018; Marino, Yue & Mandt 2018). Whatever rows share is held: the
+globals' distribution, the layers of a flow, and the model's learned parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+
+from pyro_vi_kit.core.contracts import Objective, Status
+from pyro_vi_kit.core.errors import ModelError, OptionError
+from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.core.runtime import RandomStream, seed_of
+from pyro_vi_kit.guides import Guide, tabulated
+from pyro_vi_kit.guides.local.heads import Head
+from pyro_vi_kit.guides.local.local import LocalFamily, Table
+from pyro_vi_kit.model.groups import width_of
+from pyro_vi_kit.model.log_density import Plate
+from pyro_vi_kit.model.log_density.subsampling import require_subsamplable
+from pyro_vi_kit.objectives import Elbo
+from pyro_vi_kit.objectives.estimators import chosen as chosen_estimator
+from pyro_vi_kit.optimize.engines import Batches, BatchSource, CapturedEngine
+from pyro_vi_kit.optimize.stochastic import stochastic
+from pyro_vi_kit.posterior.approximation import GuideApproximation
+from pyro_vi_kit.posterior.record import Record
+
+# Nats a datum.
+TOLERANCE = 1e-3
+_PARTICLES = 8
+# Numbers of the model in one step; of more rows than that a step sees some.
+_NUMBERS = 2_000_000
+_RATE = 0.02
+_STRETCH = 100
+# Of each row, to see how wide it is.
+_DRAWS = 16
+_SEED = 40_312
+
+
+def refine(
+    approximation: GuideApproximation,
+    objective: Objective,
+    *,
+    steps: int | None = None,
+    tol: float = TOLERANCE,
+    seed: int = 0,
+    batch_size: int | None = None,
+    progress: bool | None = False,
+) -> tuple[GuideApproximation, Record]:
+    """Train numbers of each row, from what the encoders say of it.
+
+    Args:
+        approximation: A trained guide with local blocks, over the data to be refined.
+        objective: The bound; of the ELBO the particles are chosen here.
+        steps: The most steps.
+        tol: Nats a datum that the bound may fall short by, on average.
+        seed: Of the noise.
+        batch_size: Rows in a step; all, or as many as memory has room for, when None.
+        progress: Show progress on stderr; None shows it on a terminal only.
+
+    Returns:
+        The guide with tables in the place of its encoders, and how they were trained.
+
+    Raises:
+        OptionError: If the guide has no local block.
+        ModelError: If `batch_size` is given and the model cannot be subsampled.
+    """
+    started = time.monotonic()
+    if objective.is_elbo:
+        objective = Elbo(_PARTICLES)
+    elif not objective.multi_sample:
+        objective = dataclasses.replace(objective, particles=_PARTICLES)  # type: ignore[type-var]
+    guide = _trainee(approximation)
+    sizes = _sizes(guide, objective.particles, batch_size)
+    estimator = chosen_estimator(guide, objective)
+    engine = CapturedEngine(
+        guide,
+        objective,
+        seed=seed_of(seed, "refinement"),
+        batches=Batches(sizes, device=guide.density.device) if sizes else None,
+        estimator=estimator,
+    )
+    schedule = _schedule(guide, engine.batches, steps, tol)
+    with Progress(f"{guide.name} (rows)", schedule.max_steps, progress) as shown:
+        outcome, bound = stochastic.fit(engine, schedule, deadline=None, progress=shown)
+    refined = GuideApproximation(approximation.name, guide, approximation.params)
+    return refined, Record(
+        objective=objective,
+        method=outcome.method,
+        engine=engine.name,
+        note=engine.note if engine.name == "eager" else "",
+        status=_about_rows(outcome.status),
+        losses=np.asarray(outcome.losses),
+        evaluations=outcome.evaluations,
+        seconds=time.monotonic() - started,
+        seed=seed,
+        bound=None if objective.is_elbo else engine.reported(bound),
+        skipped=outcome.skipped,
+        estimator=estimator,
+        batch_size={plate.name: size for plate, size in sizes.items()} or None,
+        refined=True,
+    )
+
+
+def _trainee(approximation: GuideApproximation) -> Guide:
+    """A copy of the guide in which nothing can be trained but the numbers of each row."""
+    guide = approximation.guide
+    if all(block.plate is None for block in guide.blocks):
+        raise OptionError(
+            f"guide {guide.name!r} has no distribution for each datum that could be refined: fit with "
+            "guide='amortized'"
+        )
+    made = tabulated(guide.moved_to(guide.density.holding(approximation.params)))
+    made.requires_grad_(False)
+    for block in made.blocks:
+        family = made.families[block.name]
+        if isinstance(family, LocalFamily) and family.table is not None:
+            _measure(family.head, family.table)
+            family.table.rows.requires_grad_()
+    return made
+
+
+@torch.no_grad()
+def _measure(head: Head, table: Table) -> None:
+    """Measure the numbers of a table in sds of its rows, so that a step means the same everywhere."""
+    with RandomStream(_SEED):
+        sd, mean = torch.std_mean(head(table.rows).sample((_DRAWS,)), 0)
+    unit = sd.median(0).values
+    unit = torch.where((unit > 0) & unit.isfinite(), unit, head.unit)
+    table.rows.copy_(head.reframe(table.rows, mean.mean(0), unit))
+
+
+def _sizes(guide: Guide, particles: int, batch_size: int | None) -> dict[Plate, int]:
+    """Rows of a step by plate; none where it sees all."""
+    plates = [block.plate for block in guide.blocks if block.plate is not None]
+    share = _NUMBERS / max(width_of(guide.density) * particles, 1)
+    if batch_size is None and share >= 1.0:
+        return {}
+    sizes = {p: min(p.size, batch_size or max(1, int(share * p.size))) for p in plates}
+    try:
+        require_subsamplable(guide.density, sizes)
+    except ModelError:
+        if batch_size is not None:
+            raise
+        return {}
+    return sizes
+
+
+def _schedule(
+    guide: Guide, batches: BatchSource | None, steps: int | None, tol: float
+) -> stochastic.Schedule:
+    epoch = 1 if batches is None else batches.epoch
+    rows = sum(block.plate.size for block in guide.blocks if block.plate is not None)
+    return stochastic.Schedule(
+        rate=_RATE,
+        stretch=epoch * -(-_STRETCH // epoch),
+        patience=2,
+        max_steps=steps or stochastic.MAX_STEPS,
+        replicates=64 if batches is None else 16,
+        tolerance=tol * rows,
+        tight=not guide.point,
+    )
+
+
+def _about_rows(status: Status) -> Status:
+    """The same status; what goes on with a refinement is another one."""
+    advice = status.advice.replace("go on with resume=", "refine() the result once more")
+    return dataclasses.replace(status, advice=advice)

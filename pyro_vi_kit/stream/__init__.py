@@ -1,8 +1,0 @@
-"""Data that never fit in memory: rows of a `Dataset` or `DataLoader`, a batch at a time."""
-
-from __future__ import annotations
-
-from pyro_vi_kit.stream.feed import Feed
-from pyro_vi_kit.stream.stream import Stream
-
-__all__ = ["Feed", "Stream"]

@@ -1,0 +1,1 @@
+"""A fit beside something else: NUTS, other fits, simulated data, a whole suite of models."""
