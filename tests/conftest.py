@@ -10,6 +10,7 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from pyro.poutine.runtime import _PYRO_STACK
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +35,31 @@ def clean_param_store() -> Iterator[None]:
     left = sorted(set(store.keys()) ^ before)
     store.clear()
     assert not left, f"Pyro's param store was changed: {left}. Run in get_param_store().scope()."
+
+
+def world() -> dict[str, object]:
+    """What a fit borrows of torch and Pyro, and has to give back."""
+    checks = (pyro.distributions, pyro.infer, pyro.poutine)
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "validation": [module.is_validation_enabled() for module in checks],
+        "Distribution.__init__": torch.distributions.Distribution.__init__,
+        "torch.broadcast_shapes": torch.broadcast_shapes,
+        "handlers": len(_PYRO_STACK),
+    }
+
+
+@pytest.fixture(autouse=True)
+def unchanged_world() -> Iterator[None]:
+    """Fail a test after which torch or Pyro are not as they were, and mend them for the next one."""
+    before = world()
+    yield
+    after = world()
+    torch.set_default_dtype(before["default dtype"])  # type: ignore[arg-type]
+    pyro.enable_validation(before["validation"] == [True] * 3)
+    torch.broadcast_shapes = before["torch.broadcast_shapes"]  # type: ignore[assignment]
+    del _PYRO_STACK[:]
+    assert after == before
 
 
 @pytest.fixture

@@ -162,6 +162,7 @@ def _spread(run: _Run, jobs: int) -> str:
     chunks = [left[i : i + size] for i in range(0, len(left), size)]
     calls = (
         joblib.delayed(_chunk)(
+            os.getpid(),
             payload,
             numbers,
             run.simulations.rows(numbers),
@@ -183,10 +184,14 @@ def _spread(run: _Run, jobs: int) -> str:
 
 
 def _chunk(
-    payload: bytes, numbers: list[int], simulations: Simulations, references: Tensor
+    parent: int,
+    payload: bytes,
+    numbers: list[int],
+    simulations: Simulations,
+    references: Tensor,
 ) -> list[tuple[int, Result]]:
-    """Some simulations, in another process."""
-    _end_with_parent()
+    """Some simulations, in another process than the ``parent`` that asks for them."""
+    _end_with(parent)
     os.environ[SIDE_BY_SIDE] = "1"
     trial = _loaded(payload)
     with one_thread():
@@ -197,9 +202,8 @@ def _chunk(
 
 
 @functools.cache
-def _end_with_parent() -> None:
-    """Have this process end when the one that started it is gone, however that ended."""
-    parent = os.getppid()
+def _end_with(parent: int) -> None:
+    """Have this process end when the one that started it is gone, however and how early that ended."""
 
     def watch() -> None:
         while os.getppid() == parent:
