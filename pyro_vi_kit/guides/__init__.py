@@ -72,7 +72,7 @@ REGISTRY: dict[str, type[ListedGuide]] = {
     "amortized": Amortized,
 }
 
-# Not a guide, but a choice among them that `vi.fit` makes: see `ladder.py`.
+# Not a guide, but a choice among them that `vi.fit` makes: see `fitting/auto.py`.
 AUTO = "auto"
 _ABOUT_AUTO = About(
     does="what the richest of the guides tried can",

@@ -2,7 +2,7 @@
 
 Reverse KL with one component per mode covers them all, where any single Gaussian keeps one. Fits on
 the ELBO hold one set of draws for each component, weighted by its weight (Morningstar et al. 2021;
-`methods/mixtures.py`); everything else differentiates draws of the mixture as a whole.
+`optimize/deterministic/mixtures.py`); everything else differentiates draws of the mixture as a whole.
 """
 
 from __future__ import annotations
