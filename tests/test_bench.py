@@ -4,13 +4,26 @@ import math
 
 import pandas as pd
 import pytest
-from toys import MODELS
+from toys import MODELS, gaussian
 
-from pyro_vi_kit.core.errors import FileError, ModelError, OptionError, UnknownNameError
-from pyro_vi_kit.validation.suite import COLUMNS, Nuts, enumerate_cells, format_results, run, runner
+from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.core.errors import FileError, ModelError, OptionError, UnknownNameError, ViError
+from pyro_vi_kit.fitting import initialise, plan
+from pyro_vi_kit.fitting.fit import fit
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.validation.suite import (
+    COLUMNS,
+    Nuts,
+    enumerate_cells,
+    format_results,
+    obstacle,
+    run,
+    runner,
+)
 from pyro_vi_kit.validation.suite.table import advice
 
 LINE = MODELS / "gaussian_regression_2d.py"
+TOY = gaussian(2)[0]
 # Two chains of 100 draws are rightly complained about; the bench says so in its table.
 SHORT = Nuts(chains=2, draws=100, tune=100)
 BROKEN = """
@@ -210,3 +223,27 @@ def test_advice_names_the_fastest_that_is_usable(verdicts, words):
     assert len(lines) == len(words)
     for line, word in zip(lines, words, strict=True):
         assert word in line
+
+
+class ReachedError(ViError):
+    """A fit got as far as training."""
+
+
+@pytest.mark.parametrize("objective", objectives.names())
+@pytest.mark.parametrize("guide", [*guides.names(), guides.AUTO])
+def test_the_bench_leaves_out_what_fit_refuses_and_nothing_else(guide, objective, monkeypatch):
+    def reached(*args, **options):
+        raise ReachedError
+
+    for module, name in ((plan, "_fit_by_search"), (plan, "_match_moments"), (initialise, "begin")):
+        monkeypatch.setattr(module, name, reached)
+    reason = obstacle(Density(TOY), guide, objective)
+    with pytest.raises(ReachedError if reason is None else OptionError) as raised:
+        fit(TOY, guide, objective, seed=0, progress=False)
+    assert reason is None or str(raised.value) == reason
+
+
+def test_searched_guides_have_no_other_bounds():
+    density = Density(TOY)
+    for pair in (("laplace", "iwae"), ("pathfinder", "forward_kl"), ("laplace", "annealed")):
+        assert "is found by a search" in obstacle(density, *pair)

@@ -310,7 +310,7 @@ def test_it_is_listed_and_is_no_guide_to_build():
     assert "auto" not in guides.names()
     density = Density(two_scales_model())
     assert obstacle(density, "auto", "elbo") is None
-    assert "by the ELBO" in obstacle(density, "auto", "iwae")
+    assert "does not go with objective=" in obstacle(density, "auto", "iwae")
 
 
 def test_the_command_line_takes_it(tmp_path):

@@ -90,8 +90,7 @@ def train(
     if request.method == cavi.NAME:
         _require_sweeps(request, density, checkpoint)
         return _fit_by_sweeps(request, name, trainee, density)
-    _require_compatible(request, trainee)
-    estimator_of(request, trainee)
+    require_possible(request, trainee)
     if _use_search(request, trainee):
         _refuse_fixed_draws(checkpoint)
         with Progress(f"{name} (L-BFGS)", enabled=request.progress) as progress:
@@ -344,6 +343,16 @@ def _require_castable(request: Request, density: Density) -> None:
             "Epochs(precision='bfloat16') casts float32 and leaves float64 as it is: give "
             "dtype=torch.float32 too"
         )
+
+
+def require_possible(request: Request, guide: Guide) -> None:
+    """Refuse a guide that cannot be trained as was asked.
+
+    Raises:
+        OptionError: With the remedy.
+    """
+    _require_compatible(request, guide)
+    estimator_of(request, guide)
 
 
 def _require_compatible(request: Request, guide: Guide) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from pyro_vi_kit import guides, objectives
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.version import __version__
+from pyro_vi_kit.fitting import auto, plan, request
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.modelfile import model_files
 
@@ -94,25 +95,19 @@ def enumerate_cells(
 
 
 def obstacle(density: Density, guide: str, objective: str) -> str | None:
-    """Why a guide cannot be fitted to a model with an objective; None where it can.
+    """Why a guide cannot be fitted to a model with an objective, as `fit` says it; None where it can.
 
     Args:
         density: The model.
         guide: The guide's name.
         objective: The objective's name.
     """
-    if guide == guides.AUTO:
-        return (
-            None if objective == "elbo" else f"guide 'auto' climbs by the ELBO, not by {objective}"
-        )
     try:
-        built = guides.make(guide, density)
-    except OptionError as error:
-        return str(error)
-    if built.point and objective != "elbo":
-        return f"guide {guide!r} is a point and has no multi-sample bound: use objective 'elbo'"
-    try:
-        objectives.make(objective).require(built)
+        asked = request.checked(density.model, objective, seed=0)
+        if guide == guides.AUTO:
+            auto.require_possible(asked)
+        else:
+            plan.require_possible(asked, guides.make(guide, density))
     except OptionError as error:
         return str(error)
     return None
