@@ -209,6 +209,13 @@ def validated_by_user() -> bool:
 
 
 @contextlib.contextmanager
+def validation(enabled: bool) -> Iterator[None]:
+    """Pyro's and torch's checks on or off, under the lock: two threads would leave each other's."""
+    with LOCK, pyro.validation_enabled(enabled):
+        yield
+
+
+@contextlib.contextmanager
 def isolated(
     dtype: torch.dtype, device: torch.device | None = None, *, validate: bool = False
 ) -> Iterator[None]:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -22,6 +21,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyro_vi_kit.core.errors import ModelError, OptionError, ViError, first_line
+from pyro_vi_kit.core.runtime import validation
 from pyro_vi_kit.model.log_density.handlers import innermost, kind_of, sample_sites
 
 PyroGuide = Callable[..., Any]
@@ -94,7 +94,7 @@ def look_over(
             support.
         ModelError: If the model raises on what the guide draws.
     """
-    with torch.no_grad(), pyro.validation_enabled(True):
+    with torch.no_grad(), validation(True):
         drawn = _run_guide(guide, args, kwargs, name)
         met, error = _run_model(model, drawn, args, kwargs)
     own = _drawn(drawn)

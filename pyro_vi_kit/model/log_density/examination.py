@@ -7,7 +7,6 @@ import functools
 import inspect
 from collections.abc import Mapping
 
-import pyro
 import torch
 from pyro.distributions import MaskedDistribution
 from pyro.distributions.torch_distribution import ExpandedDistribution
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vi_kit.core.errors import ModelError
-from pyro_vi_kit.core.runtime import random_state
+from pyro_vi_kit.core.runtime import random_state, validation
 from pyro_vi_kit.model.log_density.enumeration import Enumerated, nesting_of
 from pyro_vi_kit.model.log_density.guarding import flags
 from pyro_vi_kit.model.log_density.handlers import Replay, Visit
@@ -150,7 +149,7 @@ class Examination:
         names = [visit.name for visit in self._of_kind("discrete")]
         point = self._point(0.5, torch.Generator().manual_seed(20263))
         try:
-            with self.runner.first_runs(), pyro.validation_enabled(False), torch.no_grad():
+            with self.runner.first_runs(), validation(False), torch.no_grad():
                 with self._sizes():
                     found = sums(self.runner, point, {})
                 return sum_problem(names, found.unsqueeze(0))
@@ -240,7 +239,7 @@ class Examination:
         """Latents with an improper prior and no influence on anything else."""
         names = self.improper if self._unconstrained() else []
         generator = torch.Generator().manual_seed(20266)
-        with self.runner.first_runs(), pyro.validation_enabled(False):
+        with self.runner.first_runs(), validation(False):
             for radius in (0.5, 3.0) if names else ():
                 point = self._point(radius, generator)
                 leaves = [value.requires_grad_() for value in point.values()]
@@ -298,7 +297,7 @@ class Examination:
             return 0, 0, []
         finite, blamed = 0, {}
         generator = torch.Generator().manual_seed(20261)
-        with self.runner.first_runs(), pyro.validation_enabled(False):
+        with self.runner.first_runs(), validation(False):
             for k in range(_POINTS):
                 point = self._point(_RADIUS if k else 0.0, generator)
                 try:
@@ -367,7 +366,7 @@ class Examination:
             return None
         generator, step = torch.Generator().manual_seed(20262), 1e-5
         rows = []
-        with self.runner.first_runs(), pyro.validation_enabled(False):
+        with self.runner.first_runs(), validation(False):
             for _ in range(3):
                 point = self._point(0.5, generator)
                 try:

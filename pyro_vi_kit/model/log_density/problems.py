@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.core.runtime import validation
 from pyro_vi_kit.model.log_density.enumeration import Enumerated, log_total
 from pyro_vi_kit.model.log_density.handlers import Replay, Visit
 from pyro_vi_kit.model.log_density.runner import Runner
@@ -53,7 +53,7 @@ def chance_problem(runner: Runner, run: Replay) -> Problem | None:
     """
     one, other = repetition(run), repetition(run)
     # Without validation, so that data outside a support is a number here and not an exception.
-    with pyro.validation_enabled(False):
+    with validation(False):
         runner.try_run(one)
         runner.try_run(other)
         for name, visit in one.visits.items():

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import pyro
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
-from pyro_vi_kit.core.runtime import broadcast_shapes
+from pyro_vi_kit.core.runtime import broadcast_shapes, validation
 from pyro_vi_kit.model.log_density.handlers import Visit
 from pyro_vi_kit.model.log_density.problems import Problem
 
@@ -30,7 +29,7 @@ def shape_problem(visit: Visit) -> Problem | None:
     if visit.kind != "observed":
         return _wide_problem(visit, tuple(visit.fn.batch_shape), tuple(visit.fn.shape()))
     try:
-        with pyro.validation_enabled(False), torch.no_grad():
+        with validation(False), torch.no_grad():
             terms = tuple(replace(visit, fn=unvalidated(visit.fn)).log_prob().shape)
     except (RuntimeError, ValueError, IndexError):
         return _unequal_problem(visit)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import pyro
 import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.core.runtime import validation
 from pyro_vi_kit.model.data import Stream
 from pyro_vi_kit.model.log_density.handlers import Replay, Visit
 from pyro_vi_kit.model.log_density.problems import Problem
@@ -86,7 +86,7 @@ def _two_runs(runner: Runner, tensors: int) -> tuple[dict[str, Visit], dict[str,
         batch = [tensor.repeat(2, *(1,) * (tensor.dim() - 1)) for tensor in batch]
     half = [tensor[: (len(tensor) + 1) // 2] for tensor in batch]
     full, part = Replay(fill=_somewhere), Replay(fill=_somewhere)
-    with runner.first_runs(), pyro.validation_enabled(False), torch.no_grad():
+    with runner.first_runs(), validation(False), torch.no_grad():
         runner.run(full, {}, [*batch, *rest])
         runner.run(part, {}, [*half, *rest])
     return full.visits, part.visits

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vi_kit.core.errors import ModelError, ShapeError
-from pyro_vi_kit.core.runtime import validated_by_user
+from pyro_vi_kit.core.runtime import validated_by_user, validation
 from pyro_vi_kit.model.log_density.domain import ends
 from pyro_vi_kit.model.log_density.enumeration import is_enumerable
 from pyro_vi_kit.model.log_density.handlers import Visit, innermost
@@ -158,7 +157,7 @@ def _moves(support: Any) -> bool:
 
 def _finite_at(visit: Visit, where: Tensor) -> bool:
     """Whether the log density is finite at these observations, without validation."""
-    with pyro.validation_enabled(False), torch.no_grad():
+    with validation(False), torch.no_grad():
         try:
             log_prob = unvalidated(visit.fn).log_prob(visit.value)
             return bool(log_prob.isfinite().expand(where.shape)[where].all())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import infer_discrete
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pyro_vi_kit.core.errors import ModelError
 from pyro_vi_kit.core.export import Group
+from pyro_vi_kit.core.runtime import validation
 from pyro_vi_kit.core.stopping import model_errors
 from pyro_vi_kit.guides.user_guides import Marked
 from pyro_vi_kit.model.groups import by_observation, data_groups, prior_groups, sampled
@@ -167,7 +167,7 @@ class TraceApproximation:
         if self.density is not None:
             return self.density.exempt
         try:
-            with self.trained.running(0, "first run"), pyro.validation_enabled(True):
+            with self.trained.running(0, "first run"), validation(True):
                 trace = self.trained.model_trace(self.trained.guide_trace(), self.trained.model.fn)
         except Exception:  # noqa: BLE001  its own draws may be what validation refuses
             return None
