@@ -79,21 +79,16 @@ def terminable(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def failing_in_words(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Tell whatever else is raised in a call as a `FitError`: most of it comes from the user's model."""
-
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        try:
-            return function(*args, **kwargs)
-        except ViError:
-            raise
-        except Exception as error:
-            raise fit_error(error) from error
-
-    return call
+    return _told_as(fit_error, function)
 
 
 def model_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Tell what is raised where a fitted model is run again as a `ModelError`."""
+    return _told_as(_model_error, function)
+
+
+def _told_as(told: Callable[[Exception], ViError], function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have what is raised in a call, but for errors of the kit's own, told as one of these."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -102,9 +97,13 @@ def model_errors(function: Callable[_P, _R]) -> Callable[_P, _R]:
         except ViError:
             raise
         except Exception as error:
-            raise ModelError(f"the model or guide raised {_told(error)}") from error
+            raise told(error) from error
 
     return call
+
+
+def _model_error(error: Exception) -> ModelError:
+    return ModelError(f"the model or guide raised {_told(error)}")
 
 
 def fit_error(error: Exception, posterior: Any = None, more: str = "") -> FitError:
