@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -156,6 +156,7 @@ class Status:
             than 30 nats below the highest left out; None where none was found, or none looked for.
         missed: Share of the mass, by Laplace's estimate, in those of them that the guide has next to no
             draws near; None where fewer than two are known.
+        notes: What was tried on the way and given up, a sentence each with its reason.
     """
 
     converged: bool
@@ -164,3 +165,13 @@ class Status:
     gap: float | None = None
     modes: int | None = None
     missed: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def noting(self, *notes: str) -> Status:
+        """The same with more notes, those that are empty left out."""
+        return replace(self, notes=(*self.notes, *filter(None, notes)))
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Status:
+        """The inverse of `dataclasses.asdict`, also where a file made lists of tuples."""
+        return cls(**{**facts, "notes": tuple(facts.get("notes", ()))})

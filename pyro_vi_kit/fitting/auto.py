@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import FitError, OptionError, ViError
 from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.core.stopping import fit_error
@@ -290,12 +289,9 @@ def _told(climb: _Climb) -> Posterior:
         evaluations=sum(each.evaluations for _, each in climb.tried),
     )
     if climb.interrupted:
-        status = Status(
-            False,
-            "interrupted",
-            f"Interrupted while richer guides were tried; {chosen.guide} was the best so far.",
-            posterior.status.gap,
-            posterior.status.modes,
+        words = f"Interrupted while richer guides were tried; {chosen.guide} was the best so far."
+        status = dataclasses.replace(
+            posterior.status, converged=False, reason="interrupted", advice=words
         )
         record = dataclasses.replace(record, status=status)
     posterior.record = record

@@ -98,10 +98,12 @@ def train(
         return Trained(
             GuideApproximation(name, trainee, density.params), outcome, outcome.engine, None
         )
+    given_up = ""
     if _use_moments(request, trainee, checkpoint):
         matched = _match_moments(request, name, trainee, density)
-        if matched is not None:
+        if isinstance(matched, Trained):
             return matched
+        given_up = f"Moments were tried first and given up for stochastic steps: {matched}"
     batches = _batches(request, trainee, density)
     try:
         start = initialise.begin(request, trainee, density, batches, checkpoint)
@@ -114,7 +116,7 @@ def train(
         if isinstance(batches, StreamedBatches):
             batches.close()
     status = _with_kept(with_peaks(outcome.status, start.peaks, trainee), trainee)
-    outcome = dataclasses.replace(outcome, status=status)
+    outcome = dataclasses.replace(outcome, status=status.noting(given_up))
     approximation = GuideApproximation(name, trainee, engine.params)
     note = engine.note if isinstance(engine, CapturedEngine) and engine.name == "eager" else ""
     if isinstance(engine, EagerEngine):
@@ -162,8 +164,8 @@ def _fit_by_sweeps(request: Request, name: str, guide: Guide, density: Density) 
     return Trained(approximation, outcome, outcome.engine, None)
 
 
-def _match_moments(request: Request, name: str, guide: Guide, density: Density) -> Trained | None:
-    """Train by weighted moments; None where they do not settle and the method was ours to choose."""
+def _match_moments(request: Request, name: str, guide: Guide, density: Density) -> Trained | str:
+    """Train by weighted moments; why they do not settle, where the method was ours to choose."""
     seed, deadline = request.seed, request.deadline
     peaks: tuple[Peak, ...] = ()
     if request.resumed:
@@ -178,7 +180,7 @@ def _match_moments(request: Request, name: str, guide: Guide, density: Density) 
             guide, start, seed=seed, tolerance=tolerance, deadline=deadline, progress=progress
         )
     if request.method == "auto" and outcome.status.reason == "not converged":
-        return None
+        return outcome.status.advice
     outcome = dataclasses.replace(outcome, status=with_peaks(outcome.status, peaks, guide))
     return Trained(GuideApproximation(name, guide, density.params), outcome, outcome.engine, bound)
 

@@ -132,6 +132,7 @@ class Judged(Fitted):
         else:
             head = f"{self.guide} posterior of {self.model.name}: {self.verdict}"
         lines = [head, f"  status   {self.status.reason}: {self.status.advice}"]
+        lines += [f"  note     {note}" for note in self.status.notes]
         if not self.approximation.point:
             nats, se = self.log_evidence or (np.nan, np.nan)
             lines += [

@@ -94,6 +94,8 @@ class Record:
         told = {"ladder": " -> ".join(map(str, self.ladder))} if self.ladder else {}
         if self.correction:
             told["correction"] = self.correction
+        if self.status.notes:
+            told["notes"] = " ".join(self.status.notes)
         return {
             "objective": self.objective.name,
             "method": self.method,

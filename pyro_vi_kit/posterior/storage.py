@@ -358,7 +358,7 @@ def _record(
     name, options = header["objective"]
     return Record(
         objective=objectives.make(name, **options),
-        status=Status(**header["status"]),
+        status=Status.of(header["status"]),
         losses=np.asarray(losses),
         history=history,
         ladder=tuple(Rung(**rung) for rung in header.get("ladder", ())),

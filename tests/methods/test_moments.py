@@ -8,6 +8,8 @@ from toys import gaussian, load, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.optimize.deterministic import moments
+from pyro_vi_kit.optimize.stochastic import stochastic
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 
@@ -85,6 +87,20 @@ def test_where_weights_are_too_uneven_it_says_so_or_steps_take_over():
     assert "method='stochastic'" in asked.status.advice
     with pytest.raises(OptionError, match="method='moments' needs objective 'forward_kl'"):
         vi.fit(vi.Model(funnel), "full_rank", "elbo", method="moments")
+
+
+def test_moments_that_were_given_up_are_told_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(moments, "_LAST", moments._FIRST)
+    monkeypatch.setattr(stochastic, "MAX_STEPS", 100)
+    posterior = vi.fit(vi.Model(funnel), "full_rank", "forward_kl", seed=0)
+    assert posterior.method == "stochastic"
+    (note,) = posterior.status.notes
+    assert "Moments were tried first and given up for stochastic steps" in note
+    assert "weighted draws only" in note
+    assert note in repr(posterior)
+    assert posterior.attrs(0)["notes"] == note
+    path = posterior.save(tmp_path / "fit.nc", draws=10)
+    assert vi.load(path, posterior.model).status == posterior.status
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ class _Training:
         self.runs.restore(state["runs"], state["losses"])
         self.history, self.kept = list(state["history"]), state["kept"]
         self.held, self.best, self.seconds = Held(*state["held"]), state["best"], state["seconds"]
-        self.status = None if state["status"] is None else Status(**state["status"])
+        self.status = None if state["status"] is None else Status.of(state["status"])
 
     @property
     def elapsed(self) -> float:

@@ -164,7 +164,7 @@ class _Search:
         self.decays, self.before = state["decays"], state["before"]
         self.steps, self.history = state["steps"], [(at, bounds) for at, bounds in state["history"]]
         self.bad, self.extra = state["bad"], state.get("extra", 0)
-        self.status = None if state["status"] is None else Status(**state["status"])
+        self.status = None if state["status"] is None else Status.of(state["status"])
 
 
 def fit(
