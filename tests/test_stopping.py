@@ -200,14 +200,14 @@ def test_ctrl_c_in_calibrate_keeps_the_simulations(monkeypatch):
     calibrate = functools.partial(
         vi.calibrate, vi.Model(one_mean, Y), "mean_field", simulations=40, draws=19, seed=0, jobs=1
     )
-    here, done = workers._Run.here, itertools.count(1)
+    one, done = workers.Run.one, itertools.count(1)
 
     def interrupted(self, number):
         if next(done) == stop:
             raise KeyboardInterrupt
-        here(self, number)
+        one(self, number)
 
-    monkeypatch.setattr(workers._Run, "here", interrupted)
+    monkeypatch.setattr(workers.Run, "one", interrupted)
     stop = 26
     found = calibrate()
     assert found.interrupted

@@ -13,8 +13,8 @@ from pyro_vi_kit.core.options import checks, names, of_class, optional
 from pyro_vi_kit.core.options import path as a_path
 from pyro_vi_kit.plots.style import COLOURS, GREY, INK, destination, panels, save
 from pyro_vi_kit.validation.calibrate import Calibration
-from pyro_vi_kit.validation.calibrate.judging import CALIBRATED, JOINT
-from pyro_vi_kit.validation.calibrate.uniformity import Band, band, ecdf
+from pyro_vi_kit.validation.calibrate.calibration_tests import Band, band, ecdf
+from pyro_vi_kit.validation.calibrate.verdict import CALIBRATED, JOINT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

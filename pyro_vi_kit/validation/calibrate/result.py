@@ -15,19 +15,18 @@ from pyro_vi_kit.model.groups import dims_of, squeeze
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.model import Model
 from pyro_vi_kit.posterior.summary import labels
-from pyro_vi_kit.validation.calibrate.intervals import PROBS, coverage_row, covered
-from pyro_vi_kit.validation.calibrate.judging import (
-    CalibrationVerdict,
-    Number,
-    adjusted,
+from pyro_vi_kit.validation.calibrate.calibration_tests import (
+    PROBS,
+    Tested,
     assess,
-    in_words,
-    judge,
+    band,
+    coverage_row,
+    covered,
+    ecdf,
 )
-from pyro_vi_kit.validation.calibrate.ranking import LOG_LIKELIHOOD, TARP
-from pyro_vi_kit.validation.calibrate.simulating import Simulations
-from pyro_vi_kit.validation.calibrate.trial import Result
-from pyro_vi_kit.validation.calibrate.uniformity import band, ecdf
+from pyro_vi_kit.validation.calibrate.simulation import LOG_LIKELIHOOD, TARP, Ranks
+from pyro_vi_kit.validation.calibrate.verdict import CalibrationVerdict, adjusted, in_words, judge
+from pyro_vi_kit.validation.calibrate.workers import Run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,26 +93,27 @@ class Calibration:
     @functools.cached_property
     def by_site(self) -> dict[str, dict[str, np.ndarray]]:
         """The same by site: joint quantities too, ``log_likelihood`` and ``all latents`` (TARP)."""
-        return {
+        found = {
             name: {
                 label: values[:, *index]
-                for index, label in labels(
-                    name, values.shape[1:], self.dims.get(name, ()), self.model.coords
-                )
-                if self._moves(name, index)
+                for index, label in self._labels(name)
+                if not self._is_constant(name, index)
             }
             for name, values in self.probabilities.items()
-        } | ({} if self.tarp is None else {TARP: {TARP: self.tarp}})
+        }
+        return found | ({} if self.tarp is None else {TARP: {TARP: self.tarp}})
 
-    def _moves(self, name: str, index: tuple[int, ...]) -> bool:
-        return name not in self._constant or not bool(self._constant[name][index])
+    def _labels(self, site: str) -> list[tuple[tuple[int, ...], str]]:
+        """Index and label of each number of a site."""
+        shape = self.probabilities[site].shape[1:]
+        return list(labels(site, shape, self.dims.get(site, ()), self.model.coords))
+
+    def _is_constant(self, site: str, index: tuple[int, ...]) -> bool:
+        values = self.truths[site][:, *index] if site in self.truths else np.arange(2)
+        return bool((values == values[0]).all())
 
     @functools.cached_property
-    def _constant(self) -> dict[str, np.ndarray]:
-        return {name: (values == values[:1]).all(0) for name, values in self.truths.items()}
-
-    @functools.cached_property
-    def _assessed(self) -> dict[str, dict[str, Number]]:
+    def _assessed(self) -> dict[str, dict[str, Tested]]:
         return {
             name: {label: assess(values) for label, values in own.items()}
             for name, own in self.by_site.items()
@@ -223,8 +223,7 @@ class Calibration:
 
         parts = []
         for site, own in self.by_site.items():
-            shape = self.ranks[site].shape[1:] if site in self.ranks else ()
-            named = {label: i for i, label in self._labels(site, shape)}
+            named = {label: i for i, label in self._labels(site)} if site in self.ranks else {}
             for label, values in own.items():
                 index = (slice(None), *named.get(label, ()))
                 columns: dict[str, Any] = {
@@ -237,9 +236,6 @@ class Calibration:
                 parts.append(pd.DataFrame(columns))
         frame = pd.concat(parts, ignore_index=True)
         return frame.astype({"rank": "Int64"}).replace({"rank": {-1: pd.NA}})
-
-    def _labels(self, site: str, shape: tuple[int, ...]) -> Any:
-        return labels(site, shape, self.dims.get(site, ()), self.model.coords)
 
     def __repr__(self) -> str:
         done = f"{len(self.numbers)} of {self.simulations} simulations"
@@ -254,65 +250,54 @@ class Calibration:
         )
 
 
-def collected(
-    density: Density,
-    guide: str,
-    drawn: Simulations,
-    results: Sequence[Result | None],
-    draws: int,
-    seed: int,
-    jobs: int,
-    seconds: float,
-    interrupted: bool,
-) -> Calibration:
+def collected(density: Density, guide: str, run: Run, seconds: float) -> Calibration:
     """The calibration that single results make.
 
     Args:
         density: The model.
         guide: What was fitted.
-        drawn: Data and truths.
-        results: One for each of them; None where the user interrupted before.
-        draws: S.
-        seed: Of the calibration; ties are broken with it too.
-        jobs: Processes.
+        run: The results; some are missing where the user interrupted.
         seconds: Wall time.
-        interrupted: Whether the user interrupted.
     """
-    done = {i: result for i, result in enumerate(results) if result is not None}
-    placed = {i: result.place for i, result in done.items() if result.place is not None}
-    places, numbers = list(placed.values()), np.array(list(placed))
-    generator = np.random.default_rng([seed, 1])
-    ranks, probabilities = {}, {}
-    for name in places[0].below:
-        below = np.stack([place.below[name] for place in places])
-        equal = np.stack([place.equal[name] for place in places])
-        ranks[name] = below + generator.integers(0, equal + 1)
-        probabilities[name] = (ranks[name] + _inside(generator, below.shape)) / (draws + 1)
+    done = dict(sorted(run.results.items()))
+    ranked = {i: result for i, result in done.items() if result.ranks is not None}
+    draws, seed = run.simulation.draws, run.simulation.seed
+    ranks, probabilities = _untied([r.ranks for r in ranked.values() if r.ranks], draws, seed)
     tarp = probabilities.pop(TARP, None)
     ranks.pop(TARP, None)
-    sites = density.structure.sites
-    own = [name for name in ranks if name in sites and name != LOG_LIKELIHOOD]
-    truths = {n: squeeze(sites[n], drawn.truths[n])[numbers] for n in own}
+    numbers = np.array(list(ranked))
+    sites = {name: density.structure.sites[name] for name in ranks if name != LOG_LIKELIHOOD}
     return Calibration(
         model=density.model,
         guide=guide,
-        simulations=len(drawn),
+        simulations=len(run.data_sets),
         draws=draws,
         seed=seed,
         ranks=ranks,
         probabilities=probabilities,
-        truths=truths,
+        truths={n: squeeze(s, run.data_sets.truths[n])[numbers] for n, s in sites.items()},
         tarp=tarp,
         numbers=numbers,
         failures={i: result.error for i, result in done.items() if result.error},
-        not_converged=sum(not r.converged for r in done.values() if r.place is not None),
+        not_converged=sum(not result.converged for result in ranked.values()),
         seconds=seconds,
-        jobs=jobs,
-        dims={name: dims_of(density.model, sites[name]) for name in own},
-        interrupted=interrupted,
+        jobs=run.jobs,
+        dims={name: dims_of(density.model, site) for name, site in sites.items()},
+        interrupted=run.interrupted,
     )
 
 
-def _inside(generator: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Uniform numbers inside of (0, 1): a normal score of 0 or 1 would be infinite."""
-    return generator.uniform(1e-9, 1.0 - 1e-9, shape)
+def _untied(
+    counts: Sequence[Ranks], draws: int, seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Ranks with ties broken at random, and continuous probabilities, each `{site: [N, *shape]}`."""
+    generator = np.random.default_rng([seed, 1])
+    ranks, probabilities = {}, {}
+    for name in counts[0].below:
+        below = np.stack([each.below[name] for each in counts])
+        equal = np.stack([each.equal[name] for each in counts])
+        ranks[name] = below + generator.integers(0, equal + 1)
+        # Inside of (0, 1): a normal score of 0 or 1 would be infinite.
+        within = generator.uniform(1e-9, 1.0 - 1e-9, below.shape)
+        probabilities[name] = (ranks[name] + within) / (draws + 1)
+    return ranks, probabilities

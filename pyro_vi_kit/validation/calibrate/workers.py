@@ -11,22 +11,20 @@ import contextlib
 import functools
 import importlib.machinery
 import os
+import pickle
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
-
-from torch import Tensor
 
 from pyro_vi_kit.capture.turns import SIDE_BY_SIDE
 from pyro_vi_kit.core.errors import ModelError, ViError, first_line
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import one_thread
-from pyro_vi_kit.validation.calibrate.simulating import Simulations
-from pyro_vi_kit.validation.calibrate.trial import Result, Trial
+from pyro_vi_kit.validation.calibrate.simulation import DataSets, Result, Simulation
 
 # Seconds: what is known of the pace by then is enough, and starting processes costs about a third.
 _LOOK, _WORTHWHILE = 3.0, 20.0
@@ -37,44 +35,113 @@ _LARGEST_CHUNK = 10
 _WATCH = 0.2
 
 
-class _Run:
-    """A calibration under way.
+@dataclass(eq=False)
+class Run:
+    """A calibration under way, or done.
 
-    Args:
-        trial: What all simulations share.
-        simulations: N data sets and truths.
-        references: Points to measure distances from, `[N, D]`.
+    Attributes:
+        simulation: What all simulations share.
+        data_sets: N data sets and truths.
         progress: Told each one that is done.
+        results: By number.
+        jobs: Processes that worked on it.
+        interrupted: Whether the user interrupted, so that some results are missing.
     """
 
-    def __init__(
-        self, trial: Trial, simulations: Simulations, references: Tensor, progress: Progress
-    ) -> None:
-        self.trial = trial
-        self.simulations = simulations
-        self.references = references
-        self.progress = progress
-        self.results: dict[int, Result] = {}
+    simulation: Simulation
+    data_sets: DataSets
+    progress: Progress
+    results: dict[int, Result] = field(default_factory=dict)
+    jobs: int = 1
+    interrupted: bool = False
 
     @property
     def left(self) -> list[int]:
         """Numbers of those that are not done."""
-        return [i for i in range(len(self.simulations)) if i not in self.results]
+        return [row for row in range(len(self.data_sets)) if row not in self.results]
 
-    def here(self, number: int) -> None:
+    def all(self, jobs: int | None) -> None:
+        """Do them all, or until the user interrupts.
+
+        Args:
+            jobs: Processes; None for as many as there are cores, once that is seen to pay.
+
+        Raises:
+            ModelError: If all of the first ones failed.
+            OptionError: If the guide or an option cannot work on this model.
+        """
+        try:
+            with one_thread():
+                if jobs is None or jobs == 1:
+                    self.in_turn(look=jobs is None)
+                if self.left:
+                    self.spread(_cores() if jobs is None else min(jobs, len(self.left)))
+        except KeyboardInterrupt:
+            self.interrupted = True
+
+    def one(self, row: int) -> None:
         """Do one in this process."""
-        reference = self.references[number]
-        self.add(number, self.trial.run(number, self.simulations, number, reference))
+        self.add(row, self.simulation.run(self.data_sets, row))
 
-    def add(self, number: int, result: Result) -> None:
+    def in_turn(self, *, look: bool) -> None:
+        """One after another; where they ``look``, until it is seen that processes would pay."""
+        started = time.monotonic()
+        for done, row in enumerate(self.left, start=1):
+            self.one(row)
+            elapsed = time.monotonic() - started
+            to_come = elapsed / done * len(self.left)
+            if look and elapsed > _LOOK and to_come > _WORTHWHILE and _cores() > 1:
+                return
+
+    def spread(self, jobs: int) -> None:
+        """In processes of their own; in this one where that is not possible."""
+        self.jobs = jobs
+        problem = self._in_processes()
+        if problem:
+            warnings.warn(
+                f"the fits are done one after another, since the model cannot be sent to other "
+                f"processes: {problem}",
+                UserWarning,
+                stacklevel=6,
+            )
+            self.jobs = 1
+            self.in_turn(look=False)
+
+    def _in_processes(self) -> str:
+        """Why that is not possible, where it is not."""
+        import joblib
+
+        left = self.left
+        size = max(1, min(_LARGEST_CHUNK, len(left) // (4 * self.jobs)))
+        chunks = [left[i : i + size] for i in range(0, len(left), size)]
+        try:
+            payload = _pickled(self.simulation)
+            with joblib.parallel_config(backend="loky", n_jobs=self.jobs, inner_max_num_threads=1):
+                parallel: Any = joblib.Parallel(
+                    return_as="generator_unordered", pre_dispatch="n_jobs"
+                )
+                calls = (
+                    joblib.delayed(_chunk)(os.getpid(), payload, self.data_sets.rows(rows))
+                    for rows in chunks
+                )
+                for found in parallel(calls):
+                    for row, result in found:
+                        self.add(row, result)
+        except ViError:
+            raise
+        except Exception as error:  # noqa: BLE001  a model that cannot be sent, a process that dies
+            return f"{type(error).__name__}: {first_line(error)}"
+        return ""
+
+    def add(self, row: int, result: Result) -> None:
         """Take note of one that is done.
 
         Raises:
             ModelError: If all of the first ones failed.
         """
-        self.results[number] = result
+        self.results[row] = result
         errors = [found.error for found in self.results.values()]
-        if len(errors) == min(_FIRST, len(self.simulations)) and all(errors):
+        if len(errors) == min(_FIRST, len(self.data_sets)) and all(errors):
             raise ModelError(
                 f"the first {len(errors)} fits to simulated data all failed ({errors[0]}): look at data "
                 "drawn from the prior, which may be far from any that the model can be fitted to"
@@ -83,122 +150,14 @@ class _Run:
         self.progress.step(words=f"{failed} failed" if failed else None)
 
 
-def run_all(
-    trial: Trial,
-    simulations: Simulations,
-    references: Tensor,
-    jobs: int | None,
-    progress: Progress,
-) -> tuple[list[Result | None], int, bool]:
-    """The result of each simulation, the number of processes, and whether the user interrupted.
-
-    The results that were to come then are None.
-
-    Args:
-        trial: What all simulations share.
-        simulations: N data sets and truths.
-        references: Points to measure distances from, `[N, D]`.
-        jobs: Processes; None for as many as there are cores, once that is seen to pay.
-        progress: Told each one that is done.
-
-    Raises:
-        ModelError: If all of the first ones failed.
-        OptionError: If the guide or an option cannot work on this model.
-    """
-    run = _Run(trial, simulations, references, progress)
-    used, interrupted = 1, False
-    try:
-        with one_thread():
-            used = _all(run, jobs)
-    except KeyboardInterrupt:
-        interrupted = True
-    return [run.results.get(i) for i in range(len(simulations))], used, interrupted
-
-
-def _all(run: _Run, jobs: int | None) -> int:
-    """Do those that are left; in how many processes."""
-    if jobs is None or jobs == 1:
-        _in_turn(run, look=jobs is None)
-    if not run.left:
-        return 1
-    used = _cores() if jobs is None else min(jobs, len(run.left))
-    problem = _spread(run, used)
-    if problem:
-        warnings.warn(
-            f"the fits are done one after another, since the model cannot be sent to other processes: "
-            f"{problem}",
-            UserWarning,
-            stacklevel=6,
-        )
-        _in_turn(run, look=False)
-        return 1
-    return used
-
-
-def _in_turn(run: _Run, *, look: bool) -> None:
-    """One after another; where they ``look``, until it is seen that processes would pay."""
-    started = time.monotonic()
-    for done, number in enumerate(run.left, start=1):
-        run.here(number)
-        elapsed = time.monotonic() - started
-        if look and elapsed > _LOOK:
-            to_come = elapsed / done * len(run.left)
-            if to_come > _WORTHWHILE and _cores() > 1:
-                return
-
-
-def _spread(run: _Run, jobs: int) -> str:
-    """In processes of their own; why that is not possible, where it is not."""
-    import cloudpickle
-    import joblib
-
-    try:
-        with _by_value(_module_of(run.trial), cloudpickle):
-            payload = cloudpickle.dumps(run.trial)
-    except Exception as error:  # noqa: BLE001  whatever an object says when it is pickled
-        return f"{type(error).__name__}: {first_line(error)}"
-    left = run.left
-    size = max(1, min(_LARGEST_CHUNK, len(left) // (4 * jobs)))
-    chunks = [left[i : i + size] for i in range(0, len(left), size)]
-    calls = (
-        joblib.delayed(_chunk)(
-            os.getpid(),
-            payload,
-            numbers,
-            run.simulations.rows(numbers),
-            run.references[numbers].clone(),
-        )
-        for numbers in chunks
-    )
-    try:
-        with joblib.parallel_config(backend="loky", n_jobs=jobs, inner_max_num_threads=1):
-            parallel: Any = joblib.Parallel(return_as="generator_unordered", pre_dispatch="n_jobs")
-            for found in parallel(calls):
-                for number, result in found:
-                    run.add(number, result)
-    except ViError:
-        raise
-    except Exception as error:  # noqa: BLE001  a model that does not arrive, a process that dies
-        return f"{type(error).__name__}: {first_line(error)}"
-    return ""
-
-
-def _chunk(
-    parent: int,
-    payload: bytes,
-    numbers: list[int],
-    simulations: Simulations,
-    references: Tensor,
-) -> list[tuple[int, Result]]:
+def _chunk(parent: int, payload: bytes, data_sets: DataSets) -> list[tuple[int, Result]]:
     """Some simulations, in another process than the ``parent`` that asks for them."""
     _end_with(parent)
     os.environ[SIDE_BY_SIDE] = "1"
-    trial = _loaded(payload)
+    simulation = _loaded(payload)
     with one_thread():
-        return [
-            (number, trial.run(number, simulations, row, references[row]))
-            for row, number in enumerate(numbers)
-        ]
+        numbers = enumerate(data_sets.numbers)
+        return [(number, simulation.run(data_sets, row)) for row, number in numbers]
 
 
 @functools.cache
@@ -214,10 +173,8 @@ def _end_with(parent: int) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _loaded(payload: bytes) -> Trial:
+def _loaded(payload: bytes) -> Simulation:
     """What was sent; kept, since its recordings serve all that this process does."""
-    import pickle
-
     return pickle.loads(payload)
 
 
@@ -227,26 +184,20 @@ def _cores() -> int:
     return joblib.cpu_count()
 
 
-def _module_of(trial: Trial) -> ModuleType | None:
-    """The module of the model, or of the fitter's, that another process could not import."""
-    fn: Any = trial.observing.model.fn if trial.fitter is None else trial.fitter
-    for candidate in (trial.observing.model.fn, fn):
-        name = getattr(candidate, "__module__", None) or type(candidate).__module__
-        top = name.partition(".")[0]
-        found = importlib.machinery.PathFinder.find_spec(top)
-        if name != "__main__" and found is None and top not in sys.builtin_module_names:
-            return sys.modules.get(name)
-    return None
+def _pickled(simulation: Simulation) -> bytes:
+    """The simulation, with functions of a module that others cannot import whole, as ``__main__``'s."""
+    import cloudpickle
+
+    with contextlib.ExitStack() as stack:
+        for fn in (simulation.simulated.model.fn, simulation.fitter):
+            module = sys.modules.get(getattr(fn, "__module__", None) or type(fn).__module__)
+            if module is not None and not _importable(module):
+                cloudpickle.register_pickle_by_value(module)
+                stack.callback(cloudpickle.unregister_pickle_by_value, module)
+        return cloudpickle.dumps(simulation)
 
 
-@contextlib.contextmanager
-def _by_value(module: ModuleType | None, cloudpickle: Any) -> Iterator[None]:
-    """Have a module's functions sent whole, as those of ``__main__`` are."""
-    if module is None:
-        yield
-        return
-    cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        cloudpickle.unregister_pickle_by_value(module)
+def _importable(module: ModuleType) -> bool:
+    top = module.__name__.partition(".")[0]
+    found = importlib.machinery.PathFinder.find_spec(top)
+    return top == "__main__" or top in sys.builtin_module_names or found is not None

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pyro_vi_kit import guides
 from pyro_vi_kit.core.contracts import Objective
@@ -21,10 +20,10 @@ from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.model.groups import require_names
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.model import Model, a_model
+from pyro_vi_kit.validation.calibrate.data_reuse import require_generative
 from pyro_vi_kit.validation.calibrate.result import Calibration, collected
-from pyro_vi_kit.validation.calibrate.simulating import require_generative, simulate
-from pyro_vi_kit.validation.calibrate.trial import Fitter, Trial
-from pyro_vi_kit.validation.calibrate.workers import run_all
+from pyro_vi_kit.validation.calibrate.simulation import Fitter, Simulation, simulate
+from pyro_vi_kit.validation.calibrate.workers import Run
 
 FEWEST = 20
 FEWEST_DRAWS = 19
@@ -106,25 +105,26 @@ def calibrate(
         "budget": budget,
         "steps": steps,
     }
-    seed = _checked_seed(model, options, seed)
+    # All options are seen to be usable before anything is run.
+    seed = checked(model, seed=fresh_seed() if seed is None else seed, **options).seed
     own = spec is not None and spec.name == "amortized"
     density = Density(model, dtype=default_dtype() if own else torch.float64)
     require_names(density)
-    observing = require_generative(model, density)
+    simulated = require_generative(density)
     if spec is not None:
         _require_spread(spec, density)
     ranked = _ranked(density, sites)
-    drawn = simulate(density, simulations, seed)
-    references, scale = _references(density, drawn.truths)
-    trial = Trial(observing, density.dtype, spec, fitter, options, draws, ranked, scale, seed)
+    data_sets, units = simulate(density, simulations, seed)
+    simulation = Simulation(
+        simulated, density.dtype, spec, fitter, options, draws, ranked, units, seed
+    )
     name = spec.name if spec is not None else getattr(fitter, "__name__", type(fitter).__name__)
-    label = f"calibrating {name}"
-    with Progress(label, simulations, enabled=progress, unit="fits") as bar:
-        results, used, interrupted = run_all(trial, drawn, references, jobs, bar)
-    if interrupted and sum(r is not None and r.place is not None for r in results) < FEWEST:
+    with Progress(f"calibrating {name}", simulations, enabled=progress, unit="fits") as bar:
+        run = Run(simulation, data_sets, bar)
+        run.all(jobs)
+    if run.interrupted and sum(r.ranks is not None for r in run.results.values()) < FEWEST:
         raise KeyboardInterrupt
-    seconds = time.monotonic() - started
-    return collected(density, name, drawn, results, draws, seed, used, seconds, interrupted)
+    return collected(density, name, run, time.monotonic() - started)
 
 
 def _spec(guide: object, fitter: object) -> GuideSpec | None:
@@ -139,27 +139,6 @@ def _spec(guide: object, fitter: object) -> GuideSpec | None:
             "for a Pyro guide give fitter=lambda model, seed: vi.fit(model, make_guide(), seed=seed)"
         )
     return guides.specify("full_rank" if guide is None else guide)
-
-
-def _checked_seed(model: Model, options: dict[str, Any], seed: int | None) -> int:
-    """The seed, once all options are seen to be usable."""
-    request = checked(
-        model,
-        options["objective"],
-        options["method"],
-        "auto",
-        options["tol"],
-        options["budget"],
-        options["steps"],
-        "auto",
-        "auto",
-        None,
-        None,
-        fresh_seed() if seed is None else seed,
-        None,
-        False,
-    )
-    return request.seed
 
 
 def _require_spread(spec: GuideSpec, density: Density) -> None:
@@ -184,14 +163,3 @@ def _ranked(density: Density, sites: Sequence[str] | None) -> list[str]:
         what = f"site {unknown[0]!r}" if unknown else "no site"
         raise OptionError(f"sites= names {what}; what can be ranked: {', '.join(known)}")
     return [name for name in known if name in wanted]
-
-
-def _references(density: Density, truths: Any) -> tuple[Tensor, Tensor]:
-    """A point for each simulation to measure distances from, `[N, D]`, and units, `[D]`.
-
-    It is the next simulation's truth, which knows nothing of this one's.
-    """
-    z = torch.nan_to_num(density.unconstrained(truths), nan=0.0)
-    quartiles = torch.quantile(z, z.new_tensor([0.25, 0.75]), dim=0)
-    scale = (quartiles[1] - quartiles[0]) / 1.349
-    return z.roll(-1, 0), torch.where(scale > 0, scale, torch.ones_like(scale))

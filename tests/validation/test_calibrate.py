@@ -26,9 +26,9 @@ from pyro_vi_kit.core.errors import ModelError, OptionError
 from pyro_vi_kit.core.export import Group, to_arviz
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.validation.calibrate import workers
-from pyro_vi_kit.validation.calibrate.ranking import distances
-from pyro_vi_kit.validation.calibrate.simulating import require_generative
-from pyro_vi_kit.validation.calibrate.uniformity import uniformity
+from pyro_vi_kit.validation.calibrate.calibration_tests import uniformity
+from pyro_vi_kit.validation.calibrate.data_reuse import require_generative
+from pyro_vi_kit.validation.calibrate.simulation import distances
 
 ROWS, DRAWS = 12, 199
 
@@ -226,12 +226,12 @@ def test_processes_are_started_only_where_they_pay(monkeypatch):
     monkeypatch.setattr(workers, "_WORTHWHILE", 0.0)
     monkeypatch.setattr(workers, "_cores", lambda: 2)
 
-    def spread(run, jobs):
-        started.append((len(run.left), jobs))
-        workers._in_turn(run, look=False)
+    def in_processes(run):
+        started.append((len(run.left), run.jobs))
+        run.in_turn(look=False)
         return ""
 
-    monkeypatch.setattr(workers, "_spread", spread)
+    monkeypatch.setattr(workers.Run, "_in_processes", in_processes)
     assert calibrated(fitter=oracle(), simulations=20, jobs=None).jobs == 2
     assert started == [(19, 2)]
 
@@ -262,7 +262,7 @@ def series(y):
 
 def test_data_at_sites_and_not_in_arguments():
     model = vi.Model(series, torch.arange(5.0))
-    observing = require_generative(model, Density(model))
+    observing = require_generative(Density(model))
     assert not observing.by_argument
     found = vi.calibrate(model, "full_rank", simulations=30, draws=99, seed=0, jobs=1)
     assert found.failures == {}
@@ -270,7 +270,7 @@ def test_data_at_sites_and_not_in_arguments():
 
 
 def test_data_that_are_arguments():
-    observing = require_generative(MODEL, Density(MODEL))
+    observing = require_generative(Density(MODEL))
     assert observing.by_argument
     y = torch.arange(float(ROWS), dtype=torch.float64)
     model = observing.with_values({"y": y})

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
-from pyro_vi_kit.validation.calibrate.departures import bias, dispersion, holm
-from pyro_vi_kit.validation.calibrate.ranking import LOG_LIKELIHOOD, TARP
-from pyro_vi_kit.validation.calibrate.uniformity import uniformity
+from pyro_vi_kit.validation.calibrate.calibration_tests import Tested, holm
+from pyro_vi_kit.validation.calibrate.simulation import LOG_LIKELIHOOD, TARP
 
 # A calibrated guide is called uncalibrated this often.
 LEVEL = 0.01
 # Fits that fail are not a random part of the data sets: beyond this share the others say too little.
 MAX_FAILED = 0.01
 JOINT = (LOG_LIKELIHOOD, TARP)
-_TESTS = 3
 # More sites than these are counted and not named.
 _NAMED = 8
 _JOINT_WORDS = {
@@ -25,50 +22,6 @@ _JOINT_WORDS = {
     TARP: "regions of all latents jointly do not hold the truth as often as they say",
 }
 CALIBRATED = "calibrated"
-
-
-class Number(NamedTuple):
-    """What the probabilities of one number's truths say.
-
-    Attributes:
-        bias: By how many of its own sds the guide is too high (negative: too low).
-        dispersion: Sd of the truths' normal scores: above 1 the guide is too narrow, by that factor.
-        p_bias: Of the symmetry of the probabilities about 1/2 (VSBC).
-        p_dispersion: Of that sd.
-        p_uniform: Of their ECDF (SBC).
-    """
-
-    bias: float
-    dispersion: float
-    p_bias: float
-    p_dispersion: float
-    p_uniform: float
-
-    @property
-    def p(self) -> float:
-        """Of the three together (Bonferroni)."""
-        return min(1.0, _TESTS * min(self.p_bias, self.p_dispersion, self.p_uniform))
-
-    def directions(self, site: str) -> list[str]:
-        """What is wrong, supposing that something is; the surest first.
-
-        Args:
-            site: Whose number it is. Up and down mean nothing for a joint quantity.
-        """
-        if site in JOINT:
-            return ["not uniform"]
-        found = [
-            (self.p_dispersion, "too narrow" if self.dispersion > 1 else "too wide"),
-            (self.p_bias, "biased up" if self.bias > 0 else "biased down"),
-        ]
-        sure = [words for p, words in sorted(found) if _TESTS * p <= LEVEL]
-        return sure or ["of another shape"]
-
-
-def assess(probabilities: np.ndarray) -> Number:
-    """All three tests of one number's probabilities `[N]`."""
-    shift, spread = bias(probabilities), dispersion(probabilities)
-    return Number(shift.size, spread.size, shift.p, spread.p, uniformity(probabilities))
 
 
 @dataclass(frozen=True)
@@ -97,7 +50,7 @@ class CalibrationVerdict:
         return f"{words} {self.advice}" if self.advice else words
 
 
-def adjusted(numbers: Mapping[str, Mapping[str, Number]]) -> dict[str, float]:
+def adjusted(numbers: Mapping[str, Mapping[str, Tested]]) -> dict[str, float]:
     """p-value of each site: Bonferroni over its numbers, then Holm over the sites.
 
     Args:
@@ -108,7 +61,7 @@ def adjusted(numbers: Mapping[str, Mapping[str, Number]]) -> dict[str, float]:
 
 
 def judge(
-    numbers: Mapping[str, Mapping[str, Number]],
+    numbers: Mapping[str, Mapping[str, Tested]],
     coverage: Mapping[str, float],
     done: int,
     failed: int,
@@ -130,11 +83,11 @@ def judge(
     reasons = []
     for name in sorted((n for n in numbers if p[n] <= LEVEL), key=p.__getitem__):
         label, worst = min(numbers[name].items(), key=lambda item: item[1].p)
-        sites[name] = ", ".join(worst.directions(name))
+        sites[name] = _directions(name, worst)
         if name in JOINT:
             reasons.append(f"{label}: {_JOINT_WORDS[name]} (p = {p[name]:.1g})")
         else:
-            reasons.append(_words(label, worst, coverage[label], sites[name]))
+            reasons.append(_reason(label, worst, coverage[label], sites[name]))
     many_failed = failed > MAX_FAILED * (done + failed)
     if failed:
         reasons.append(f"{failed} of {done + failed} fits failed (the first: {first_error})")
@@ -148,20 +101,25 @@ def judge(
     return CalibrationVerdict(False, tuple(reasons), _advice(sites, many_failed), sites)
 
 
-def in_words(site: str, number: Number, count: int, p_site: float) -> str:
+def in_words(site: str, number: Tested, count: int, p_site: float) -> str:
     """``calibrated``, or what is wrong with a number.
 
     Args:
         site: Its site.
         number: It.
-        count: Numbers of its site.
+        count: Testeds of its site.
         p_site: The site's adjusted p-value.
     """
     wrong = p_site <= LEVEL and count * number.p <= LEVEL
-    return ", ".join(number.directions(site)) if wrong else CALIBRATED
+    return _directions(site, number) if wrong else CALIBRATED
 
 
-def _words(label: str, number: Number, covered: float, directions: str) -> str:
+def _directions(site: str, number: Tested) -> str:
+    # Up and down mean nothing for a joint quantity.
+    return "not uniform" if site in JOINT else ", ".join(number.directions(LEVEL))
+
+
+def _reason(label: str, number: Tested, covered: float, directions: str) -> str:
     details = []
     if "narrow" in directions or "wide" in directions:
         factor = number.dispersion
