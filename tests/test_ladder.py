@@ -53,7 +53,7 @@ class Scripted:
         told.approximation = type("Approximation", (), {"guide": guide})
         return told
 
-    def climb(self, budget=60.0):
+    def climb(self, budget=None):
         request = fit.checked(
             self.density.model, "elbo", "auto", "auto", None, budget, None, "auto", "auto", None,
             None, 0, False, False,
@@ -121,7 +121,8 @@ def test_where_it_is_not_all_are():
     assert chosen(Scripted(levels).climb()).guide == "full_rank"
 
 
-def test_many_dimensions_begin_with_mean_field():
+def test_many_dimensions_begin_with_mean_field(monkeypatch):
+    monkeypatch.setattr(auto, "_work_per_step", lambda climb, spec: 1e-3)
     script = Scripted([("reject", -2.0, 1.0), ("reject", -1.0, 1.0)], dim=1)
     script.density = replace_dim(script.density, 1500)
     script.climb()
@@ -145,9 +146,11 @@ def test_one_dimension_has_no_flow():
 # -- time and interruption --------------------------------------------------------------------
 
 
-def test_a_rung_that_is_not_affordable_is_left_out_and_said(monkeypatch):
-    monkeypatch.setattr(auto, "_seconds_per_step", lambda climb: 1.0)
-    posterior = Scripted([("reject", -1.0, 1.0)]).climb(budget=60.0)
+@pytest.mark.parametrize("budget", [None, 60.0])
+def test_a_rung_that_is_not_affordable_is_left_out_and_said(monkeypatch, budget):
+    monkeypatch.setattr(auto, "_work_per_step", lambda climb, spec: 1.0)
+    monkeypatch.setattr(auto, "WORK", 60.0)
+    posterior = Scripted([("reject", -1.0, 1.0)]).climb(budget)
     first, *others = posterior.record.ladder
     assert first.chosen
     assert len(others) == 3
@@ -160,7 +163,7 @@ def test_deadlines_leave_time_for_what_comes_after():
     script = Scripted([("reject", -1.0, 1.0)] * 4)
     started = time.monotonic()
     script.climb(budget=100.0)
-    ends = [request.deadline - started for _, request in script.asked]
+    ends = [request.budget.deadline - started for _, request in script.asked]
     assert ends[0] == pytest.approx(50.0, abs=3.0)
     # The last has all that is left but for the reserve; what the scripted rungs took is next to nothing.
     assert 75.0 < ends[1] < 90.0 < ends[-1] < 100.0
@@ -255,6 +258,28 @@ def test_a_budget_is_kept_and_a_flow_starts_from_the_gaussian():
     assert len(rungs) > 1
     assert posterior.elbo >= rungs[0].elbo - 0.1
     assert math.isfinite(posterior.elbo)
+    assert "budget=3 s was held against the clock" in posterior.status.notes[-1]
+
+
+def test_the_same_seed_gives_the_same_numbers_on_a_slow_and_on_a_fast_machine(monkeypatch):
+    """What is left for a flow is less than it would take, and that is counted and not timed."""
+    monkeypatch.setenv("PYRO_VI_KIT_COMPILE", "off")
+    monkeypatch.setattr(auto, "WORK", 0.6)
+    clocks = {name: getattr(time, name) for name in ("monotonic", "perf_counter")}
+
+    def fitted(pace):
+        for name, real in clocks.items():
+            monkeypatch.setattr(time, name, lambda real=real: pace * real())
+        return vi.fit(load("eight_schools_centered").MODEL, "auto", seed=0)
+
+    slow, fast = fitted(1e3), fitted(1e-3)
+    rungs = slow.record.ladder
+    assert [rung.ended for rung in fast.record.ladder] == [rung.ended for rung in rungs]
+    assert rungs[1].guide == "affine_coupling"
+    assert rungs[1].ended == "budget"
+    assert slow.elbo == fast.elbo
+    assert np.array_equal(slow.losses, fast.losses)
+    assert slow.evaluations == fast.evaluations
 
 
 def test_parameters_of_the_model_are_learned_anew_on_each_rung():

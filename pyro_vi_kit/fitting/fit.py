@@ -14,7 +14,7 @@ import torch
 from pyro_vi_kit import guides
 from pyro_vi_kit.capture.turns import ending_here
 from pyro_vi_kit.core import checkpoint as checkpoints
-from pyro_vi_kit.core.contracts import Objective
+from pyro_vi_kit.core.contracts import Objective, Status
 from pyro_vi_kit.core.device import Device
 from pyro_vi_kit.core.errors import ModelError, OptionError, ShapeError, ViError
 from pyro_vi_kit.core.options import SEED, checks, optional, path, positive
@@ -96,7 +96,9 @@ def fit(
         tol: Nats that the bound may fall short by. By default 0.01, and for stochastic steps 0.001 a
             dimension if that is more; where parameters are learned or latents lie in a data plate,
             0.1 % of the bound if that is more.
-        budget: Seconds after which to stop with what there is; two minutes for ``guide="auto"``.
+        budget: Seconds after which to stop with what there is. It is the one thing that the clock
+            decides: a fit that it has cut short has other numbers the next time. By default there is
+            none; ``guide="auto"`` stops by counted work then, worth about two minutes.
         steps: The most stochastic steps; asks for them where L-BFGS could be taken.
         init: ``"auto"``: near the mode, and flows and multi-sample fits from the best Gaussian;
             ``"origin"``: the origin of unconstrained space; a dict of site values; or a function of the
@@ -120,7 +122,7 @@ def fit(
             every epoch and on Ctrl-C. Where it exists, the same call goes on from it, with the numbers
             of a fit that was never stopped; where that has ended, it gives what it ended with. For
             stochastic steps. No compiler takes over then, unless ``engine="compiled"``.
-        seed: The same seed gives the same numbers on the same machine.
+        seed: The same seed gives the same numbers on the same machine, unless ``budget=`` cut it short.
         dtype: Precision; float64 by default, torch's default dtype for ``"amortized"``.
         progress: Show progress on stderr; None shows it on a terminal only.
 
@@ -133,7 +135,6 @@ def fit(
     guides.require_choice(guide)
     automatic = isinstance(guide, str) and guide == guides.AUTO
     if automatic:
-        budget = auto.BUDGET if budget is None else budget
         auto.require_none(resume=resume, checkpoint=checkpoint)
     earlier = None
     saved = None if checkpoint is None else checkpoints.read(checkpoint)
@@ -180,7 +181,10 @@ def fit(
         model_print = fingerprint.of(density)
         posterior = auto.climb(request, density, _fit_one)
         posterior.record = dataclasses.replace(
-            posterior.record, seconds=time.monotonic() - started, fingerprint=model_print
+            posterior.record,
+            seconds=time.monotonic() - started,
+            fingerprint=model_print,
+            status=_clocked(posterior.status, budget),
         )
         return posterior
     streaming.require_streamable(request, guide)
@@ -207,13 +211,23 @@ def fit(
         trained = plan.train(request, name, trainee, density, state, kept)
     before = 0.0 if kept is None else kept.seconds
     record = _record(request, trainee, trained, time.monotonic() - started + before)
-    record = dataclasses.replace(record, fingerprint=model_print)
+    status = _clocked(record.status, budget if record.status.reason == "budget" else None)
+    record = dataclasses.replace(record, fingerprint=model_print, status=status)
     if earlier is not None:
         record = resuming.told_as_one(earlier.record, record)
     spec = guide if isinstance(guide, GuideSpec) else None
     posterior = Posterior(model, trained.approximation, record, density, spec)
     on = "" if kept is None else f" The same call goes on from {checkpoint}."
     return _or_its_error(posterior, trained, on)
+
+
+def _clocked(status: Status, budget: float | None) -> Status:
+    """The status of a fit whose numbers a clock has decided, where the user gave it so many seconds."""
+    if budget is None:
+        return status
+    return status.noting(
+        f"budget={budget:g} s was held against the clock: the same seed may stop elsewhere."
+    )
 
 
 def _or_its_error(posterior: Posterior, trained: plan.Trained, more: str = "") -> Posterior:

@@ -122,7 +122,7 @@ def _flattened(request: Request, density: Density, best: Gaussian, first: float)
     that starts there has lost the others before it begins.
     """
     wide = Gaussian(best.loc, best.scale_tril / first**0.5)
-    return fixed_draws.prefit(density, request.seed, request.deadline, wide, power=first).best
+    return fixed_draws.prefit(density, request.seed, request.budget, wide, power=first).best
 
 
 def _taken_over(family: GaussianFamily, below: Guide) -> bool:
@@ -162,7 +162,7 @@ def settled(request: Request, spec: GuideSpec, density: Density) -> tuple[Reques
     found = request.found
     if found is None:
         point = starting_point(request, density)
-        found = mixtures.find(density, request.seed, request.deadline, point)
+        found = mixtures.find(density, request.seed, request.budget, point)
     count = mixtures.number_of_components(found)
     return dataclasses.replace(request, found=found), dataclasses.replace(spec, components=count)
 
@@ -177,8 +177,8 @@ def _initialise(
     """
     start = starting_point(request, density)
     if isinstance(batches, Batches) and request.init == "auto":
-        seed, deadline = request.seed, request.deadline
-        return Start(minibatches.start_on_rows(guide, batches.plates, seed, deadline, start))
+        seed, budget = request.seed, request.budget
+        return Start(minibatches.start_on_rows(guide, batches.plates, seed, budget, start))
     family = guide.families[guide.blocks[0].name]
     if len(guide.blocks) > 1 or not isinstance(family, GaussianFamily):
         if start is not None and isinstance(request.init, Mapping):
@@ -194,12 +194,12 @@ def _initialise(
             family.centre_on(start)
         return Start(False)
     if isinstance(family, GaussianMixture) and batches is None:
-        found = request.found or mixtures.find(density, request.seed, request.deadline, start)
+        found = request.found or mixtures.find(density, request.seed, request.budget, start)
         mixtures.fit(
             guide,
             seed=request.seed,
             tolerance=0.1,
-            deadline=request.deadline,
+            budget=request.budget,
             progress=Progress("start", enabled=False),
             start=start,
             found=found,
@@ -208,7 +208,7 @@ def _initialise(
     if isinstance(batches, StreamedBatches):
         gaussian, peaks = streaming.start(request, batches, density, start), ()
     else:
-        found = fixed_draws.prefit(density, request.seed, request.deadline, start)
+        found = fixed_draws.prefit(density, request.seed, request.budget, start)
         gaussian, peaks = found.best, found.peaks
     objective = request.objective
     first = objective.first if isinstance(objective, Annealed) and batches is None else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,6 +17,7 @@ from pyro_vi_kit.model.log_density import Density, Plate
 from pyro_vi_kit.optimize.deterministic import fixed_draws
 from pyro_vi_kit.optimize.deterministic.newton import moved
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
+from pyro_vi_kit.optimize.result import Budget
 
 BatchSize = int | Mapping[str, int]
 
@@ -136,7 +136,7 @@ def start_on_rows(
     guide: Guide,
     names: Sequence[str],
     seed: int,
-    deadline: float | None,
+    budget: Budget,
     start: Tensor | None,
 ) -> bool:
     """Start the globals and the tables from a Gaussian fit to some of the rows.
@@ -148,7 +148,7 @@ def start_on_rows(
         guide: The guide, untrained.
         names: The plates that come in minibatches.
         seed: Of the rows and of the fit.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         start: Unconstrained point `[D]` of a model without latents in these plates; the search's own
             choice when None.
 
@@ -172,18 +172,18 @@ def start_on_rows(
         }
     part = density.subset(rows)
     try:
-        gaussian = fixed_draws.prefit(part, seed, deadline, None if inside else start).best
+        gaussian = fixed_draws.prefit(part, seed, budget, None if inside else start).best
     except ModelError:
         return False
     if not inside and any(len(rows[p.name]) < p.size for p in plates):
-        gaussian = moved(gaussian, lambda z: _whole(density, z, deadline), _TOLERANCE)
+        gaussian = moved(gaussian, lambda z: _whole(density, z, budget), _TOLERANCE)
     _hand_over(guide, part, gaussian, {p.name: p.size / len(rows[p.name]) for p in plates})
     return True
 
 
-def _whole(density: Density, z: Tensor, deadline: float | None) -> tuple[float, Tensor] | None:
-    """The log density of all data at `[D]`, nats, and its gradient; None where time ran out."""
-    if deadline is not None and time.monotonic() > deadline:
+def _whole(density: Density, z: Tensor, budget: Budget) -> tuple[float, Tensor] | None:
+    """The log density of all data at `[D]`, nats, and its gradient; None where the budget is spent."""
+    if budget.over:
         return None
     value, gradient = density.log_prob_and_grad(z.unsqueeze(0))
     return float(value), gradient[0]

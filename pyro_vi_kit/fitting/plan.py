@@ -129,7 +129,7 @@ def _fit_by_search(request: Request, guide: Guide, density: Density, progress: P
     given: dict[str, Any] = {
         "seed": request.seed,
         "tolerance": request.tolerance,
-        "deadline": request.deadline,
+        "budget": request.budget,
         "progress": progress,
     }
     start: Any = initialise.starting_point(request, density)
@@ -156,7 +156,7 @@ def _fit_by_sweeps(request: Request, name: str, guide: Guide, density: Density) 
             request.model.updates,
             seed=request.seed,
             tolerance=request.tolerance,
-            deadline=request.deadline,
+            budget=request.budget,
             progress=progress,
             start=point,
         )
@@ -166,18 +166,18 @@ def _fit_by_sweeps(request: Request, name: str, guide: Guide, density: Density) 
 
 def _match_moments(request: Request, name: str, guide: Guide, density: Density) -> Trained | str:
     """Train by weighted moments; why they do not settle, where the method was ours to choose."""
-    seed, deadline = request.seed, request.deadline
+    seed, budget = request.seed, request.budget
     peaks: tuple[Peak, ...] = ()
     if request.resumed:
         start = initialise.gaussian_of(guide)
     else:
         point = initialise.starting_point(request, density)
-        found = fixed_draws.prefit(density, seed, deadline, point)
+        found = fixed_draws.prefit(density, seed, budget, point)
         start, peaks = found.best, found.peaks
     tolerance = request.tolerance if request.own_tolerance else _MOMENTS_TOLERANCE
     with Progress(f"{name} (moments)", enabled=request.progress) as progress:
         outcome, bound = moments.fit(
-            guide, start, seed=seed, tolerance=tolerance, deadline=deadline, progress=progress
+            guide, start, seed=seed, tolerance=tolerance, budget=budget, progress=progress
         )
     if request.method == "auto" and outcome.status.reason == "not converged":
         return outcome.status.advice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from pyro_vi_kit.optimize import NAMES as METHODS
 from pyro_vi_kit.optimize.deterministic.starts import Found
 from pyro_vi_kit.optimize.engines import NAMES as ENGINES
 from pyro_vi_kit.optimize.engines import OptimizerFactory
+from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.optimize.stochastic.epochs import Epochs
 
 _TOLERANCE = 0.01
@@ -45,7 +45,7 @@ class Request:
         resumed: Whether the guide is trained already.
         epochs: How to train by epochs; None where steps stop by themselves.
         device: Where everything is; where the model's data are when None.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         found: What searches for modes came to, where they are done already.
         below: A simpler guide of the same latents, trained, to start from.
     """
@@ -57,7 +57,7 @@ class Request:
     engine: str
     tolerance: float
     own_tolerance: bool
-    deadline: float | None
+    budget: Budget
     steps: int | None
     estimator: str
     init: str | Mapping[str, Any] | InitFunction
@@ -144,7 +144,7 @@ def checked(
         own_tolerance=tol is not None,
         steps=steps,
         estimator=estimator,
-        deadline=None if budget is None else time.monotonic() + budget,
+        budget=Budget.of_seconds(budget),
         init=init,
         optimizer=optimizer,
         batch_size=batch_size,

@@ -87,7 +87,7 @@ def by_themselves(
         return stochastic.fit(
             engine,
             schedule,
-            deadline=request.deadline,
+            budget=request.budget,
             progress=progress,
             checkpoint=checkpoint,
             behind_warmup=_rounds(request, guide, schedule)
@@ -111,7 +111,7 @@ def by_course(
     label = f"{name} ({request.objective.name})"
     with Progress(label, course.limit, request.progress) as progress:
         return by_epochs.fit(
-            engine, course, deadline=request.deadline, progress=progress, checkpoint=checkpoint
+            engine, course, budget=request.budget, progress=progress, checkpoint=checkpoint
         )
 
 
@@ -127,7 +127,7 @@ def _rounds(
             guide,
             seed=request.seed,
             tolerance=schedule.tolerance,
-            deadline=request.deadline,
+            budget=request.budget,
         )
 
     return improve

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from pyro_vi_kit.optimize.deterministic import fixed_draws
 from pyro_vi_kit.optimize.deterministic.newton import moved
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
 from pyro_vi_kit.optimize.engines.streaming import StreamedBatches, streamed_parts
+from pyro_vi_kit.optimize.result import Budget
 
 # Rows and numbers of the sample on which a Gaussian is fitted to start from.
 _ROWS = 10_000
@@ -103,25 +103,25 @@ def start(
     rows = max(batches.size, min(_ROWS, _NUMBERS // stream.numbers))
     sample = stream.sample(rows, seed_of(request.seed, "rows to start from"), density.dtype)
     held = density.held(streamed.completed(sample, density.data))
-    gaussian = fixed_draws.prefit(held, request.seed, request.deadline, point).best
+    gaussian = fixed_draws.prefit(held, request.seed, request.budget, point).best
     if streamed.rows <= len(sample[0]) or batches.epoch > _STEPS_WORTH:
         return gaussian
 
     def evaluate(z: Tensor) -> tuple[float, Tensor] | None:
-        return _log_prob_and_grad(density, z, batches.all(), request.deadline)
+        return _log_prob_and_grad(density, z, batches.all(), request.budget)
 
     return moved(gaussian, evaluate, request.tolerance)
 
 
 def _log_prob_and_grad(
-    density: Density, z: Tensor, batches: Iterable[list[Tensor]], deadline: float | None
+    density: Density, z: Tensor, batches: Iterable[list[Tensor]], budget: Budget
 ) -> tuple[float, Tensor] | None:
-    """The log density of all data at `[D]`, nats, and its gradient; None where time ran out."""
+    """The log density of all data at `[D]`, nats, and its gradient; None where the budget is spent."""
     streamed: Any = density.streamed
     z = z.detach().requires_grad_()
     value, gradient, shared, seen = 0.0, torch.zeros_like(z), torch.zeros(()), 0
     for data in batches:
-        if deadline is not None and time.monotonic() > deadline:
+        if budget.over:
             return None
         terms = density.terms(density.block.unpack(z.unsqueeze(0)), data=data)
         shared, rows = (part.sum() for part in streamed.split(terms))

@@ -76,7 +76,7 @@ REGISTRY: dict[str, type[ListedGuide]] = {
 AUTO = "auto"
 _ABOUT_AUTO = About(
     does="what the richest of the guides tried can",
-    cost="two minutes at most, unless budget= says otherwise",
+    cost="work worth two minutes at most, unless budget= says otherwise",
     use="when nobody knows which guide",
     paper="none: see docs/BELIEVE.md",
 )

@@ -1,7 +1,11 @@
-"""What every method hands back: how the fit went. The parameters are in the guide."""
+"""What every method is given and hands back: what it may spend, and how the fit went.
+
+The parameters are in the guide.
+"""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +15,44 @@ from pyro_vi_kit.core.errors import first_line
 # What is told of each epoch: its number, seconds since the start of training, learning rate at its
 # end, mean training bound and validation bound, both in nats per row of the data.
 HISTORY = ("epoch", "seconds", "rate", "bound", "validation")
+
+
+@dataclass
+class Budget:
+    """What a fit may spend: seconds that the user gave, or counted work; by default there is no end.
+
+    Seconds are the one thing by which a clock decides what is computed. Without them the same seed gives
+    the same numbers.
+
+    Attributes:
+        budget: What may be spent.
+        evaluations: Per-sample gradient evaluations of the log density after which to stop.
+        spent: Those so far.
+    """
+
+    deadline: float | None = None
+    evaluations: int | None = None
+    spent: int = 0
+
+    @classmethod
+    def of_seconds(cls, seconds: float | None) -> Budget:
+        """So many seconds from now; no end when None."""
+        return cls(None if seconds is None else time.monotonic() + seconds)
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; infinite where there is none."""
+        return float("inf") if self.deadline is None else self.deadline - time.monotonic()
+
+    @property
+    def evaluations_left(self) -> float:
+        """Until the work is done that was allowed; infinite where there is no limit."""
+        return float("inf") if self.evaluations is None else self.evaluations - self.spent
+
+    @property
+    def over(self) -> bool:
+        """Whether to stop."""
+        return self.seconds_left < 0.0 or self.evaluations_left <= 0
 
 
 @dataclass(frozen=True)

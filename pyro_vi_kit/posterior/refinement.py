@@ -26,6 +26,7 @@ from pyro_vi_kit.model.log_density.subsampling import require_subsamplable
 from pyro_vi_kit.objectives import Elbo
 from pyro_vi_kit.objectives.estimators import chosen as chosen_estimator
 from pyro_vi_kit.optimize.engines import Batches, BatchSource, CapturedEngine
+from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.optimize.stochastic import stochastic
 from pyro_vi_kit.posterior.approximation import GuideApproximation
 from pyro_vi_kit.posterior.record import Record
@@ -87,7 +88,7 @@ def refine(
     )
     schedule = _schedule(guide, engine.batches, steps, tol)
     with Progress(f"{guide.name} (rows)", schedule.max_steps, progress) as shown:
-        outcome, bound = stochastic.fit(engine, schedule, deadline=None, progress=shown)
+        outcome, bound = stochastic.fit(engine, schedule, budget=Budget(), progress=shown)
     refined = GuideApproximation(approximation.name, guide, approximation.params)
     return refined, Record(
         objective=objective,

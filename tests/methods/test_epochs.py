@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 
 import numpy as np
 import pyro
@@ -21,6 +20,7 @@ from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
 from pyro_vi_kit.optimize.engines import Stretch
+from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.optimize.stochastic import by_epochs
 from pyro_vi_kit.optimize.stochastic.course import Course
 from pyro_vi_kit.optimize.stochastic.validation import Held, Validation
@@ -105,10 +105,10 @@ class Walk:
         return -(self.x - self._goal).abs().expand(replicates)
 
 
-def train(engine, plan, *, steps=100, validate=None, deadline=None, **options):
+def train(engine, plan, *, steps=100, validate=None, budget=None, **options):
     course = Course(plan, rate=0.1, steps=steps, validate=validate, **options)
     progress = Progress("", enabled=False)
-    return by_epochs.fit(engine, course, deadline=deadline, progress=progress)
+    return by_epochs.fit(engine, course, budget=budget or Budget(), progress=progress)
 
 
 def test_short_runs_follow_the_schedule():
@@ -162,7 +162,7 @@ def test_steps_and_time_run_out():
     # The first epoch was the last whole one.
     assert float(engine.x) == pytest.approx(50.5)
     engine = Walk()
-    outcome, _ = train(engine, vi.Epochs(4), deadline=time.monotonic() - 1.0)
+    outcome, _ = train(engine, vi.Epochs(4), budget=Budget.of_seconds(-1))
     assert "The budget ran out after 0 of 4 epochs. No epoch was finished" in outcome.status.advice
     assert len(outcome.losses) == 1
     assert float(engine.x) == 1.0

@@ -24,23 +24,24 @@ from pyro_vi_kit.optimize.deterministic.natural_gradient import BATCH, climb, sh
 from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Diagonal, Gaussian
 from pyro_vi_kit.optimize.deterministic.search import Search
 from pyro_vi_kit.optimize.deterministic.starts import find_frame, find_modes, starting_points
+from pyro_vi_kit.optimize.result import Budget
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def fit(guide, *, seed=0, tolerance=0.01, deadline=None, start=None):
+def fit(guide, *, seed=0, tolerance=0.01, budget=None, start=None):
     return fixed_draws.fit(
         guide,
         seed=seed,
         tolerance=tolerance,
-        deadline=deadline,
+        budget=budget or Budget(),
         progress=Progress("", enabled=False),
         start=start,
     )
 
 
-def search_on(density, *, seed=0, deadline=None):
-    return Search(density, seed, deadline, Progress("", enabled=False))
+def search_on(density, *, seed=0):
+    return Search(density, seed, Budget(), Progress("", enabled=False))
 
 
 def frame_of(density):
@@ -340,7 +341,7 @@ def test_minimise_keeps_the_best_point_when_time_runs_out():
         return rosenbrock(points)
 
     found = minimise(
-        slow, torch.tensor([-1.2, 1.0]), deadline=time.monotonic() + 0.05, on_value=seen.append
+        slow, torch.tensor([-1.2, 1.0]), budget=Budget.of_seconds(0.05), on_value=seen.append
     )
     assert found.stopped == "budget"
     assert not found.converged
@@ -350,7 +351,7 @@ def test_minimise_keeps_the_best_point_when_time_runs_out():
 
 def test_minimise_looks_once_even_when_there_is_no_time():
     start = torch.tensor([-1.2, 1.0])
-    found = minimise(rosenbrock, start, deadline=time.monotonic() - 1)
+    found = minimise(rosenbrock, start, budget=Budget.of_seconds(-1))
     assert found.stopped == "budget"
     assert found.value == float(banana(start))
 
@@ -500,7 +501,7 @@ def test_the_same_seed_gives_the_same_fit_and_seeds_agree():
 
 def test_a_budget_that_is_over_still_gives_a_finite_guide():
     guide = guides.make("full_rank", Density(two_scales_model()))
-    outcome = fit(guide, deadline=time.monotonic() - 1)
+    outcome = fit(guide, budget=Budget.of_seconds(-1))
     assert outcome.status.reason == "budget"
     assert not outcome.status.converged
     assert bool(guide.log_weights(10).joint().isfinite().all())
@@ -546,7 +547,7 @@ def test_an_interrupt_before_the_fit_proper_ends_it(at, monkeypatch):
 
     monkeypatch.setattr(density, "log_prob", interrupting)
     with pytest.raises(KeyboardInterrupt):
-        fixed_draws.prefit(density, 0, None, None)
+        fixed_draws.prefit(density, 0, Budget(), None)
 
 
 def test_a_point_is_the_mode_of_the_constrained_density():

@@ -16,15 +16,19 @@ from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
 from pyro_vi_kit.optimize.engines import EagerEngine, Stretch
+from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.optimize.stochastic import stochastic
 from pyro_vi_kit.optimize.stochastic.stochastic import Schedule
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def run(engine, deadline=None, **schedule):
+def run(engine, budget=None, **schedule):
     return stochastic.fit(
-        engine, Schedule(**schedule), deadline=deadline, progress=Progress("", enabled=False)
+        engine,
+        Schedule(**schedule),
+        budget=budget or Budget(),
+        progress=Progress("", enabled=False),
     )
 
 
@@ -97,7 +101,7 @@ def test_the_end_of_the_time_is_told_as_budget():
     engine = Quadratic(start=100.0)
     engine.step = lambda rate: time.sleep(0.005) or -1.0
     started = time.monotonic()
-    outcome, _ = run(engine, deadline=started + 0.1, stretch=1000, replicates=4)
+    outcome, _ = run(engine, budget=Budget.of_seconds(0.1), stretch=1000, replicates=4)
     assert outcome.status.reason == "budget"
     assert "The budget ran out" in outcome.status.advice
     # One step more than the budget, and a busy machine's leeway.
@@ -107,7 +111,7 @@ def test_the_end_of_the_time_is_told_as_budget():
 
 def test_no_time_at_all_still_gives_one_step_and_a_finite_guide():
     engine = Quadratic()
-    outcome, bound = run(engine, deadline=time.monotonic() - 1, replicates=4)
+    outcome, bound = run(engine, budget=Budget.of_seconds(-1), replicates=4)
     assert outcome.status.reason == "budget"
     assert len(outcome.losses) == 1
     assert math.isfinite(bound)
@@ -249,7 +253,7 @@ def test_a_bound_that_is_never_finite_diverges_and_restores_the_start(hole):
 def test_a_budget_that_ends_before_any_finite_bound_has_diverged():
     engine = Quadratic()
     engine.evaluate = lambda replicates: torch.full((replicates,), math.nan)
-    outcome, _ = run(engine, deadline=time.monotonic() - 1, replicates=4)
+    outcome, _ = run(engine, budget=Budget.of_seconds(-1), replicates=4)
     assert outcome.status.reason == "diverged"
     assert "inf" not in outcome.status.advice.replace("infinite", "")
 

@@ -14,6 +14,7 @@ from pyro_vi_kit.optimize.deterministic import fixed_draws
 from pyro_vi_kit.optimize.deterministic.natural_gradient import climb
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
 from pyro_vi_kit.optimize.deterministic.search import Search
+from pyro_vi_kit.optimize.result import Budget
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -31,7 +32,7 @@ def quiet():
 
 def fitted(name, family):
     guide = guides.make(family, Density(MODELS[name]()))
-    outcome = fixed_draws.fit(guide, seed=0, tolerance=0.01, deadline=None, progress=quiet())
+    outcome = fixed_draws.fit(guide, seed=0, tolerance=0.01, budget=Budget(), progress=quiet())
     return guide, outcome
 
 
@@ -56,7 +57,7 @@ def test_full_rank_cannot_be_improved_by_a_long_run_from_elsewhere(name):
     density = guide.density
     loc, tril = (t.detach() for t in guide.families["latent"].moments())
     off = Gaussian(loc + 0.5 * tril.sum(1) / math.sqrt(density.dim), 1.3 * tril)
-    search = Search(density, 7, None, quiet())
+    search = Search(density, 7, Budget(), quiet())
     long_run = climb(search, off, steps=300)
     difference = torch.sub(*elbos(density, [long_run, Gaussian(loc, tril)]))
     se = float(difference.std()) / math.sqrt(len(difference))

@@ -9,7 +9,6 @@ in the end, is no optimal one, and is refused by name.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.gaussian.factors import Factors
 from pyro_vi_kit.model.model import Update
-from pyro_vi_kit.optimize.result import Outcome, cut_short, stopped_by
+from pyro_vi_kit.optimize.result import Budget, Outcome, cut_short, stopped_by
 
 NAME = "cavi"
 _DRAWS = 1024
@@ -47,7 +46,7 @@ class _Run:
     factors: Factors
     updates: Mapping[str, Update]
     seed: int
-    deadline: float | None
+    budget: Budget
     progress: Progress
     draws: int = _DRAWS
     losses: list[float] = field(default_factory=list)
@@ -56,8 +55,8 @@ class _Run:
     error: BaseException | None = None
 
     def check_time(self) -> None:
-        """Stop when the budget is over."""
-        if self.deadline is not None and time.monotonic() > self.deadline:
+        """Stop when the budget is spent."""
+        if self.budget.over:
             self.stopped = "budget"
 
 
@@ -67,7 +66,7 @@ def fit(
     *,
     seed: int,
     tolerance: float,
-    deadline: float | None,
+    budget: Budget,
     progress: Progress,
     start: Tensor | None = None,
 ) -> Outcome:
@@ -78,7 +77,7 @@ def fit(
         updates: The optimal factor of each latent given the others; see `Model`.
         seed: Of the draws on which states are compared.
         tolerance: Nats that further sweeps may still bring, going by the rate at which they fell.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each sweep.
         start: Unconstrained point `[D]` to put the factors at first; where they are when None.
 
@@ -86,7 +85,7 @@ def fit(
         OptionError: If the guide has no factor for a site.
         ModelError: If an update raises, gives no factor of its site, or one that is not optimal.
     """
-    run = _Run(guide, Factors(guide), updates, seed, deadline, progress)
+    run = _Run(guide, Factors(guide), updates, seed, budget, progress)
     if start is not None:
         run.factors.centre_on(start)
     data = sum(tensor.numel() for tensor in guide.density.data)
@@ -155,6 +154,7 @@ def _improve(run: _Run, site: str, known: Tensor) -> Tensor:
 def _log_weights(run: _Run) -> Tensor:
     """Log weights of the same noise as ever, `[S]`, nats."""
     run.evaluations += run.draws
+    run.budget.spent += run.draws
     with RandomStream(run.seed, "comparison"), torch.no_grad():
         return run.guide.log_weights(run.draws).joint()
 

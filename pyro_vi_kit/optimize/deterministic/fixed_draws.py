@@ -33,7 +33,7 @@ from pyro_vi_kit.optimize.deterministic.natural_gradient import BATCH, climb, sh
 from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Diagonal, Gaussian, Shape
 from pyro_vi_kit.optimize.deterministic.search import Search
 from pyro_vi_kit.optimize.deterministic.starts import Found, find_frame, find_modes, starting_points
-from pyro_vi_kit.optimize.result import Outcome, cut_short
+from pyro_vi_kit.optimize.result import Budget, Outcome, cut_short
 
 NAME = "lbfgs"
 _MAX_DRAWS = 8192
@@ -104,7 +104,7 @@ def fit(
     *,
     seed: int,
     tolerance: float,
-    deadline: float | None,
+    budget: Budget,
     progress: Progress,
     start: Tensor | Gaussian | None = None,
 ) -> Outcome:
@@ -114,14 +114,14 @@ def fit(
         guide: One for which `applies_to` holds.
         seed: Of the fixed draws.
         tolerance: Nats by which the ELBO may fall short of the family's best.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each evaluation.
         start: Unconstrained starting point `[D]`, the only one then, or a Gaussian to go on from.
 
     Raises:
         ModelError: If no starting point has a finite log density.
     """
-    search = Search(guide.density, seed, deadline, progress)
+    search = Search(guide.density, seed, budget, progress)
     family = guide.families[guide.blocks[0].name]
     if isinstance(family, PointMass):
         return _fit_point(family, search, start.loc if isinstance(start, Gaussian) else start)
@@ -142,7 +142,7 @@ def fit(
 def prefit(
     density: Density,
     seed: int,
-    deadline: float | None,
+    budget: Budget,
     start: Tensor | Gaussian | None,
     *,
     power: float = 1.0,
@@ -152,14 +152,14 @@ def prefit(
     Args:
         density: The model.
         seed: Of the fixed draws.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         start: Unconstrained starting point `[D]`, the only one then, or a Gaussian to go on from.
         power: What the density is raised to, in (0, 1].
 
     Raises:
         KeyboardInterrupt: If the user interrupts: of the fit that it is for, nothing is done yet.
     """
-    search = Search(density, seed, deadline, Progress("start", enabled=False), power=power)
+    search = Search(density, seed, budget, Progress("start", enabled=False), power=power)
     found = _frame(search, start)
     best = found.best
     if not search.stopped:

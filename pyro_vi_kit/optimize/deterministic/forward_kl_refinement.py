@@ -21,6 +21,7 @@ from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.flows.flows import Flow
 from pyro_vi_kit.optimize.deterministic.draws import sobol_normals
 from pyro_vi_kit.optimize.deterministic.search import Search
+from pyro_vi_kit.optimize.result import Budget
 
 # Fewer are fitted one by one: a network of 8 units bends between 2,048 of them, 0.3 nats off.
 _DRAWS = 8192
@@ -49,7 +50,7 @@ def applies_to(guide: object) -> bool:
     return draws <= _MAX_DRAWS and draws * numbers <= _MAX_NUMBERS
 
 
-def improve(guide: Guide, *, seed: int, tolerance: float, deadline: float | None) -> int:
+def improve(guide: Guide, *, seed: int, tolerance: float, budget: Budget) -> int:
     """Round after round while the ELBO gains more than the tolerance; leave the best in the guide.
 
     The ELBO is compared on draws that nothing is fitted to.
@@ -58,7 +59,7 @@ def improve(guide: Guide, *, seed: int, tolerance: float, deadline: float | None
         guide: One for which `applies_to` holds.
         seed: Of the fixed draws.
         tolerance: Nats that a round must gain for another one to follow.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
 
     Returns:
         Per-sample gradient evaluations of the log density.
@@ -66,7 +67,7 @@ def improve(guide: Guide, *, seed: int, tolerance: float, deadline: float | None
     Raises:
         KeyboardInterrupt: If the user interrupts, with the best so far in the guide.
     """
-    search = Search(guide.density, seed, deadline, Progress("rounds", enabled=False))
+    search = Search(guide.density, seed, budget, Progress("rounds", enabled=False))
     rounds = _Rounds(search, guide.families[guide.blocks[0].name])  # type: ignore[arg-type]
     best, elbo = rounds.read(), rounds.elbo()
     try:

@@ -23,7 +23,7 @@ from pyro_vi_kit.optimize.deterministic.starts import (
     settled,
     starting_points,
 )
-from pyro_vi_kit.optimize.result import Outcome
+from pyro_vi_kit.optimize.result import Budget, Outcome
 
 _TOLERANCE = 1e-9
 _NEWTON_STEPS = 5
@@ -34,7 +34,7 @@ def fit(
     *,
     seed: int,
     tolerance: float,
-    deadline: float | None,
+    budget: Budget,
     progress: Progress,
     start: Tensor | Gaussian | None = None,
 ) -> Outcome:
@@ -44,7 +44,7 @@ def fit(
         guide: One whose only family is a `ModeNormal`.
         seed: Of the starting points.
         tolerance: Unused: the mode is found as exactly as numbers allow.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each evaluation.
         start: Unconstrained starting point `[D]`, the only one then, or a Gaussian at whose mean to
             begin.
@@ -52,7 +52,7 @@ def fit(
     Raises:
         ModelError: If no starting point has a finite log density.
     """
-    search = Search(guide.density, seed, deadline, progress)
+    search = Search(guide.density, seed, budget, progress)
     family = cast(ModeNormal, guide.families[guide.blocks[0].name])
     point = start.loc if isinstance(start, Gaussian) else start
     starts = starting_points(search) if point is None else point.unsqueeze(0)

@@ -8,14 +8,13 @@ density is nats whatever the units of its arguments.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from pyro_vi_kit.optimize.result import stopped_by
+from pyro_vi_kit.optimize.result import Budget, stopped_by
 
 Objective = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From points `[M, P]` to values `[M]` and gradients `[M, P]`, both detached."""
@@ -77,7 +76,7 @@ def minimise(
     tolerance: float = 1e-9,
     curvature: Tensor | None = None,
     max_evaluations: int = 1000,
-    deadline: float | None = None,
+    budget: Budget | None = None,
     on_value: Callable[[float], None] | None = None,
 ) -> Minimum:
     """Minimise from ``start``, never losing the best point.
@@ -92,7 +91,7 @@ def minimise(
         curvature: A guess of the Hessian's diagonal, `[P]`: the first step is then a Newton step. When
             None the first step is of length 1 or shorter.
         max_evaluations: The most evaluations.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         on_value: Called with each finite value.
     """
     found = minimise_several(
@@ -101,7 +100,7 @@ def minimise(
         tolerance=tolerance,
         curvature=curvature,
         max_evaluations=max_evaluations,
-        deadline=deadline,
+        budget=budget,
         on_value=on_value,
     )[0]
     if isinstance(found.error, Exception):
@@ -116,7 +115,7 @@ def minimise_several(
     tolerance: float = 1e-9,
     curvature: Tensor | None = None,
     max_evaluations: int = 1000,
-    deadline: float | None = None,
+    budget: Budget | None = None,
     on_value: Callable[[float], None] | None = None,
     patience: float = math.inf,
 ) -> list[Minimum]:
@@ -153,7 +152,7 @@ def minimise_several(
             rounds += 1
             if math.isinf(last) and sum(s.converged for s in searches) > 1:
                 last = patience * rounds
-            if deadline is not None and time.monotonic() > deadline:
+            if budget is not None and budget.over:
                 stopped = "budget"
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
         stopped, raised = stopped_by(error), error

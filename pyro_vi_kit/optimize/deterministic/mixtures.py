@@ -31,7 +31,7 @@ from pyro_vi_kit.optimize.deterministic.modes import with_peaks
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
 from pyro_vi_kit.optimize.deterministic.search import Search
 from pyro_vi_kit.optimize.deterministic.starts import Found, find_frame, starting_points
-from pyro_vi_kit.optimize.result import Outcome
+from pyro_vi_kit.optimize.result import Budget, Outcome
 
 # More points than one Gaussian needs: it is the other modes that are looked for.
 _STARTS = 16
@@ -72,20 +72,20 @@ def applies_to(guide: object) -> bool:
     return isinstance(guide.families[guide.blocks[0].name], GaussianMixture)
 
 
-def find(density: Density, seed: int, deadline: float | None, start: Tensor | None) -> Found:
+def find(density: Density, seed: int, budget: Budget, start: Tensor | None) -> Found:
     """Modes from several points.
 
     Args:
         density: The model.
         seed: Of the points.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         start: The only point `[D]` where it is given.
 
     Raises:
         ModelError: If the log density is finite nowhere.
         KeyboardInterrupt: If the user interrupts: nothing is done yet.
     """
-    search = Search(density, seed, deadline, Progress("modes", enabled=False))
+    search = Search(density, seed, budget, Progress("modes", enabled=False))
     found = _found(search, start)
     search.require_whole()
     return found
@@ -102,7 +102,7 @@ def fit(
     *,
     seed: int,
     tolerance: float,
-    deadline: float | None,
+    budget: Budget,
     progress: Progress,
     start: Tensor | Components | None = None,
     found: Found | None = None,
@@ -114,7 +114,7 @@ def fit(
         guide: One for which `applies_to` holds.
         seed: Of the fixed draws.
         tolerance: Nats that new draws may still have to add.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each evaluation.
         start: Unconstrained starting point `[D]`, the only one then, or components to go on from.
         found: What searches for modes came to, where they are done.
@@ -123,7 +123,7 @@ def fit(
     Raises:
         ModelError: If no starting point has a finite log density.
     """
-    search = Search(guide.density, seed, deadline, progress)
+    search = Search(guide.density, seed, budget, progress)
     family: GaussianMixture = guide.families[guide.blocks[0].name]  # type: ignore[assignment]
     best = None
     if not isinstance(start, Components):

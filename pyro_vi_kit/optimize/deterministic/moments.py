@@ -11,7 +11,6 @@ lies between them says what the error is.
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +25,7 @@ from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic.draws import normals_at
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
-from pyro_vi_kit.optimize.result import Outcome, cut_short
+from pyro_vi_kit.optimize.result import Budget, Outcome, cut_short
 
 NAME = "moments"
 MAX_DIM = 100
@@ -44,7 +43,7 @@ _KEPT = "the last estimate was kept. Go on with resume=."
 class _Search:
     density: Density
     seed: int
-    deadline: float | None
+    budget: Budget
     progress: Progress
     diagonal: bool
     losses: list[float] = field(default_factory=list)
@@ -71,7 +70,7 @@ def fit(
     *,
     seed: int,
     tolerance: float,
-    deadline: float | None,
+    budget: Budget,
     progress: Progress,
 ) -> tuple[Outcome, float]:
     """Give a Gaussian guide the posterior's mean and covariance, or its standard deviations, in place.
@@ -81,7 +80,7 @@ def fit(
         start: Where to draw from first.
         seed: Of the draws.
         tolerance: Nats of KL divergence that two estimates in a row may lie apart.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each round.
 
     Returns:
@@ -89,7 +88,7 @@ def fit(
     """
     family = guide.families[guide.blocks[0].name]
     diagonal = isinstance(family, DiagonalNormal)
-    search = _Search(guide.density, seed, deadline, progress, diagonal)
+    search = _Search(guide.density, seed, budget, progress, diagonal)
     gaussian, status = _climb(search, start, tolerance)
     best = _member(gaussian, diagonal)
     family.start_from(best.loc, best.scale_tril)  # type: ignore[operator]
@@ -114,7 +113,7 @@ def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gauss
             enough = search.ess >= _DRAWS_EACH * parameters
             if enough and apart <= tolerance:
                 return gaussian, Status(True, "converged", _words(search, draws, apart))
-            if search.deadline is not None and time.monotonic() > search.deadline:
+            if search.budget.over:
                 return gaussian, Status(False, "budget", f"The budget ran out; {_KEPT}")
             # More rounds of as many draws would show their noise alone.
             if not enough or apart <= 2.0 * parameters / search.ess:
@@ -135,6 +134,7 @@ def _matched(search: _Search, gaussian: Gaussian, draws: int, seed: int) -> Gaus
     z, log_proposal = _proposed(gaussian, draws, seed)
     log_p = _log_prob(search.density, z)
     search.evaluations += draws
+    search.budget.spent += draws
     log_w = log_p - log_proposal
     log_w = torch.where(log_w.isfinite(), log_w, -math.inf)
     if not bool(log_w.isfinite().any()):

@@ -26,7 +26,7 @@ from pyro_vi_kit.optimize.deterministic.minimise import Minimum
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian, round_at
 from pyro_vi_kit.optimize.deterministic.search import Search
 from pyro_vi_kit.optimize.deterministic.starts import find_modes, starting_points
-from pyro_vi_kit.optimize.result import Outcome
+from pyro_vi_kit.optimize.result import Budget, Outcome
 
 _TOLERANCE = 1e-8
 # Points of a path that are looked at, draws for each, and draws for the best one.
@@ -50,7 +50,7 @@ def fit(
     *,
     seed: int,
     tolerance: float,
-    deadline: float | None,
+    budget: Budget,
     progress: Progress,
     start: Tensor | Gaussian | None = None,
 ) -> Outcome:
@@ -60,7 +60,7 @@ def fit(
         guide: One whose only family is a `PathMixture`.
         seed: Of the starting points and of the draws along the paths.
         tolerance: Unused: no bound is maximised.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each path's ELBO.
         start: Unconstrained starting point `[D]`, of the only path then, or a Gaussian at whose mean to
             begin.
@@ -68,7 +68,7 @@ def fit(
     Raises:
         ModelError: If no starting point has a finite log density.
     """
-    search = Search(guide.density, seed, deadline, progress)
+    search = Search(guide.density, seed, budget, progress)
     family = cast(PathMixture, guide.families[guide.blocks[0].name])
     point = start.loc if isinstance(start, Gaussian) else start
     count = len(family.locs)

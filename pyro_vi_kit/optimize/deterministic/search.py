@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from pyro_vi_kit.core.undefined import ERRORS, is_undefined
 from pyro_vi_kit.model.gradients import Gradients
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic.minimise import Minimum, Objective, minimise_several
+from pyro_vi_kit.optimize.result import Budget
 
 Evaluator = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From points `[K, D]` to log densities `[K]` and their gradients `[K, D]`, both detached."""
@@ -31,7 +31,7 @@ class Search:
     Attributes:
         density: The model.
         seed: Of all that is drawn.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each evaluation.
         losses: Minus the ELBO at each evaluation, nats.
         evaluations: Per-sample gradient evaluations so far.
@@ -42,7 +42,7 @@ class Search:
 
     density: Density
     seed: int
-    deadline: float | None
+    budget: Budget
     progress: Progress
     losses: list[float] = field(default_factory=list)
     evaluations: int = 0
@@ -57,6 +57,7 @@ class Search:
         NaN at a point where the model's linear algebra fails.
         """
         self.evaluations += len(z)
+        self.budget.spent += len(z)
         data = sum(t.numel() for t in self.density.data)
         piece = max(1, _MAX_NUMBERS // max(1, data + self.density.dim))
         parts = [self._evaluate_piece(p, jacobian) for p in z.split(piece)]
@@ -102,7 +103,7 @@ class Search:
         patience: float = math.inf,
         record: bool = False,
     ) -> list[Minimum]:
-        """Minimise under this fit's deadline; see `minimise.minimise_several`.
+        """Minimise within this fit's budget; see `minimise.minimise_several`.
 
         With ``record`` the values count as losses of the fit.
         """
@@ -113,7 +114,7 @@ class Search:
             curvature=curvature,
             max_evaluations=max_evaluations,
             patience=patience,
-            deadline=self.deadline,
+            budget=self.budget,
             on_value=self.record if record else None,
         )
         if not self.stopped:
@@ -132,6 +133,6 @@ class Search:
         self.progress.step(-loss)
 
     def check_time(self) -> None:
-        """Stop the fit when its budget is over."""
-        if not self.stopped and self.deadline is not None and time.monotonic() > self.deadline:
+        """Stop the fit when its budget is spent."""
+        if not self.stopped and self.budget.over:
             self.stopped = "budget"

@@ -19,7 +19,7 @@ from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import ViError
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.optimize.engines import EagerEngine
-from pyro_vi_kit.optimize.result import HISTORY, Outcome, cut_short
+from pyro_vi_kit.optimize.result import HISTORY, Budget, Outcome, cut_short
 from pyro_vi_kit.optimize.stochastic.course import Course
 from pyro_vi_kit.optimize.stochastic.runs import Runs, read, write
 from pyro_vi_kit.optimize.stochastic.validation import Held
@@ -95,7 +95,7 @@ def fit(
     engine: EagerEngine,
     course: Course,
     *,
-    deadline: float | None,
+    budget: Budget,
     progress: Progress,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Outcome, float]:
@@ -104,14 +104,14 @@ def fit(
     Args:
         engine: What executes steps.
         course: What to do.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each run of steps and each epoch.
         checkpoint: Where to keep the state of the fit, and to go on from.
 
     Returns:
         How the fit went, and the bound at its end in nats.
     """
-    training = _Training(course, Runs(engine, deadline, progress), engine)
+    training = _Training(course, Runs(engine, budget, progress), engine)
     if checkpoint is not None and checkpoint.state is not None:
         with checkpoint.restoring():
             training.restore(checkpoint.state)

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vi_kit.core.checkpoint import cloned
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.optimize.engines import Engine
+from pyro_vi_kit.optimize.result import Budget
 
 _RUN_STEPS = 64
 
@@ -20,13 +21,13 @@ _RUN_STEPS = 64
 class Runs:
     """A stretch of steps under way, and the losses of all steps so far.
 
-    In short runs, so that a deadline is met and an interrupt loses little. Their lengths do not depend
-    on time, which would show in the last bits of the average, until a deadline is near. Between two
-    runs the fit can be stopped, and go on from `state` with the same numbers.
+    In short runs, so that a budget is kept and an interrupt loses little. Their lengths do not depend
+    on time, which would show in the last bits of the average, until the user's seconds run out.
+    Between two runs the fit can be stopped, and go on from `state` with the same numbers.
 
     Attributes:
         engine: What executes steps.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each run.
         losses: Minus the bound at each step, nats.
         length: Steps that the stretch under way is to have; 0 where none is.
@@ -36,7 +37,7 @@ class Runs:
     """
 
     engine: Engine
-    deadline: float | None
+    budget: Budget
     progress: Progress
     losses: list[float] = field(default_factory=list)
     length: int = 0
@@ -48,12 +49,12 @@ class Runs:
 
     @property
     def late(self) -> bool:
-        """Whether the deadline has passed."""
-        return self.deadline is not None and time.monotonic() > self.deadline
+        """Whether the budget is spent."""
+        return self.budget.over
 
     @property
     def ahead(self) -> int:
-        """Steps of the next run, as long as no deadline is near."""
+        """Steps of the next run, as long as no end of the budget is near."""
         return min(self._next, self.length - self.done)
 
     @property
@@ -75,11 +76,15 @@ class Runs:
         """
         steps = self.ahead
         self._next = min(2 * self._next, _RUN_STEPS)
-        if self.deadline is not None and self._pace > 0.0:
-            steps = max(1, min(steps, int((self.deadline - time.monotonic()) / self._pace)))
+        budget, each = self.budget, self.engine.particles
+        if budget.evaluations is not None:
+            steps = max(1, min(steps, int(budget.evaluations_left / each)))
+        if budget.deadline is not None and self._pace > 0.0:
+            steps = max(1, min(steps, int(budget.seconds_left / self._pace)))
         started = time.monotonic()
         run = self.engine.run(steps, rate)
-        now = time.monotonic()
+        self._pace = (time.monotonic() - started) / steps
+        budget.spent += steps * each
         self.done += steps
         self.losses.extend((-run.bounds).tolist())
         self.progress.step(float(run.bounds[-1]), steps, words)
@@ -88,9 +93,7 @@ class Runs:
                 self.average[name] = value
             else:
                 self.average[name] += (value - self.average[name]) * (steps / self.done)
-        self._pace = (now - started) / steps
-        overdue = self.deadline is not None and now > self.deadline
-        return self.done < self.length and not overdue
+        return self.done < self.length and not budget.over
 
     def end(self) -> tuple[dict[str, Tensor], int]:
         """Close the stretch: the average of its iterates, and how many steps it had."""

@@ -27,7 +27,7 @@ from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import ViError
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.optimize.engines import Engine
-from pyro_vi_kit.optimize.result import Outcome, cut_short
+from pyro_vi_kit.optimize.result import Budget, Outcome, cut_short
 from pyro_vi_kit.optimize.stochastic.runs import Runs, read, write
 
 NAME = "stochastic"
@@ -171,7 +171,7 @@ def fit(
     engine: Engine,
     schedule: Schedule,
     *,
-    deadline: float | None,
+    budget: Budget,
     progress: Progress,
     checkpoint: Checkpoint | None = None,
     behind_warmup: Callable[[], int] | None = None,
@@ -181,7 +181,7 @@ def fit(
     Args:
         engine: What executes steps; one with `state` and `restore` where there is a checkpoint.
         schedule: How long to go on.
-        deadline: `time.monotonic` second at which to stop.
+        budget: What may be spent.
         progress: Told each run of steps.
         checkpoint: Where to keep the state of the fit, and to go on from.
         behind_warmup: Called once when the warm-up is over: changes the engine's parameters in place,
@@ -190,7 +190,7 @@ def fit(
     Returns:
         How the fit went, and the bound at its end in nats.
     """
-    search = _Search(schedule, Runs(engine, deadline, progress))
+    search = _Search(schedule, Runs(engine, budget, progress))
     if checkpoint is not None and checkpoint.state is not None:
         with checkpoint.restoring():
             search.restore(checkpoint.state)

@@ -32,6 +32,7 @@ from pyro_vi_kit.optimize.deterministic.curvature import entries, hessian
 from pyro_vi_kit.optimize.deterministic.draws import matched_normals
 from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Diagonal, Gaussian, Shape
 from pyro_vi_kit.optimize.deterministic.search import Search
+from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.posterior.approximation import GuideApproximation
 from pyro_vi_kit.posterior.record import Record
 from pyro_vi_kit.posterior.summary import labels
@@ -111,7 +112,7 @@ def respond(
     density = approximation.density.holding(approximation.params)
     draws = _draws(density.dim, draws)
     with Progress("linear response", enabled=progress) as bar:
-        search = Search(density, seed, None, bar)
+        search = Search(density, seed, Budget(), bar)
         shape = _refined(search, _framed(approximation), draws)
         noise = density.cast(matched_normals(draws, density.dim, seed_of(seed, "response")))
         curvature = hessian(density, shape, noise, bar)
