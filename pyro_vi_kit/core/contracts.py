@@ -168,8 +168,9 @@ class Status:
     notes: tuple[str, ...] = ()
 
     def noting(self, *notes: str) -> Status:
-        """The same with more notes, those that are empty left out."""
-        return replace(self, notes=(*self.notes, *filter(None, notes)))
+        """The same with more notes, those that are empty or there already left out."""
+        known = dict.fromkeys((*self.notes, *filter(None, notes)))
+        return replace(self, notes=tuple(known))
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Status:

@@ -98,3 +98,16 @@ class MissingDependencyError(ViError, ImportError):
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; torch's go on for pages."""
     return str(error).strip().partition("\n")[0]
+
+
+# What torch's allocators say: the CPU's on Linux, on Windows, and CUDA's.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+def in_words(error: BaseException) -> str:
+    """What was raised, in one line, for a status: running out of memory as that."""
+    name, said = type(error).__name__, first_line(error)
+    torchs = isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+    if isinstance(error, MemoryError) or torchs:
+        return f"out of memory ({name}: {said})" if said else f"out of memory ({name})"
+    return f"{name}: {said}"

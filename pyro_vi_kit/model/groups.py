@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_vi_kit.core.errors import ModelError, UnknownNameError
+from pyro_vi_kit.core.errors import ModelError, UnknownNameError, first_line
 from pyro_vi_kit.core.export import Group
 from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.model.log_density import Density, Site
@@ -165,8 +164,12 @@ def model_groups(
     }
     observed = [site.name for site in density.structure.of_kind("observed")]
     if observed:
-        with RandomStream(seed, GIVEN_DRAWS), contextlib.suppress(ModelError):
-            simulated = in_chunks(lambda part: density.simulate(part, params=params), z, width)
+        try:
+            with RandomStream(seed, GIVEN_DRAWS):
+                simulated = in_chunks(lambda part: density.simulate(part, params=params), z, width)
+        except ModelError as error:
+            density.give_up(f"No posterior_predictive group: {first_line(error)}")
+        else:
             predictive = {name: simulated[name] for name in observed}
             groups["posterior_predictive"] = sampled(density, predictive, chains)
     if density.structure.likelihood:
@@ -246,7 +249,8 @@ def prior_groups(
     try:
         with RandomStream(seed, "prior"):
             values = density.simulate(None, params=params, draws=draws)
-    except ModelError:
+    except ModelError as error:
+        density.give_up(f"No prior groups: {first_line(error)}")
         return {}
     if density.streamed is not None:
         values = {n: v for n, v in values.items() if n not in density.streamed.inside}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -57,8 +57,8 @@ class Fitted:
 
     @property
     def status(self) -> Status:
-        """How the fit ended, and what to do about it."""
-        return self.record.status
+        """How the fit ended, what to do about it, and what was tried and given up."""
+        return self.record.status.noting(*self._given_up())
 
     @property
     def losses(self) -> np.ndarray:
@@ -115,6 +115,12 @@ class Fitted:
         return {n: v.cpu().numpy() for n, v in self.approximation.parameters().items()}
 
     # -- for the other parts ------------------------------------------------------------------
+
+    def _given_up(self) -> Iterator[str]:
+        """What was tried and given up other than by the method of the fit, one line each."""
+        if self.record.note:
+            yield f"Steps were not captured: {self.record.note}"
+        yield from self.approximation.given_up
 
     def __reduce__(self) -> Any:
         """Refuse to be pickled, and to be copied by `copy`, with what there is in their place.

@@ -70,12 +70,13 @@ class Exported(Judged):
     def attrs(self, seed: int) -> dict[str, Any]:
         """How it was made and how good it is, in what netCDF can hold."""
         attrs = {"model": self.model.name, "guide": self.guide, "draws_seed": seed}
-        attrs |= self.record.attrs() | self._evaluation.attrs()
-        if self.verdict is not None:
+        verdict = self.verdict
+        attrs |= self.record.attrs(self.status) | self._evaluation.attrs()
+        if verdict is not None:
             attrs |= {
-                "verdict": self.verdict.level,
-                "verdict_reasons": "; ".join(self.verdict.reasons),
-                "verdict_advice": self.verdict.advice,
+                "verdict": verdict.level,
+                "verdict_reasons": "; ".join(verdict.reasons),
+                "verdict_advice": verdict.advice,
             }
         if self.model.stream is not None:
             attrs |= {"streamed_rows": self.model.stream.rows, "left_out": _LEFT_OUT}

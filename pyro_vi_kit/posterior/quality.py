@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,6 +83,13 @@ class Judged(Fitted):
                 (self._dims(), self.model.coords),
             )
 
+    def _given_up(self) -> Iterator[str]:
+        """That of the verdict too, once somebody has asked for it."""
+        yield from super()._given_up()
+        found = self.__dict__.get("_diagnosis")
+        if found is not None:
+            yield from found.found.given_up
+
     @property
     def verdict(self) -> Verdict | None:
         """Whether to believe it; None for a point estimate."""
@@ -139,11 +147,10 @@ class Judged(Fitted):
                 f"  ELBO     {self.elbo:.3f} nats (s.e. {self.elbo_se:.3f})",
                 f"  evidence {nats:.3f} nats (s.e. {se:.3f}), by importance weights",
             ]
-        note = f" (not captured: {self.record.note})" if self.record.note else ""
         if self.record.correction:
             lines.append(f"  corrected by {self.record.correction}")
         lines.append(
-            f"  made by  {self.method} on the {self.engine} engine{note}, objective "
+            f"  made by  {self.method} on the {self.engine} engine, objective "
             f"{self.record.objective.name}: {self.evaluations:,} gradient evaluations in "
             f"{self.seconds:.2f} s"
         )

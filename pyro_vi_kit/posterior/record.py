@@ -89,13 +89,17 @@ class Record:
     correction: str = ""
     fingerprint: Mapping[str, Any] | None = None
 
-    def attrs(self) -> dict[str, str | int | float]:
-        """What an exported file says of it."""
+    def attrs(self, status: Status) -> dict[str, str | int | float]:
+        """What an exported file says of it.
+
+        Args:
+            status: Its own, with what else was given up.
+        """
         told = {"ladder": " -> ".join(map(str, self.ladder))} if self.ladder else {}
+        if status.notes:
+            told["notes"] = "\n".join(status.notes)
         if self.correction:
             told["correction"] = self.correction
-        if self.status.notes:
-            told["notes"] = " ".join(self.status.notes)
         return {
             "objective": self.objective.name,
             "method": self.method,

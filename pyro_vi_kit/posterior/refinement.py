@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from pyro_vi_kit.core.contracts import Objective, Status
-from pyro_vi_kit.core.errors import ModelError, OptionError
+from pyro_vi_kit.core.errors import ModelError, OptionError, first_line
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import RandomStream, seed_of
 from pyro_vi_kit.guides import Guide, tabulated
@@ -77,7 +77,7 @@ def refine(
     elif not objective.multi_sample:
         objective = dataclasses.replace(objective, particles=_PARTICLES)  # type: ignore[type-var]
     guide = _trainee(approximation)
-    sizes = _sizes(guide, objective.particles, batch_size)
+    sizes, given_up = _sizes(guide, objective.particles, batch_size)
     estimator = chosen_estimator(guide, objective)
     engine = CapturedEngine(
         guide,
@@ -95,7 +95,7 @@ def refine(
         method=outcome.method,
         engine=engine.name,
         note=engine.note if engine.name == "eager" else "",
-        status=_about_rows(outcome.status),
+        status=_about_rows(outcome.status).noting(given_up),
         losses=np.asarray(outcome.losses),
         evaluations=outcome.evaluations,
         seconds=time.monotonic() - started,
@@ -136,20 +136,20 @@ def _measure(head: Head, table: Table) -> None:
     table.rows.copy_(head.reframe(table.rows, mean.mean(0), unit))
 
 
-def _sizes(guide: Guide, particles: int, batch_size: int | None) -> dict[Plate, int]:
-    """Rows of a step by plate; none where it sees all."""
+def _sizes(guide: Guide, particles: int, batch_size: int | None) -> tuple[dict[Plate, int], str]:
+    """Rows of a step by plate, none where it sees all; and why it has to, where they are many."""
     plates = [block.plate for block in guide.blocks if block.plate is not None]
     share = _NUMBERS / max(width_of(guide.density) * particles, 1)
     if batch_size is None and share >= 1.0:
-        return {}
+        return {}, ""
     sizes = {p: min(p.size, batch_size or max(1, int(share * p.size))) for p in plates}
     try:
         require_subsamplable(guide.density, sizes)
-    except ModelError:
+    except ModelError as error:
         if batch_size is not None:
             raise
-        return {}
-    return sizes
+        return {}, f"Each step sees all rows, since some cannot be had alone: {first_line(error)}"
+    return sizes, ""
 
 
 def _schedule(

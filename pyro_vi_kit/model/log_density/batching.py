@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pyro_vi_kit.core.errors import in_words
 from pyro_vi_kit.model.log_density.compat import Mended
 
 Batching = Literal["vmap", "lift", "lift_all", "loop"]
@@ -40,13 +41,17 @@ def batched(
 
 def first_that_agrees(
     found: Callable[[Batching], tuple[Tensor, ...]], exact: tuple[Tensor, ...]
-) -> Batching:
+) -> tuple[Batching, str]:
     """The first vectorised way that gives what the loop gives; the loop where none does.
 
     Args:
         found: Evaluates values and gradients in one way.
         exact: What the loop gave.
+
+    Returns:
+        The way, and why it is the loop, in words: what the plainest way failed by.
     """
+    reasons = []
     tolerance = 1e-7 if exact[0].dtype == torch.float64 else 1e-3
     modes: tuple[Batching, ...] = ("vmap", "lift", "lift_all")
     for mode in modes:
@@ -55,14 +60,16 @@ def first_that_agrees(
                 # Where vmap has a slow rule only, the next way may have a fast one.
                 warnings.filterwarnings("error", message="There is a performance drop")
                 results = found(mode)
-        except Exception:  # noqa: BLE001  whatever vmap cannot do, the loop can
+        except Exception as error:  # noqa: BLE001  whatever vmap cannot do, the loop can
+            reasons.append(in_words(error))
             continue
         if all(
             torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
             for a, b in zip(results, exact, strict=True)
         ):
-            return mode
-    return "loop"
+            return mode, ""
+        reasons.append("all points at once, the model gives other numbers")
+    return "loop", reasons[0]
 
 
 def _lifted(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.device import Device, checked
-from pyro_vi_kit.core.errors import ModelError, ModelWarning, ViError
+from pyro_vi_kit.core.errors import ModelError, ModelWarning, ViError, in_words
 from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.model.log_density.batching import Batching, batched, first_that_agrees
 from pyro_vi_kit.model.log_density.compat import VectorisedCauchy
@@ -90,6 +90,7 @@ class Density:
         largest: Numbers of the largest tensor of one point where discrete latents are summed out.
         leaving: What leaves its constraint somewhere, in words, by site: the density is zero there.
         notes: What to know of how the model is read; each is said as a `ModelWarning` when it is made.
+        given_up: What was tried and given up, and why, one line each.
         recordings: Where recordings are kept that serve other data too; shared with what `with_data`
             gives. None where nobody asked for other data.
 
@@ -112,6 +113,7 @@ class Density:
         self.model = model
         self.drawn = drawn
         self.dtype = dtype
+        self.given_up: list[str] = []
         self.recordings: Recordings | None = None
         require_strided(model)
         self._runner = Runner(model, dtype, checked(device), drawn)
@@ -726,8 +728,15 @@ class Density:
                 return self._batched(single, z)
         except ViError:
             raise
-        except Exception:  # noqa: BLE001  whatever vmap cannot do, the loop may
-            return self._batched(single, z, "loop")
+        except Exception as error:  # noqa: BLE001  whatever vmap cannot do, the loop may
+            found = self._batched(single, z, "loop")
+            self.give_up(f"Draws are made point by point in a Python loop: {in_words(error)}")
+            return found
+
+    def give_up(self, line: str) -> None:
+        """Note what was tried and given up, once."""
+        if line not in self.given_up:
+            self.given_up.append(line)
 
     def _width(self) -> int:
         """Numbers that one point makes in the model, roughly."""
@@ -789,8 +798,9 @@ class Density:
             self.batching = mode
             return self.log_prob_and_grad(z)
 
-        mode = first_that_agrees(found, exact)
+        mode, reason = first_that_agrees(found, exact)
         if mode == "loop":
+            self.give_up(f"The density is evaluated point by point in a Python loop: {reason}")
             # A model that is not the same twice agrees with itself in no way.
             self._require_same(exact, found(mode))
         return mode

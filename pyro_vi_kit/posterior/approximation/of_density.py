@@ -49,6 +49,7 @@ class GuideApproximation:
         self.points: tuple[str, ...] = ()
         self.density: Density = guide.density
         self.dtype = guide.density.dtype
+        self.given_up = guide.density.given_up
         self.params = {k: self.density.cast(v.detach()).clone() for k, v in params.items()}
         _on_their_own(guide)
         self._width = width_of(self.density)

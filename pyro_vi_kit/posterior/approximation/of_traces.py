@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_vi_kit.core.errors import ModelError
+from pyro_vi_kit.core.errors import ModelError, in_words
 from pyro_vi_kit.core.export import Group
 from pyro_vi_kit.core.runtime import validation
 from pyro_vi_kit.core.stopping import model_errors
@@ -53,6 +53,7 @@ class TraceApproximation:
         self.name = trained.name
         self.point = trained.point
         self.points = trained.sites.points
+        self.given_up = [] if self.density is None else self.density.given_up
         # A trace takes milliseconds whatever the model's size, so draws are counted as dear.
         self.cost = 200_000
 
@@ -169,7 +170,10 @@ class TraceApproximation:
         try:
             with self.trained.running(0, "first run"), validation(True):
                 trace = self.trained.model_trace(self.trained.guide_trace(), self.trained.model.fn)
-        except Exception:  # noqa: BLE001  its own draws may be what validation refuses
+        except Exception as error:  # noqa: BLE001  its own draws may be what validation refuses
+            line = f"Draws are not checked against the domains of distributions: {in_words(error)}"
+            if line not in self.given_up:
+                self.given_up.append(line)
             return None
         return frozenset(n for n, node in sample_sites(trace).items() if made_unchecked(node["fn"]))
 

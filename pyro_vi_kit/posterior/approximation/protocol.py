@@ -33,6 +33,7 @@ class Approximation(Protocol):
         points: Those latents, where it is one in some of them only.
         dtype: Its precision.
         cost: Numbers that one draw makes in the model, roughly.
+        given_up: What was tried and given up in running model and guide, and why, one line each.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Approximation(Protocol):
     points: tuple[str, ...]
     dtype: torch.dtype
     cost: int
+    given_up: list[str]
 
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """Draws from q of every latent and deterministic site, `{site: [S, *batch, *event]}`.

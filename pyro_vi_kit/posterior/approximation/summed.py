@@ -53,6 +53,7 @@ class SummedApproximation:
         self.name = trained.name
         self.point = trained.point
         self.points = trained.sites.points
+        self.given_up = density.given_up
         self._params = {name: density.cast(v.detach()) for name, v in trained.params.items()}
         self._width = width_of(density)
         # A trace of the guide takes about a millisecond whatever its size.

@@ -143,6 +143,7 @@ def corrected(
         "converged" if converged else "not converged",
         advice,
         modes=record.status.modes,
+        notes=record.status.notes,
     )
     told = Record(
         objective=record.objective,

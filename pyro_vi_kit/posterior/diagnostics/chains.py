@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.core.errors import in_words
 from pyro_vi_kit.core.psis import psis, resample
 from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.core.undefined import ERRORS
@@ -104,8 +105,8 @@ def run_chains(
     *,
     weighted: bool = False,
     indicator: np.ndarray | None = None,
-) -> Chains | None:
-    """Run them; None where that would take too long, or is not possible.
+) -> Chains | str:
+    """Run them; where that would take too long, or is not possible, say why in one line.
 
     Args:
         approximation: The trained guide.
@@ -115,13 +116,20 @@ def run_chains(
         indicator: Which numbers are indicators of states, `[n]`.
     """
     density = approximation.density
-    if density.dim > _MAX_DIM or density.streamed is not None or density.drawn is not None:
-        return None
-    count = _affordable(approximation, plain.shape[1])
-    if count < _MIN_CHAINS:
-        return None
-    with RandomStream(_SEED), isolated(approximation.dtype, density.device):
-        try:
+    if density.dim > _MAX_DIM:
+        return f"No short chains in {density.dim:,} dimensions (at most {_MAX_DIM:,})"
+    if density.streamed is not None:
+        return "No short chains on streamed data"
+    if density.drawn is not None:
+        return "No short chains where discrete latents are drawn"
+    try:
+        count = _affordable(approximation, plain.shape[1])
+        if count < _MIN_CHAINS:
+            return (
+                f"No short chains: there is time or memory for {count} of them, too few to tell "
+                f"({_MIN_CHAINS})"
+            )
+        with RandomStream(_SEED), isolated(approximation.dtype, density.device):
             with torch.no_grad():
                 into, pool, log_q = _coordinates(approximation, max(_POOL * count, 2 * density.dim))
             target = _pulled_back(into, Gradients(density, approximation.params, patience=None))
@@ -135,8 +143,9 @@ def run_chains(
             at = pool[picks], value[picks], slope[picks]
             run = _Run(target, at, density.dim**-0.25, count, shares)
             return _measured(run, into, approximation, plain, named, indicator)
-        except ERRORS:  # a point at which it is not defined takes all chains with it
-            return None
+    except (*ERRORS, MemoryError) as error:
+        # A point at which the density is not defined takes all chains with it.
+        return f"Short chains were given up: {in_words(error)}"
 
 
 def _affordable(approximation: GuideApproximation, numbers: int) -> int:

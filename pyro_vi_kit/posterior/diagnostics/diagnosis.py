@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.psis import Psis
+from pyro_vi_kit.core.stopping import model_errors
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.log_density.hierarchy import centred_sites
 from pyro_vi_kit.posterior.approximation import (
@@ -99,6 +100,7 @@ class Diagnosis:
         return frame
 
 
+@model_errors
 def diagnose(
     approximation: Approximation,
     density: Density | None,
@@ -116,6 +118,9 @@ def diagnose(
         named: Brings values into each site's own shape.
         status: How the fit ended.
         names: Dims of each site, and coordinates of dims, for the labels.
+
+    Raises:
+        ModelError: If the model raises.
     """
     smoothed = evaluation.smoothed
     if smoothed is None:
@@ -220,9 +225,10 @@ def _unbounded(values: Mapping[str, np.ndarray], density: Density | None) -> Ite
             yield f"draws of site {site!r} run to 0, as where data are met exactly: {floor}"
 
 
-def _with_chains(found: Findings, chains: Chains | None, *, restarted: bool = False) -> Findings:
-    if chains is None:
-        return found
+def _with_chains(found: Findings, chains: Chains | str, *, restarted: bool = False) -> Findings:
+    if isinstance(chains, str):
+        line = f"From resampled draws: {chains}" if restarted else chains
+        return replace(found, given_up=(*found.given_up, line))
     return replace(
         found,
         chains=chains.shifts,

@@ -103,6 +103,7 @@ class Findings:
         gap: Nats by which the ELBO falls short of the importance-weighted evidence: KL(q || p).
         weights: How far the weights move each number.
         chains: How far the chains do; None where none were run.
+        given_up: Why none were run that were asked for, one line each.
         memory: Largest correlation of the chains' ends with their starts.
         stuck: Share of the weight that is held by draws which chains could not leave.
         restarted: Whether the chains started from draws under the weights, not from draws of q.
@@ -121,6 +122,7 @@ class Findings:
     gap: float
     weights: Shifts
     chains: Shifts | None = None
+    given_up: tuple[str, ...] = ()
     memory: float = 0.0
     stuck: float = 0.0
     restarted: bool = False
