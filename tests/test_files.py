@@ -24,8 +24,7 @@ import pyro_vi_kit as vi
 from pyro_vi_kit.core import export, files
 from pyro_vi_kit.core.errors import FileError, ModelError, OptionError, OtherDataWarning, ViError
 from pyro_vi_kit.posterior import storage
-from pyro_vi_kit.validation.suite import records
-from pyro_vi_kit.validation.suite.cells import Cell
+from pyro_vi_kit.validation.suite import cells
 
 STEPS = {"method": "stochastic", "engine": "eager", "steps": 5, "seed": 0, "init": "origin"}
 
@@ -296,15 +295,15 @@ def test_a_wrong_part_of_a_checkpoint_is_an_error_of_ours(written, tmp_path):
 
 
 def test_a_record_of_a_bench_that_was_changed_is_made_anew(tmp_path):
-    cell = Cell(tmp_path / "m.py", "full_rank", "elbo", 0)
+    cell = cells.Cell(tmp_path / "m.py", "full_rank", "elbo", 0)
     (tmp_path / "m").mkdir()
-    records.write_record(tmp_path, cell, "s", {"status": "done", "elbo": -1.25, "error": ""})
-    path = records.record_path(tmp_path, cell)
-    assert records.read_record(path)["row"]["elbo"] == -1.25
+    cells.write_record(tmp_path, cell, "s", {"status": "done", "elbo": -1.25, "error": ""})
+    path = cell.record(tmp_path)
+    assert cells.read_record(path)["row"]["elbo"] == -1.25
     text = path.read_text()
     for damaged in (text.replace("-1.25", "-1.26"), text[:-9], "[]", "3", '{"row": 1}', "\xff"):
         path.write_text(damaged)
-        assert records.read_record(path) is None
+        assert cells.read_record(path) is None
 
 
 # -- another model, other data ----------------------------------------------------------------

@@ -12,12 +12,11 @@ from typing import Any
 
 import click
 
-from pyro_vi_kit.cli.calibrating import calibrate_command
 from pyro_vi_kit.cli.listing import estimators_command, guides_command, objectives_command
-from pyro_vi_kit.cli.many import bench_command, compare_command
+from pyro_vi_kit.cli.many_fits import bench_command, compare_command
+from pyro_vi_kit.cli.one_model import calibrate_command, check_command, fit_command, nuts_command
 from pyro_vi_kit.cli.options import common_options, debugging
 from pyro_vi_kit.cli.output import in_options, warnings_as_messages
-from pyro_vi_kit.cli.single import check_command, fit_command, nuts_command
 from pyro_vi_kit.core.errors import ViError
 from pyro_vi_kit.core.stopping import TERMINATED, sigterm_as_interrupt
 from pyro_vi_kit.core.version import __version__

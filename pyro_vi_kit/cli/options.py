@@ -5,20 +5,58 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
 
-if TYPE_CHECKING:
-    from pyro_vi_kit.core.contracts import Objective
-
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 _META = "pyro_vi_kit"
 _NETCDF = (".nc", ".nc4", ".netcdf", ".h5", ".hdf5")
+_DEFAULTS = {"guide": "full_rank", "objective": "elbo"}
 
+
+def all_of(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """One decorator for several options, in this order."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _remembered(*names: str, **options: Any) -> Callable[[Any], Any]:
+    """An option that may stand before the command's name or behind it, and is kept in the context."""
+
+    def callback(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+        # Not given behind the command's name, it may have been given before it.
+        if value is not None:
+            ctx.meta[f"{_META}.{parameter.name}"] = value
+
+    return click.option(*names, default=None, expose_value=False, callback=callback, **options)
+
+
+def _former(name: str) -> Callable[[Any], Any]:
+    """An option of the objective by the flag that it once had, read as ``--objective-option``."""
+
+    def callback(ctx: click.Context, parameter: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            ctx.meta.setdefault(f"{_META}.objective", []).append(f"{name}={value}")
+
+    return click.option(f"--{name}", hidden=True, expose_value=False, callback=callback)
+
+
+common_options = all_of(
+    _remembered("--debug", is_flag=True, flag_value=True, help="Show tracebacks."),
+    _remembered(
+        "--progress/--quiet",
+        help="Show progress, or no progress and no messages; by default progress on a terminal.",
+    ),
+)
 model_argument = click.argument("model_file", metavar="MODEL.py", type=click.Path())
 json_option = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 seed_option = click.option(
@@ -28,25 +66,72 @@ seed_option = click.option(
     show_default=True,
     help="The same seed gives the same numbers.",
 )
-
-
-def common_options(command: Command) -> Command:
-    """``--debug`` and ``--progress/--quiet``, before or behind the command's name."""
-    debug = click.option(
-        "--debug",
-        is_flag=True,
-        expose_value=False,
-        callback=_remember("debug"),
-        help="Show tracebacks.",
-    )
-    progress = click.option(
-        "--progress/--quiet",
-        default=None,
-        expose_value=False,
-        callback=_remember("progress"),
-        help="Show progress, or no progress and no messages; by default progress on a terminal.",
-    )
-    return debug(progress(command))
+init_option = click.option(
+    "--init",
+    default="auto",
+    show_default=True,
+    help="Where to start: auto, or a function of Pyro's, median, mean, sample, feasible, uniform; fit "
+    "also takes origin.",
+)
+guides_option = click.option(
+    "--guides",
+    metavar="A,B,...",
+    default="mean_field,full_rank",
+    show_default=True,
+    help="See vi-kit guides.",
+)
+objective_option = click.option(
+    "--objective", show_default=_DEFAULTS["objective"], help="See vi-kit objectives."
+)
+part_options = all_of(
+    click.option(
+        "--guide-option",
+        "guide_options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="An option of the guide, as in layers=4 or 'hidden=(8, 8)'; may be repeated. Of several "
+        "guides those that have it take it; planar.layers=4 is for one.",
+    ),
+    click.option(
+        "--objective-option",
+        "objective_options",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="An option of the objective likewise, as in particles=10.",
+    ),
+    _former("particles"),
+    _former("alpha"),
+)
+training_options = all_of(
+    click.option(
+        "--method",
+        default="auto",
+        show_default=True,
+        help="auto, cavi, lbfgs, moments or stochastic.",
+    ),
+    click.option(
+        "--tol", type=float, show_default="0.01", help="Nats that the bound may fall short by."
+    ),
+    click.option("--budget", type=float, help="Seconds after which to stop; 120 for auto."),
+    click.option("--steps", type=click.IntRange(min=1), help="The most stochastic steps."),
+)
+nuts_options = all_of(
+    click.option("--chains", type=click.IntRange(min=1), default=4, show_default=True),
+    click.option(
+        "--draws",
+        type=click.IntRange(min=4),
+        default=1000,
+        show_default=True,
+        help="Draws kept per chain.",
+    ),
+    click.option(
+        "--tune",
+        type=click.IntRange(min=10),
+        show_default="400 with nutpie, 800 with Pyro",
+        help="Warm-up draws per chain.",
+    ),
+    click.option("--sampler", default="auto", show_default=True, help="auto, nutpie or pyro."),
+)
 
 
 def debugging(ctx: click.Context) -> bool:
@@ -59,46 +144,8 @@ def progress_wanted() -> bool | None:
     return click.get_current_context().meta.get(f"{_META}.progress")
 
 
-init_option = click.option(
-    "--init",
-    default="auto",
-    show_default=True,
-    help="Where to start: auto, or a function of Pyro's, median, mean, sample, feasible, uniform; fit "
-    "also takes origin.",
-)
-
-
-def nuts_options(command: Command) -> Command:
-    """How NUTS is to sample."""
-    options = (
-        click.option("--chains", type=click.IntRange(min=1), default=4, show_default=True),
-        click.option(
-            "--draws",
-            type=click.IntRange(min=4),
-            default=1000,
-            show_default=True,
-            help="Draws kept per chain.",
-        ),
-        click.option(
-            "--tune",
-            type=click.IntRange(min=10),
-            show_default="400 with nutpie, 800 with Pyro",
-            help="Warm-up draws per chain.",
-        ),
-        click.option("--sampler", default="auto", show_default=True, help="auto, nutpie or pyro."),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 def split_names(kind: str, text: str, known: Iterable[str]) -> list[str]:
     """Names separated by commas, each once.
-
-    Args:
-        kind: What they name, for messages.
-        text: As it was given.
-        known: What can be named.
 
     Raises:
         UnknownNameError: If one is not known; names the nearest.
@@ -112,6 +159,94 @@ def split_names(kind: str, text: str, known: Iterable[str]) -> list[str]:
         if name not in known:
             raise UnknownNameError(kind, name, known)
     return names
+
+
+def one(kind: str, name: str | None, pairs: Sequence[str]) -> Any:
+    """A guide or an objective as `fit` takes it; None where neither a name nor an option is given."""
+    options = options_of(kind, [name or _DEFAULTS[kind]], pairs)
+    ((chosen, own),) = options.items()
+    return configured(kind, chosen, own) if name or own else None
+
+
+def configured(kind: str, name: str, options: dict[str, Any]) -> Any:
+    """A guide or an objective; its name alone where it has no options, so that `fit` may choose them.
+
+    Raises:
+        UnknownNameError: If the name is not known.
+        OptionError: If it has no such option, or the value cannot be used.
+    """
+    from pyro_vi_kit import guides, objectives
+
+    if kind == "guide":
+        guides.require_choice(name)
+        if name == guides.AUTO:
+            return name
+        made: Any = guides.specify(name, **options)
+    else:
+        made = objectives.make(name, **options)
+    return made if options else name
+
+
+def options_of(kind: str, names: Sequence[str], pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What was given with ``--guide-option`` or ``--objective-option``, by guide or objective.
+
+    Args:
+        kind: ``guide`` or ``objective``.
+        names: Those that are named.
+        pairs: ``NAME=VALUE`` for all that have such an option, ``planar.NAME=VALUE`` for one.
+
+    Raises:
+        UnknownNameError: If one is for a part that is not named.
+        OptionError: If one is not of this form, or is for ``auto``.
+    """
+    import dataclasses
+
+    from pyro_vi_kit import guides, objectives
+
+    registry: Any = guides.REGISTRY if kind == "guide" else objectives.REGISTRY
+    known = {n: {f.name for f in dataclasses.fields(registry[n])} for n in names if n in registry}
+    if kind == "objective":
+        pairs = [*pairs, *click.get_current_context().meta.get(f"{_META}.objective", ())]
+    found: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key, value in key_values(f"--{kind}-option", pairs).items():
+        part, _, option = key.rpartition(".")
+        if part and part not in names:
+            raise UnknownNameError(kind, part, names)
+        # What none has is given to all, and refused by the first.
+        takers = [part] if part else [n for n in names if option in known.get(n, ())] or names
+        if takers[0] == guides.AUTO:
+            raise OptionError(
+                f"--guide auto tries several guides and takes no --guide-option {option}: name the "
+                "guide"
+            )
+        for name in takers:
+            found[name][option] = value
+    return found
+
+
+def key_values(option: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` with values as Python writes them: ``layers=4``, ``hidden=(8, 8)``.
+
+    A single word stands for itself.
+
+    Raises:
+        OptionError: If one is not of this form.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if not (all(map(str.isidentifier, key.split("."))) and equals and text):
+            raise OptionError(f"{option} takes NAME=VALUE, as in layers=4, got {told(pair)}")
+        try:
+            values[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            if not text.isidentifier():
+                raise OptionError(
+                    f"{option} {pair}: {text!r} is no number, word or tuple; write it as Python "
+                    "does, in quotes for the shell: 'hidden=(8, 8)'"
+                ) from None
+            values[key] = text
+    return values
 
 
 def netcdf_target(out: str | None) -> Path | None:
@@ -132,55 +267,3 @@ def netcdf_target(out: str | None) -> Path | None:
             "it in .nc. --json prints the summary for other programs"
         )
     return check_writable(out)
-
-
-def key_values(option: str, pairs: Sequence[str]) -> dict[str, Any]:
-    """``KEY=VALUE`` with values as Python writes them: ``layers=4``, ``hidden=(8, 8)``.
-
-    A single word stands for itself.
-
-    Args:
-        option: What they were given to, for messages.
-        pairs: As they were given.
-
-    Raises:
-        OptionError: If one is not of this form.
-    """
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = (part.strip() for part in pair.partition("="))
-        if not (key.isidentifier() and equals and text):
-            raise OptionError(f"{option} takes KEY=VALUE, as in layers=4, got {told(pair)}")
-        try:
-            values[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            if not text.isidentifier():
-                raise OptionError(
-                    f"{option} {pair}: {text!r} is no number, word or tuple; write it as Python "
-                    "does, in quotes for the shell: 'hidden=(8, 8)'"
-                ) from None
-            values[key] = text
-    return values
-
-
-def make_objective(name: str, particles: int | None, alpha: float | None) -> str | Objective:
-    """The objective; its name alone where no option is given, so that `fit` may choose them.
-
-    Raises:
-        UnknownNameError: If the name is not known.
-        OptionError: If the objective has no such option, or the value cannot be used.
-    """
-    from pyro_vi_kit import objectives
-
-    given = {"particles": particles, "alpha": alpha}
-    made = objectives.make(name, **{k: v for k, v in given.items() if v is not None})
-    return name if particles is None and alpha is None else made
-
-
-def _remember(key: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    def callback(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-        # Not given behind the command's name, it may have been given before it.
-        if value not in (None, False) or (key == "progress" and value is False):
-            ctx.meta[f"{_META}.{key}"] = value
-
-    return callback

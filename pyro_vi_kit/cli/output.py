@@ -8,13 +8,14 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pyro_vi_kit.cli.options import progress_wanted
+from pyro_vi_kit.core.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,7 @@ def in_options(text: str, command: click.Command | None = None) -> str:
     options = {
         name.lstrip("-").replace("-", "_"): name
         for parameter in command.params
-        if isinstance(parameter, click.Option)
+        if isinstance(parameter, click.Option) and not parameter.hidden
         for name in parameter.opts
         if name.startswith("--")
     }
@@ -89,17 +90,24 @@ def write_table(frame: pd.DataFrame, path: Path, **options: Any) -> None:
     files.write(path, frame.to_csv(**options).encode())
 
 
-def print_table(frame: pd.DataFrame, whole: str) -> None:
-    """Print a table of numbers, the first forty rows of it.
+def write_pictures(folder: Path, pictures: Mapping[str, Callable[[Path], Any]]) -> None:
+    """Draw pictures by name in a folder, where matplotlib is installed, and say what is there then."""
+    try:
+        for name, draw in pictures.items():
+            draw(folder / name)
+    except MissingDependencyError as error:
+        click.echo(f"warning: no pictures: {error}", err=True)
+    message(f"wrote {', '.join(sorted(p.name for p in folder.iterdir()))} in {relative(folder)}")
 
-    Args:
-        frame: The table, its rows by name.
-        whole: How to see all of it.
-    """
+
+def print_result(text: str, frame: pd.DataFrame) -> None:
+    """Print what was found, and the first forty rows of a table of numbers."""
+    click.echo(in_options(text))
     shown = frame.head(_ROWS)
     click.echo(shown.to_string(float_format=_number))
     if len(frame) > len(shown):
-        click.echo(f"... {len(frame) - len(shown):,} of {len(frame):,} rows not shown; {whole}")
+        left = f"{len(frame) - len(shown):,} of {len(frame):,}"
+        click.echo(f"... {left} rows not shown; --json prints all of them")
 
 
 def relative(path: str | os.PathLike[str]) -> str:

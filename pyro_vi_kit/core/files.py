@@ -64,6 +64,30 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def folder_for_results(path: str | os.PathLike[str]) -> Path:
+    """Make a folder for results, before any work is done for it.
+
+    Args:
+        path: The folder; its parents are made too.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        FileError: If it cannot be made or written to.
+    """
+    folder = Path(path).expanduser().resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(
+            f"cannot make the folder {folder}: {error.strerror}; choose another path"
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"no right to write to {folder}; choose another path")
+    return folder
+
+
 def write(path: str | os.PathLike[str], content: bytes) -> Path:
     """Write a file, all of it or nothing. Of two that write at once the later one's stays, whole.
 

@@ -3,7 +3,7 @@
 from pyro_vi_kit.validation.compare.alignment import Paired, Reference, by_name, pair
 from pyro_vi_kit.validation.compare.measures import error_table
 from pyro_vi_kit.validation.compare.overview import format_overview, overview
-from pyro_vi_kit.validation.compare.table import COLUMNS, OVERALL, compare
+from pyro_vi_kit.validation.compare.table import COLUMNS, OVERALL, compare, quality
 
 __all__ = [
     "COLUMNS",
@@ -16,4 +16,5 @@ __all__ = [
     "format_overview",
     "overview",
     "pair",
+    "quality",
 ]

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyro_vi_kit.core import export, files
 from pyro_vi_kit.core.errors import FileError
+from pyro_vi_kit.core.files import folder_for_results
 from pyro_vi_kit.core.stopping import terminable
 from pyro_vi_kit.fitting.fit import fit
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.model import Model
-from pyro_vi_kit.model.modelfile import load_model_file
+from pyro_vi_kit.model.modelfile import load_model_file, model_files
 from pyro_vi_kit.posterior import Posterior
-from pyro_vi_kit.validation.compare import OVERALL, compare
+from pyro_vi_kit.validation.compare import OVERALL, compare, quality
 from pyro_vi_kit.validation.nuts import SamplerWarning, nuts
-from pyro_vi_kit.validation.suite.cells import Cell, enumerate_cells, obstacle, reference_settings
-from pyro_vi_kit.validation.suite.records import (
+from pyro_vi_kit.validation.suite.cells import (
     DONE,
     FAILED,
     NOT_APPLICABLE,
+    Cell,
+    Named,
     collect,
-    folder_for_results,
+    enumerate_cells,
+    obstacle,
     read_record,
-    record_path,
+    reference_settings,
     write_record,
     write_table,
 )
@@ -92,9 +95,9 @@ class _Bench:
 
 @terminable
 def run(
-    models: Sequence[str | os.PathLike[str]],
-    guides: Sequence[str],
-    objectives: Sequence[str],
+    models: Sequence[str | os.PathLike[str]] | Mapping[Path, Model],
+    guides: Named,
+    objectives: Named,
     out: str | os.PathLike[str],
     *,
     seed: int = 0,
@@ -109,9 +112,9 @@ def run(
     estimate of a multi-sample bound) is recorded as not applicable.
 
     Args:
-        models: Model files, and folders of them.
-        guides: Guides' names.
-        objectives: Objectives' names.
+        models: Model files and folders of them, or what `load_models` made of these.
+        guides: Guides' names, or a dict of their options by name.
+        objectives: Objectives' names, likewise.
         out: Folder for the results; what it holds of other cells stays.
         seed: Of every fit.
         resume: Leave out the cells, and keep the references, that are there already and were made
@@ -127,15 +130,25 @@ def run(
     Raises:
         FileError: If a file or the folder cannot be used.
         ModelError: If a model file does not import or has no ``MODEL``.
-        OptionError: If a name is unknown.
+        OptionError: If a name or an option is unknown.
         KeyboardInterrupt: If interrupted; the running cell is lost, all others are recorded.
     """
     cells = enumerate_cells(models, guides, objectives, seed)
-    by_path = {cell.path: load_model_file(cell.path) for cell in cells}
+    loaded = models if isinstance(models, Mapping) else load_models(models)
     bench = _Bench(folder_for_results(out), cells, nuts, say, progress)
-    for path, model in by_path.items():
-        _run_model(bench, path, model, resume)
+    for path in dict.fromkeys(cell.path for cell in cells):
+        _run_model(bench, path, loaded[path], resume)
     return collect(bench.out, cells)
+
+
+def load_models(paths: Iterable[str | os.PathLike[str]]) -> dict[Path, Model]:
+    """The models of model files, and of folders of them.
+
+    Raises:
+        FileError: If a file does not exist.
+        ModelError: If one does not import or has no ``MODEL``.
+    """
+    return {path: load_model_file(path) for path in model_files(paths)}
 
 
 def _run_model(bench: _Bench, path: Path, model: Model, resume: bool) -> None:
@@ -147,7 +160,7 @@ def _run_model(bench: _Bench, path: Path, model: Model, resume: bool) -> None:
             bench.tell(cell, "done before")
         else:
             # What the table says of a cell is of these settings or nothing.
-            record_path(bench.out, cell).unlink(missing_ok=True)
+            cell.record(bench.out).unlink(missing_ok=True)
             todo.append(cell)
     folder_for_results(bench.out / path.stem)
     todo = _applicable(bench, model, {cell: settings[cell] for cell in todo})
@@ -160,7 +173,7 @@ def _run_model(bench: _Bench, path: Path, model: Model, resume: bool) -> None:
 
 
 def _is_done(out: Path, cell: Cell, settings: str) -> bool:
-    record = read_record(record_path(out, cell))
+    record = read_record(cell.record(out))
     if record is None or record["settings"] != settings:
         return False
     row = record["row"]
@@ -183,7 +196,7 @@ def _applicable(bench: _Bench, model: Model, settings: dict[Cell, str]) -> list[
     for cell, wanted in settings.items():
         try:
             density = density or Density(model)
-            reason = obstacle(density, cell.guide, cell.objective)
+            reason = obstacle(density, *cell.parts)
         except Exception as error:  # noqa: BLE001 - whatever the model raises is the cell's result
             bench.done(cell, wanted, {"status": FAILED, "error": _words(error)})
             continue
@@ -233,10 +246,10 @@ def _run_cell(
     """Fit, save and compare; the row, whatever happens."""
     row: dict[str, Any] = {"status": FAILED}
     try:
-        posterior = fit(model, cell.guide, cell.objective, seed=cell.seed, progress=bench.progress)
+        posterior = fit(model, *cell.parts, seed=cell.seed, progress=bench.progress)
         if posterior.status.reason == "interrupted":
             raise KeyboardInterrupt
-        file = record_path(bench.out, cell).with_suffix(".nc")
+        file = cell.record(bench.out).with_suffix(".nc")
         posterior.save(file)
         row |= _facts(posterior) | {"file": str(file.relative_to(bench.out))}
         if truth is not None:
@@ -248,16 +261,11 @@ def _run_cell(
 
 
 def _facts(posterior: Posterior) -> dict[str, Any]:
-    evidence, verdict = posterior.log_evidence, posterior.verdict
-    return {
+    evidence = posterior.log_evidence
+    return quality(posterior) | {
         "converged": posterior.status.converged,
-        "verdict": "" if verdict is None else verdict.level,
-        "khat": posterior.khat,
-        "elbo": posterior.elbo,
-        "elbo_se": posterior.elbo_se,
         "bound": posterior.bound,
         "log_evidence": None if evidence is None else evidence[0],
-        "seconds": posterior.seconds,
         "evaluations": posterior.evaluations,
     }
 

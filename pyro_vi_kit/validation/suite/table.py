@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pyro_vi_kit.validation.compare import OVERALL, format_overview
-from pyro_vi_kit.validation.suite.records import DONE, FAILED, NOT_APPLICABLE
+from pyro_vi_kit.validation.suite.cells import DONE, FAILED, NOT_APPLICABLE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,11 +31,7 @@ _NUMBERS = (
 
 
 def progress_line(row: dict[str, Any]) -> str:
-    """What is said of a cell as soon as it is done.
-
-    Args:
-        row: Its record.
-    """
+    """What is said of a cell as soon as it is done, from its record."""
     if row["status"] == NOT_APPLICABLE:
         return f"not applicable: {row['error']}"
     if row["status"] == FAILED:
@@ -49,21 +45,13 @@ def progress_line(row: dict[str, Any]) -> str:
 
 
 def format_results(frame: pd.DataFrame) -> str:
-    """One table per model, with what to use of it and what went wrong.
-
-    Args:
-        frame: What `run` or `collect` returned.
-    """
+    """A table per model of what `run` or `collect` returned, with what to use and what went wrong."""
     parts = [_format_model(str(model), rows) for model, rows in frame.groupby("model", sort=False)]
     return "\n\n\n".join(parts)
 
 
 def advice(frame: pd.DataFrame) -> str:
-    """Which of a model's fits to take: the fastest good one, and a faster one to resample.
-
-    Args:
-        frame: The rows of one model.
-    """
+    """Which of one model's fits to take: the fastest good one, and a faster one to resample."""
     fits = [row for row in frame.to_dict(orient="records") if row["status"] == DONE]
     taken: list[str] = []
     seconds = math.inf

@@ -14,7 +14,9 @@ from toys import MODELS
 
 import pyro_vi_kit.fitting.fit
 from pyro_vi_kit.cli import main
+from pyro_vi_kit.cli.options import options_of
 from pyro_vi_kit.cli.output import in_options
+from pyro_vi_kit.core.errors import UnknownNameError
 from pyro_vi_kit.optimize.stochastic import stochastic
 
 LINE = str(MODELS / "gaussian_regression_2d.py")
@@ -181,6 +183,30 @@ def test_fit_options_reach_the_guide_and_the_objective():
     assert document["method"] == "stochastic"
 
 
+def test_options_of_the_objective_by_their_name_and_by_their_former_flag():
+    options = ("--objective", "renyi", "--method", "stochastic", "--steps", 20, "--json")
+    given = ("--objective-option", "alpha=0.3", "--objective-option", "particles=5")
+    named = json.loads(vi_kit("fit", LINE, *options, *given).stdout)
+    former = json.loads(vi_kit("fit", LINE, *options, "--alpha", 0.3, "--particles", 5).stdout)
+    assert named["evaluations"] % 5 == 0
+    assert named["bound"] == former["bound"]
+    assert "--alpha" not in vi_kit("fit", "--help").stdout
+
+
+def test_options_of_several_guides():
+    known = {"names": ["mean_field", "planar", "radial", "affine_coupling"]}
+    given = ["layers=4", "radial.layers=2", "hidden=(3, 3)"]
+    with main.make_context("vi-kit", ["check", LINE]):
+        assert options_of("guide", pairs=given, **known) == {
+            "mean_field": {},
+            "planar": {"layers": 4},
+            "radial": {"layers": 2},
+            "affine_coupling": {"layers": 4, "hidden": (3, 3)},
+        }
+        with pytest.raises(UnknownNameError, match="guide 'flow'"):
+            options_of("guide", pairs=["flow.layers=2"], **known)
+
+
 def test_fit_by_epochs_with_a_checkpoint(tmp_path):
     path = str(tmp_path / "run.ckpt")
     options = ("--guide", "mean_field", "--epochs", "2", "--checkpoint", path, "--json")
@@ -216,9 +242,11 @@ def test_long_summaries_are_cut_with_a_note(model):
         (NARROW, ("--guide", "fullrank"), ["Did you mean 'full_rank'"]),
         (NARROW, ("--objective", "elbow"), ["Did you mean 'elbo'"]),
         (NARROW, ("--guide-option", "layers=2"), ["no option 'layers'"]),
-        (NARROW, ("--guide-option", "layers"), ["KEY=VALUE"]),
+        (NARROW, ("--guide-option", "layers"), ["NAME=VALUE"]),
         (NARROW, ("--guide-option", "a=(1"), ["in quotes"]),
         (NARROW, ("--alpha", "0.5"), ["no option 'alpha'"]),
+        (NARROW, ("--objective-option", "alpha=0.5"), ["no option 'alpha'"]),
+        (NARROW, ("--guide-option", "planar.layers=2"), ["unknown guide 'planar'"]),
         (NARROW, ("--method", "adam"), ["unknown method 'adam'"]),
         (NARROW, ("--engine", "fast"), ["unknown engine 'fast'"]),
         (NARROW, ("--guide", "aut"), ["Did you mean 'auto'"]),
@@ -405,6 +433,8 @@ def test_compare_json():
     [
         (("--guides", "mean_field,ful_rank"), ["Did you mean 'full_rank'"]),
         (("--guides", ","), ["no guide is given"]),
+        (("--guide-option", "layers=2"), ["no option 'layers'"]),
+        (("--objective-option", "alpha=2"), ["no option 'alpha'"]),
         (("--guides", "mean_field,amortized"), ["amortized"]),
         (("--guides", "delta", "--objective", "iwae"), ["point"]),
         (("--out", "/dev/null/x"), ["cannot make the folder"]),
@@ -428,6 +458,18 @@ def test_bench(tmp_path):
     assert resumed.exit_code == 0
     assert resumed.stderr.count("done before") == 4
     assert resumed.stdout == result.stdout
+
+
+def test_bench_takes_options_of_guides_and_objectives(tmp_path):
+    options = ("--guides", "mean_field,radial", "--objectives", "iwae", "--no-nuts")
+    options += ("--guide-option", "layers=2", "--out", tmp_path / "out", "--resume")
+    first = vi_kit("bench", LINE, *options, "--objective-option", "particles=3")
+    assert first.exit_code == 0, first.stderr
+    assert vi_kit("bench", LINE, *options, "--particles", 3).stderr.count("done before") == 2
+    # An option of the objective is part of what a result depends on.
+    assert "done before" not in vi_kit("bench", LINE, *options, "--particles", 4).stderr
+    refused = vi_kit("bench", LINE, *options, "--objective-option", "width=3")
+    assert_one_error(refused, "no option 'width'")
 
 
 def test_bench_with_a_failing_cell_exits_with_1(model, tmp_path):

@@ -1,4 +1,4 @@
-"""``check``, ``fit`` and ``nuts``: one thing done to one model."""
+"""``check``, ``fit``, ``nuts`` and ``calibrate``: one thing done to one model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,25 @@ from pyro_vi_kit.cli.options import (
     common_options,
     init_option,
     json_option,
-    key_values,
-    make_objective,
     model_argument,
     netcdf_target,
     nuts_options,
+    objective_option,
+    one,
+    part_options,
     progress_wanted,
     seed_option,
+    training_options,
 )
-from pyro_vi_kit.cli.output import in_options, message, print_json, print_table, records, relative
+from pyro_vi_kit.cli.output import (
+    message,
+    print_json,
+    print_result,
+    records,
+    relative,
+    write_pictures,
+    write_table,
+)
 from pyro_vi_kit.core.errors import FitError
 
 if TYPE_CHECKING:
@@ -27,8 +37,10 @@ if TYPE_CHECKING:
 
     from pyro_vi_kit.core.export import Tree
     from pyro_vi_kit.posterior import Posterior
+    from pyro_vi_kit.validation.calibrate import Calibration
 
-WRONG_REQUEST, REJECTED, NOT_CONVERGED, INTERRUPTED = 2, 3, 3, 130
+# Exit codes; 3 where something was found, and is not to be believed.
+WRONG_REQUEST, UNBELIEVABLE, INTERRUPTED = 2, 3, 130
 
 _REPORT = ("max_rhat", "min_ess_bulk", "min_ess_tail", "divergences", "seconds", "warnings")
 
@@ -56,24 +68,15 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @click.command("fit", short_help="Fit a guide, with a verdict.")
 @model_argument
 @click.option("--guide", show_default="full_rank", help="See vi-kit guides; auto tries several.")
-@click.option("--objective", show_default="elbo", help="See vi-kit objectives.")
-@click.option(
-    "--method", default="auto", show_default=True, help="auto, cavi, lbfgs, moments, stochastic."
-)
+@objective_option
+@part_options
+@training_options
 @click.option(
     "--engine", default="auto", show_default=True, help="auto, captured, compiled, eager or pyro."
 )
 @click.option(
-    "--estimator",
-    default="auto",
-    show_default=True,
-    help="auto, pathwise, dreg, score or stratified.",
+    "--estimator", default="auto", show_default=True, help="auto, or see vi-kit estimators."
 )
-@click.option(
-    "--tol", type=float, show_default="0.01", help="Nats that the bound may fall short by."
-)
-@click.option("--budget", type=float, help="Seconds after which to stop; 120 for auto.")
-@click.option("--steps", type=click.IntRange(min=1), help="The most stochastic steps.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Train by passes over the data.")
 @click.option("--checkpoint", type=click.Path(), help="Keep the fit here; go on if it exists.")
 @click.option("--resume", type=click.Path(), help="A fit written by --out, to go on from.")
@@ -82,15 +85,6 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @click.option("--batch-size", type=int, help="Rows of the data plate in a step.")
 @click.option(
     "--device", help="Where to compute: cpu, cuda, cuda:1; by default where the data are."
-)
-@click.option("--particles", type=int, help="Draws per step, an option of the objective.")
-@click.option("--alpha", type=float, help="The order, an option of the objective renyi.")
-@click.option(
-    "--guide-option",
-    "guide_options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="An option of the guide, as in layers=4 or 'hidden=(8, 8)'. May be repeated.",
 )
 @click.option("--out", type=click.Path(), help="Write the posterior here, ArviZ netCDF (.nc).")
 @click.option(
@@ -107,8 +101,7 @@ def fit_command(
     guide: str | None,
     objective: str | None,
     guide_options: tuple[str, ...],
-    particles: int | None,
-    alpha: float | None,
+    objective_options: tuple[str, ...],
     out: str | None,
     draws: int | None,
     as_json: bool,
@@ -118,14 +111,12 @@ def fit_command(
     from pyro_vi_kit.fitting.fit import fit
     from pyro_vi_kit.model.modelfile import load_model_file
 
-    fresh = options["resume"] is None
-    given = key_values("--guide-option", guide_options)
-    spec = _guide(guide, given)
-    goal = None
-    if fresh or objective is not None or particles is not None or alpha is not None:
-        goal = make_objective(objective or "elbo", particles, alpha)
     target = netcdf_target(out)
+    # It may register a guide or an objective of its own.
     model = load_model_file(model_file)
+    spec, goal = one("guide", guide, guide_options), one("objective", objective, objective_options)
+    if goal is None and options["resume"] is None:
+        goal = "elbo"
     try:
         posterior = fit(model, spec, goal, progress=progress_wanted(), **options)
     except FitError as error:
@@ -135,14 +126,13 @@ def fit_command(
         posterior.save(target, draws)
         message(f"wrote {relative(target)}")
     if as_json:
-        print_json(_fit_facts(posterior, None if target is None else str(target)))
+        print_json(_fit_facts(posterior) | {"file": target})
     else:
-        click.echo(in_options(f"{posterior!r}\n"))
-        print_table(posterior.summary(), "--json prints all of them")
+        print_result(f"{posterior!r}\n", posterior.summary())
     if posterior.status.reason == "interrupted":
         ctx.exit(INTERRUPTED)
     if posterior.verdict is not None and posterior.verdict.level == "reject":
-        ctx.exit(REJECTED)
+        ctx.exit(UNBELIEVABLE)
 
 
 @click.command("nuts", short_help="Sample with NUTS.")
@@ -172,18 +162,85 @@ def nuts_command(
     if target is not None:
         write(tree, target)
         message(f"wrote {relative(target)}")
+    converged, summary = bool(tree.attrs["converged"]), _draws_summary(tree)
     if as_json:
         facts = {key: tree.attrs.get(key) for key in ("model", "sampler", "seed", *_REPORT)}
-        facts["converged"] = bool(tree.attrs["converged"])
-        rows = records(_draws_summary(tree).reset_index(names="parameter"))
-        print_json(facts | {"file": None if target is None else str(target), "summary": rows})
+        rows = records(summary.reset_index(names="parameter"))
+        print_json(facts | {"converged": converged, "file": target, "summary": rows})
     else:
-        click.echo(in_options(_nuts_report(tree)) + "\n")
-        print_table(_draws_summary(tree), "--json prints all of them")
+        print_result(f"{_nuts_report(tree)}\n", summary)
     if tree.attrs["interrupted"]:
         ctx.exit(INTERRUPTED)
-    if not tree.attrs["converged"]:
-        ctx.exit(NOT_CONVERGED)
+    if not converged:
+        ctx.exit(UNBELIEVABLE)
+
+
+@click.command("calibrate", short_help="Fit a guide to simulated data, and find the truth.")
+@model_argument
+@click.option("--guide", default="full_rank", show_default=True, help="See vi-kit guides.")
+@click.option(
+    "--simulations",
+    type=click.IntRange(min=20),
+    default=200,
+    show_default=True,
+    help="Data sets to simulate.",
+)
+@click.option(
+    "--draws",
+    type=click.IntRange(min=19),
+    default=999,
+    show_default=True,
+    help="Draws that each truth is ranked among.",
+)
+@click.option("--sites", metavar="A,B,...", show_default="all", help="Sites to rank.")
+@objective_option
+@part_options
+@training_options
+@seed_option
+@click.option(
+    "--jobs", type=click.IntRange(min=1), show_default="cores, if it pays", help="Processes."
+)
+@click.option("--out", type=click.Path(), help="Folder for the tables (CSV) and the pictures.")
+@json_option
+@common_options
+@click.pass_context
+def calibrate_command(
+    ctx: click.Context,
+    model_file: str,
+    guide: str,
+    sites: str | None,
+    objective: str | None,
+    guide_options: tuple[str, ...],
+    objective_options: tuple[str, ...],
+    out: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Fit a guide to data simulated from the model, and see whether the truth lies where it says.
+
+    Exit code 3 if it does not.
+    """
+    from pyro_vi_kit.core.files import folder_for_results
+    from pyro_vi_kit.model.modelfile import load_model_file
+    from pyro_vi_kit.validation.calibrate import calibrate
+
+    folder = None if out is None else folder_for_results(out)
+    model = load_model_file(model_file)
+    spec, goal = one("guide", guide, guide_options), one("objective", objective, objective_options)
+    names = None if sites is None else [part.strip() for part in sites.split(",") if part.strip()]
+    found = calibrate(
+        model, spec, sites=names, objective=goal, progress=progress_wanted(), **options
+    )
+    if folder is not None:
+        _write_calibration(folder, found)
+    if as_json:
+        print_json(_calibration_facts(found) | {"folder": folder})
+    else:
+        print_result(f"{found!r}\n", found.summary())
+    if found.interrupted:
+        ctx.exit(INTERRUPTED)
+    if not found.verdict.calibrated:
+        ctx.exit(UNBELIEVABLE)
 
 
 def _keep(posterior: Posterior | None, target: Path | None, draws: int | None) -> None:
@@ -195,46 +252,20 @@ def _keep(posterior: Posterior | None, target: Path | None, draws: int | None) -
         message(f"wrote {relative(target)}, what the fit had come to")
 
 
-def _guide(name: str | None, options: dict[str, Any]) -> Any:
-    """What ``--guide`` and its options stand for; None where neither is given."""
-    from pyro_vi_kit import guides
-    from pyro_vi_kit.core.errors import OptionError
-
-    guides.require_choice(name)
-    if name != guides.AUTO:
-        return guides.specify(name or "full_rank", **options) if name or options else None
-    if options:
-        raise OptionError(
-            f"--guide auto tries several guides and takes no --guide-option {next(iter(options))}: "
-            "name the guide"
-        )
-    return name
-
-
-def _fit_facts(posterior: Posterior, file: str | None) -> dict[str, Any]:
+def _fit_facts(posterior: Posterior) -> dict[str, Any]:
     """A fit as JSON has it."""
-    verdict, evidence = posterior.verdict, posterior.log_evidence
+    names = ("guide", "khat", "khat_se", "ess", "elbo", "elbo_se", "bound", "method", "engine")
+    evidence = posterior.log_evidence or (None, None)
     return {
         "model": posterior.model.name,
-        "guide": posterior.guide,
         "objective": posterior.record.objective.name,
-        "verdict": None if verdict is None else vars(verdict),
+        "verdict": None if posterior.verdict is None else vars(posterior.verdict),
         "status": vars(posterior.status),
-        "khat": posterior.khat,
-        "khat_se": posterior.khat_se,
-        "ess": posterior.ess,
-        "elbo": posterior.elbo,
-        "elbo_se": posterior.elbo_se,
-        "bound": posterior.bound,
-        "log_evidence": None if evidence is None else evidence[0],
-        "log_evidence_se": None if evidence is None else evidence[1],
-        "method": posterior.method,
-        "engine": posterior.engine,
+        **{name: getattr(posterior, name) for name in (*names, "evaluations", "seconds")},
+        "log_evidence": evidence[0],
+        "log_evidence_se": evidence[1],
         "seed": posterior.record.seed,
-        "evaluations": posterior.evaluations,
-        "seconds": posterior.seconds,
         "ladder": records(posterior.ladder),
-        "file": file,
         "summary": records(posterior.summary().reset_index(names="parameter")),
     }
 
@@ -265,3 +296,34 @@ def _draws_summary(tree: Tree) -> Any:
     frame = import_arviz().summary(tree, round_to="none")
     labels = [label for site in datasets(tree)["posterior"].values() for label in labels_in(site)]
     return frame.set_axis(labels) if len(labels) == len(frame) else frame
+
+
+def _calibration_facts(found: Calibration) -> dict[str, Any]:
+    """A calibration as JSON has it."""
+    names = ("guide", "simulations", "not_converged", "draws", "seed", "jobs", "seconds")
+    return {
+        "model": found.model.name,
+        "verdict": {"level": found.verdict.level, **vars(found.verdict)},
+        "ranked": len(found.numbers),
+        "failed": len(found.failures),
+        **{name: getattr(found, name) for name in (*names, "interrupted")},
+        "summary": records(found.summary().reset_index(names="parameter")),
+    }
+
+
+def _write_calibration(folder: Path, found: Calibration) -> None:
+    """The tables, and pictures where they can be drawn."""
+    from pyro_vi_kit import plots
+
+    write_table(found.summary(), folder / "summary.csv", index_label="parameter")
+    write_table(found.coverage(), folder / "coverage.csv", index=False)
+    write_table(found.expected_coverage(), folder / "expected_coverage.csv", index=False)
+    write_table(found.to_frame(), folder / "ranks.csv", index=False)
+    write_pictures(
+        folder,
+        {
+            "rank_ecdf.png": lambda path: plots.rank_ecdf(found, path=path),
+            "coverage.png": lambda path: plots.coverage(found, path=path),
+            "expected_coverage.png": lambda path: plots.expected_coverage(found, path=path),
+        },
+    )
