@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_psis import LAWS
 
-from pyro_vi_kit.posterior.diagnostics.psis_rows import psis_rows
+from pyro_vi_kit.core.psis import psis_rows
 from pyro_vi_kit.posterior.evaluation import smooth
 
 ROWS = 40

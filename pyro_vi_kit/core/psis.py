@@ -1,4 +1,4 @@
-"""Pareto-smoothed importance sampling on one vector of log importance weights.
+"""Pareto-smoothed importance sampling: of one vector of log importance weights, or of many at a time.
 
 The weights' largest values are replaced by quantiles of a generalized Pareto distribution fitted to
 them (Vehtari, Simpson, Gelman, Yao & Gabry 2024, https://www.jmlr.org/papers/v25/19-556.html); its
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,6 +25,9 @@ _PRIOR_DRAWS, _PRIOR_K = 10, 0.5
 # Weights that differ by less than this relative amount are equal: log densities summed over data
 # carry rounding noise of about this size, and a Pareto fitted to noise says nothing.
 _FLAT = math.sqrt(np.finfo(float).eps)
+
+# Rows at a time: their grids of shapes have to stay in the processor's cache.
+_CHUNK = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,22 @@ class Psis:
         return khat_error(self.khat, len(self.log_weights))
 
 
+class RowsPsis(NamedTuple):
+    """What the weights of each row say, `[B]` each; see `Psis`.
+
+    Attributes:
+        khat: Shape of the fitted tail.
+        ess: Effective number of draws.
+        log_mean_weight: Log of the mean of the raw weights, nats.
+        log_mean_weight_se: Its standard error, nats.
+    """
+
+    khat: np.ndarray
+    ess: np.ndarray
+    log_mean_weight: np.ndarray
+    log_mean_weight_se: np.ndarray
+
+
 def psis(log_weights: ArrayLike) -> Psis:
     """Smooth one vector of log importance weights and estimate its k-hat.
 
@@ -68,21 +87,33 @@ def psis(log_weights: ArrayLike) -> Psis:
     Raises:
         OptionError: If the weights are not a vector, hold NaN or +inf, or are all zero.
     """
-    log_w = _checked(log_weights)
-    peak = float(log_w.max())
-    scaled = log_w - peak
-    smoothed, khat = _smooth(scaled, noise=float(rounding(peak)))
-    smoothed -= math.log(np.exp(smoothed).sum())
-    raw = np.exp(scaled)
-    mean = float(raw.mean())
-    spread = float(raw.std(ddof=1)) if raw.size > 1 else math.inf
-    return Psis(
-        log_weights=smoothed,
-        khat=khat,
-        ess=float(1.0 / np.exp(2.0 * smoothed).sum()),
-        log_mean_weight=peak + math.log(mean),
-        log_mean_weight_se=spread / (mean * math.sqrt(raw.size)),
-    )
+    smoothed, found = _of_rows(_checked(log_weights)[None])
+    return Psis(smoothed[0], *(float(value[0]) for value in found))
+
+
+def psis_rows(log_weights: np.ndarray) -> RowsPsis:
+    """`psis` of each column, many at a time.
+
+    A draw that model or guide refuses (NaN, +inf) has weight zero. A row without any weight has k-hat
+    infinite and no effective draws.
+
+    Args:
+        log_weights: Of S draws for each of B rows, `[S, B]`, nats.
+    """
+    log_w = usable(np.asarray(log_weights, dtype=float).T)
+    rows = len(log_w)
+    found = RowsPsis(*(np.full(rows, value) for value in (math.inf, 0.0, -math.inf, math.inf)))
+    weighty = np.flatnonzero(np.isfinite(log_w).any(axis=1))
+    for i in range(0, len(weighty), _CHUNK):
+        some = weighty[i : i + _CHUNK]
+        for column, values in zip(found, _of_rows(log_w[some])[1], strict=True):
+            column[some] = values
+    return found
+
+
+def usable(log_weights: np.ndarray) -> np.ndarray:
+    """Log weights in which a draw that model or guide refuses (NaN, +inf) has weight zero."""
+    return np.where(np.isnan(log_weights) | np.isposinf(log_weights), -np.inf, log_weights)
 
 
 def resample(log_weights: ArrayLike, draws: int, rng: np.random.Generator) -> np.ndarray:
@@ -202,34 +233,53 @@ def rounding(peak: Any) -> Any:
     return np.maximum(_FLAT, 16 * np.finfo(float).eps * np.abs(peak))
 
 
-def _smooth(scaled: np.ndarray, noise: float) -> tuple[np.ndarray, float]:
-    """Smooth log weights whose maximum is 0; returns them, not normalised, and k-hat."""
-    smoothed = scaled.copy()
-    order = np.argsort(scaled)
-    ordered = scaled[order]
-    tail_size = tail_of(scaled.size)
-    if _is_flat(ordered, tail_size, noise):
-        return smoothed, -math.inf
-    first = max(scaled.size - tail_size - 1, 0)
-    cutoff = max(float(ordered[first]), math.log(np.finfo(float).tiny))
-    above = ordered > cutoff
-    if np.count_nonzero(above) < MIN_TAIL:
-        return smoothed, math.inf
-    # exp(x) - exp(cutoff), without the cancellation between nearly equal weights.
-    threshold = math.exp(cutoff)
-    k, sigma = map(float, fit_pareto(threshold * np.expm1(ordered[above] - cutoff)))
-    if not (math.isfinite(k) and math.isfinite(sigma) and sigma > 0):
-        return smoothed, math.inf
-    tail = np.log(pareto_quantiles(int(above.sum()), k, sigma) + threshold)
-    smoothed[order[above]] = np.minimum(tail, 0.0)
-    return smoothed, k
+def _of_rows(log_w: np.ndarray) -> tuple[np.ndarray, RowsPsis]:
+    """Normalised smoothed log weights `[B, S]` and what they say, of rows that have some weight each."""
+    draws = log_w.shape[1]
+    peak = log_w.max(axis=1)
+    scaled = log_w - peak[:, None]
+    smoothed, khat = _smooth(scaled, rounding(peak))
+    smoothed -= np.log(np.exp(smoothed).sum(axis=1, keepdims=True))
+    raw = np.exp(scaled)
+    mean = raw.mean(axis=1)
+    spread = raw.std(axis=1, ddof=1) if draws > 1 else np.full(len(raw), np.inf)
+    return smoothed, RowsPsis(
+        khat=khat,
+        ess=1.0 / np.exp(2.0 * smoothed).sum(axis=1),
+        log_mean_weight=peak + np.log(mean),
+        log_mean_weight_se=spread / (mean * math.sqrt(draws)),
+    )
 
 
-def _is_flat(ordered: np.ndarray, tail_size: int, noise: float) -> bool:
-    """Whether the log weights, or all the largest ones, are equal up to rounding."""
-    if ordered.size > 1 and ordered[-1] - ordered[0] <= noise:
-        return True
-    return tail_size >= MIN_TAIL and ordered[-1] - ordered[-tail_size - 1] <= noise
+def _smooth(scaled: np.ndarray, noise: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth log weights `[B, S]` whose maxima are 0; returns them, not normalised, and k-hat `[B]`."""
+    smoothed, draws = scaled.copy(), scaled.shape[1]
+    size = tail_of(draws)
+    first = max(draws - size - 1, 0)
+    # The threshold and what is above it, ascending.
+    places = np.argpartition(scaled, first, axis=1)[:, first:]
+    order = np.argsort(np.take_along_axis(scaled, places, axis=1), axis=1)
+    places = np.take_along_axis(places, order, axis=1)
+    tail = np.take_along_axis(scaled, places, axis=1)
+    # Equal up to rounding, all of them or the largest ones.
+    flat = (draws > 1) & (-scaled.min(axis=1) <= noise)
+    flat |= (size >= MIN_TAIL) & (-tail[:, 0] <= noise)
+    khat = np.where(flat, -np.inf, np.inf)
+    cutoff = np.maximum(tail[:, 0], math.log(np.finfo(float).tiny))
+    # Fewer than usual where some are tied with the threshold, or have no weight.
+    counts = (tail > cutoff[:, None]).sum(axis=1)
+    for count in np.unique(counts[~flat & (counts >= MIN_TAIL)]):
+        rows = np.flatnonzero(~flat & (counts == count))
+        threshold = np.exp(cutoff[rows])[:, None]
+        # exp(x) - exp(cutoff), without the cancellation between nearly equal weights.
+        excess = threshold * np.expm1(tail[rows, -count:] - cutoff[rows, None])
+        k, sigma = fit_pareto(excess)
+        fitted = np.isfinite(k) & np.isfinite(sigma) & (sigma > 0)
+        rows, k, sigma = rows[fitted], k[fitted], sigma[fitted]
+        larger = np.log(pareto_quantiles(count, k, sigma) + threshold[fitted])
+        smoothed[rows[:, None], places[rows, -count:]] = np.minimum(larger, 0.0)
+        khat[rows] = k
+    return smoothed, khat
 
 
 def fit_pareto(excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.psis import psis_rows
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.objectives import Elbo
 from pyro_vi_kit.posterior.approximation import GuideApproximation
@@ -22,7 +23,6 @@ from pyro_vi_kit.posterior.diagnostics.pointwise import (
     mean_and_se,
     seen_per_datum,
 )
-from pyro_vi_kit.posterior.diagnostics.psis_rows import psis_rows
 from pyro_vi_kit.posterior.refinement import TOLERANCE, refine
 
 if TYPE_CHECKING:

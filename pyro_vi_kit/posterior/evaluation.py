@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor
 
-from pyro_vi_kit.core.psis import Psis, psis
+from pyro_vi_kit.core.psis import Psis, psis, usable
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.core.work import work_of
 from pyro_vi_kit.posterior.approximation import Approximation
@@ -140,7 +140,7 @@ def _weighed(
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Draws by site, and their log weights."""
     values, weighed = approximation.draw_and_weigh(draws, seed)
-    return named(values), (weighed.log_p - weighed.log_q).numpy()
+    return named(values), weighed.log_weights
 
 
 def _affordable(approximation: Approximation) -> int:
@@ -149,11 +149,6 @@ def _affordable(approximation: Approximation) -> int:
     if approximation.cost > _NUMBERS // _MORE_DRAWS[0]:
         return 0
     return int(few * _WORK / work_of(lambda: approximation.draw_and_weigh(few, _seed(0))))
-
-
-def usable(log_w: np.ndarray) -> np.ndarray:
-    """Log weights `[S]` in which a draw that model or guide refuses (NaN, +inf) has weight zero."""
-    return np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
 
 
 def smooth(log_w: np.ndarray) -> Psis:

@@ -8,10 +8,9 @@ import numpy as np
 
 from pyro_vi_kit.core.errors import ModelError, OptionError, ViError
 from pyro_vi_kit.core.options import DRAWS, SEED, checks, flag, optional
-from pyro_vi_kit.core.psis import psis, resample
-from pyro_vi_kit.core.runtime import fresh_seed, seed_of
+from pyro_vi_kit.core.runtime import fresh_seed
+from pyro_vi_kit.posterior.approximation.protocol import chosen_of, pool_of
 from pyro_vi_kit.posterior.base import Fitted
-from pyro_vi_kit.posterior.evaluation import usable
 
 
 class Drawn(Fitted):
@@ -43,11 +42,8 @@ class Drawn(Fitted):
         self._require_spread()
         seed = fresh_seed() if seed is None else seed
         with self._few_threads():
-            values, weighed = self.approximation.draw_and_weigh(max(4000, 10 * draws), seed)
-        smoothed = psis(usable((weighed.log_p - weighed.log_q).numpy()))
-        chosen = resample(
-            smoothed.log_weights, draws, np.random.default_rng(seed_of(seed, "resampling"))
-        )
+            values, weighed = self.approximation.draw_and_weigh(pool_of(draws), seed)
+        chosen = chosen_of(weighed, draws, seed)
         return {name: value[chosen] for name, value in self._named(values).items()}
 
     @checks(draws=DRAWS, seed=optional(SEED))
@@ -60,7 +56,7 @@ class Drawn(Fitted):
         self._require_spread()
         with self._few_threads():
             weighed = self.approximation.weigh(draws, fresh_seed() if seed is None else seed)
-        return (weighed.log_p - weighed.log_q).numpy()
+        return weighed.log_weights
 
     @checks(draws=DRAWS, seed=optional(SEED), corrected=flag)
     def predict(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.export import Group
-from pyro_vi_kit.core.psis import psis, resample
+from pyro_vi_kit.core.psis import psis, resample, usable
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.model.model import Model
 
@@ -22,6 +22,11 @@ class Weighed(NamedTuple):
 
     log_p: Tensor
     log_q: Tensor
+
+    @property
+    def log_weights(self) -> np.ndarray:
+        """Log p(x, z) - log q(z), `[S]`, nats."""
+        return (self.log_p - self.log_q).numpy()
 
 
 class Approximation(Protocol):
@@ -90,15 +95,10 @@ def pool_of(draws: int) -> int:
 
 
 def chosen_of(weighed: Weighed, draws: int, seed: int) -> np.ndarray:
-    """Indices `[draws]` of draws chosen by Pareto-smoothed importance resampling.
-
-    One that model or guide refuses has weight zero.
-    """
-    log_w = (weighed.log_p - weighed.log_q).numpy()
-    usable = np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
-    return resample(
-        psis(usable).log_weights, draws, np.random.default_rng(seed_of(seed, "resampling"))
-    )
+    """Indices `[draws]` of draws chosen by Pareto-smoothed importance resampling."""
+    smoothed = psis(usable(weighed.log_weights))
+    rng = np.random.default_rng(seed_of(seed, "resampling"))
+    return resample(smoothed.log_weights, draws, rng)
 
 
 def told(log_density: Tensor) -> Tensor:

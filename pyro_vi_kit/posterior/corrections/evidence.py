@@ -21,13 +21,12 @@ from torch import Tensor
 from torch.distributions import StudentT
 
 from pyro_vi_kit.core.errors import OptionError
-from pyro_vi_kit.core.psis import MIN_TAIL, fit_pareto, psis, tail_of
+from pyro_vi_kit.core.psis import MIN_TAIL, fit_pareto, psis, tail_of, usable
 from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.core.undefined import ERRORS, is_undefined
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.model.groups import width_of
 from pyro_vi_kit.posterior.approximation import Approximation, GuideApproximation
-from pyro_vi_kit.posterior.evaluation import usable
 
 # The share of draws in which a coordinate is wide: the others lose as much of their worth at the most.
 _WIDE = 0.2
@@ -90,8 +89,7 @@ def log_weights(approximation: Approximation, draws: int, seed: int) -> np.ndarr
     """
     gaussian = _gaussian(approximation)
     if gaussian is None or not isinstance(approximation, GuideApproximation):
-        weighed = approximation.weigh(draws, seed)
-        return (weighed.log_p - weighed.log_q).numpy()
+        return approximation.weigh(draws, seed).log_weights
     density = approximation.density
     loc, tril = gaussian
     with RandomStream(seed, "evidence"):

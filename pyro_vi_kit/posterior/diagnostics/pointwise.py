@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.errors import ModelError, OptionError
+from pyro_vi_kit.core.psis import psis_rows
 from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.guides import Guide, held_at_mean
 from pyro_vi_kit.model.gradients import gradient_of
 from pyro_vi_kit.model.groups import width_of
 from pyro_vi_kit.model.log_density import Block, Plate
 from pyro_vi_kit.model.log_density.subsampling import require_subsamplable
-from pyro_vi_kit.posterior.diagnostics.psis_rows import psis_rows
 
 if TYPE_CHECKING:
     import pandas as pd

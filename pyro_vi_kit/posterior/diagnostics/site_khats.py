@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 
-from pyro_vi_kit.core.psis import Psis
-from pyro_vi_kit.posterior.diagnostics.psis_rows import psis_rows
+from pyro_vi_kit.core.psis import Psis, psis_rows
 from pyro_vi_kit.posterior.diagnostics.shifts import scale_of
 
 # Columns at a time: their sorted weights are held side by side.

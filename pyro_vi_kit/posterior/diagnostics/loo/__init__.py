@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pyro_vi_kit.core.errors import OptionError
-from pyro_vi_kit.core.psis import psis
+from pyro_vi_kit.core.psis import psis, usable
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.posterior.approximation import (
     Approximation,
@@ -17,7 +17,7 @@ from pyro_vi_kit.posterior.approximation import (
     SummedApproximation,
     Weighed,
 )
-from pyro_vi_kit.posterior.diagnostics.loo.elpd import Elpd, elpd_data, good_khat, usable
+from pyro_vi_kit.posterior.diagnostics.loo.elpd import Elpd, elpd_data, good_khat
 from pyro_vi_kit.posterior.diagnostics.loo.left_out import Units, log_likelihood_of, units
 from pyro_vi_kit.posterior.diagnostics.observations import observations
 from pyro_vi_kit.posterior.diagnostics.verdict import EVEN_WEIGHTS

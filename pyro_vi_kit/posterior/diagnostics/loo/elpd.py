@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from pyro_vi_kit.core.export import arviz_major, import_arviz
-from pyro_vi_kit.core.psis import psis
+from pyro_vi_kit.core.psis import psis, usable
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -125,11 +125,6 @@ def _by_arviz(found: Elpd, log_likelihood: xr.DataArray, log_ratios: np.ndarray)
         )
     result.p = float(found.lpd.sum() - result.elpd)
     return result
-
-
-def usable(log_w: np.ndarray) -> np.ndarray:
-    """Log weights in which a draw that model or guide refuses (NaN, +inf) has weight zero."""
-    return np.where(np.isnan(log_w) | np.isposinf(log_w), -np.inf, log_w)
 
 
 def _log_sums(values: np.ndarray) -> np.ndarray:
