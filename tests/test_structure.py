@@ -30,9 +30,9 @@ def test_circles_are_found_and_chains_are_none():
 
 
 def test_hops_are_counted_where_a_run_goes_on_in_another_file():
-    from pyro_vi_kit.core import registry
+    from pyro_vi_kit.core.registry import About, Registry
 
-    files, hops = structure.passed_through(lambda: registry.first_line(int))
+    files, hops = structure.passed_through(lambda: Registry("guide", About, "").describe())
     assert list(files) == ["core/registry.py"]
     assert hops == []
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -28,113 +28,6 @@ class LogWeights(NamedTuple):
         for plate, rows in self.local.items():
             total = total + self.scale[plate] * rows.sum(-1)
         return total
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """A bound on the log evidence, as a pure function of log weights, and how it is trained.
-
-    `objectives.Bound` has defaults for all but ``name``, ``particles``, ``multi_sample``, ``bound`` and
-    ``stock_loss``.
-
-    Attributes:
-        name: What the registry calls it.
-        particles: K, draws of the guide per step.
-        multi_sample: Whether the bound depends on K, so that particles may not be averaged over.
-        order: Its order alpha among the Rényi bounds; None for a bound that is none of them.
-        upper: Whether it is an upper bound, and is brought down.
-        is_elbo: Whether what is trained in the end is the ELBO.
-        warmup: Steps before what is trained is the bound itself.
-        carried: Whether the loss differentiates a `carrier` that is not the bound.
-        estimators: Gradient estimators that are defined for it.
-    """
-
-    name: ClassVar[str]
-
-    @property
-    def particles(self) -> int:
-        """Draws per step, K."""
-        ...
-
-    @property
-    def multi_sample(self) -> bool:
-        """Whether the bound depends on K."""
-        ...
-
-    @property
-    def order(self) -> float | None:
-        """Order among the Rényi bounds (ELBO 1, importance-weighted 0)."""
-        ...
-
-    def bound(self, log_w: Tensor) -> Tensor:
-        """Reduce log weights over their first dimension: `[K, ...] -> [...]`, nats."""
-        ...
-
-    def stock_loss(self, *, vectorize: bool = False) -> Any:
-        """The `pyro.infer` loss that is minus this bound.
-
-        Raises:
-            OptionError: If stock Pyro has none.
-        """
-        ...
-
-    @property
-    def upper(self) -> bool:
-        """Whether it is an upper bound."""
-        ...
-
-    @property
-    def is_elbo(self) -> bool:
-        """Whether what is trained in the end is the ELBO."""
-        ...
-
-    @property
-    def warmup(self) -> int:
-        """Steps before what is trained is the bound itself."""
-        ...
-
-    @property
-    def carried(self) -> bool:
-        """Whether the loss differentiates something else than the bound."""
-        ...
-
-    @property
-    def estimators(self) -> tuple[str, ...]:
-        """Gradient estimators that are defined for it."""
-        ...
-
-    def carrier(self, log_w: Tensor) -> Tensor:
-        """What the loss is minus of, and differentiates: `[K, ...] -> [...]`, nats."""
-        ...
-
-    def look(self, log_w: Tensor) -> Tensor:
-        """What a comparison of two fits maximises: `[K, ...] -> [...]`, nats."""
-        ...
-
-    def path(self, log_w: Tensor) -> Tensor | None:
-        """What ``dreg`` scales the gradient at each draw by, `[K, ...]`; None for 1."""
-        ...
-
-    def score(self, log_w: Tensor) -> Tensor:
-        """What ``score`` multiplies the gradient of each log q by, `[K, ...]`."""
-        ...
-
-    def weights(
-        self,
-        guide: Any,
-        draw: Any,
-        params: Mapping[str, Tensor] | None = None,
-        index: Mapping[str, Tensor] | None = None,
-        *,
-        data: Sequence[Tensor] | None = None,
-        updates: Tensor | None = None,
-    ) -> LogWeights:
-        """The log weights that the bound is taken of, nats."""
-        ...
-
-    def require(self, guide: Any) -> None:
-        """Refuse a guide that it is not defined for."""
-        ...
 
 
 Reason = Literal["converged", "budget", "interrupted", "failed", "diverged", "not converged"]

@@ -14,7 +14,7 @@ import torch
 from pyro_vi_kit import guides
 from pyro_vi_kit.capture.turns import ending_here
 from pyro_vi_kit.core import checkpoint as checkpoints
-from pyro_vi_kit.core.contracts import Objective, Status
+from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.device import Device
 from pyro_vi_kit.core.errors import ModelError, OptionError, ShapeError, ViError
 from pyro_vi_kit.core.options import SEED, checks, optional, path, positive
@@ -29,6 +29,7 @@ from pyro_vi_kit.model.groups import require_names
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.log_density.initial import InitFunction
 from pyro_vi_kit.model.model import Model, a_model
+from pyro_vi_kit.objectives import Objective
 from pyro_vi_kit.optimize.deterministic import fixed_draws
 from pyro_vi_kit.optimize.engines import OptimizerFactory
 from pyro_vi_kit.optimize.stochastic import stochastic

@@ -10,7 +10,6 @@ import torch
 
 from pyro_vi_kit import objectives
 from pyro_vi_kit.core import device as device_module
-from pyro_vi_kit.core.contracts import Objective
 from pyro_vi_kit.core.device import Device, device_of
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.options import COUNT, SEED, checks, flag, mapping, one_of, optional, positive
@@ -19,6 +18,7 @@ from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.model.log_density.initial import InitFunction
 from pyro_vi_kit.model.log_density.initial import checked as checked_init
 from pyro_vi_kit.model.model import Model, a_model
+from pyro_vi_kit.objectives import Objective
 from pyro_vi_kit.optimize import NAMES as METHODS
 from pyro_vi_kit.optimize.deterministic.starts import Found
 from pyro_vi_kit.optimize.engines import NAMES as ENGINES

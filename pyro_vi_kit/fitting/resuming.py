@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from pyro_vi_kit import guides, objectives
-from pyro_vi_kit.core.contracts import Objective
 from pyro_vi_kit.core.device import Device
 from pyro_vi_kit.core.errors import ModelError, OptionError, OtherDataWarning
 from pyro_vi_kit.core.runtime import seed_of
@@ -21,6 +20,7 @@ from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import fingerprint
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.model import Model
+from pyro_vi_kit.objectives import Objective
 from pyro_vi_kit.posterior import Posterior, load
 from pyro_vi_kit.posterior.approximation import GuideApproximation
 from pyro_vi_kit.posterior.record import Record

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from pyro_vi_kit.core.device import Device
 from pyro_vi_kit.core.errors import UnknownNameError
 from pyro_vi_kit.core.options import SEED, checks, optional
-from pyro_vi_kit.core.registry import About, first_line, resolve
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.core.runtime import RandomStream, a_dtype, default_dtype
-from pyro_vi_kit.guides.discrete import drawn_of
 from pyro_vi_kit.guides.flows.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.flows.autoregressive import Autoregressive
 from pyro_vi_kit.guides.flows.neural_spline import NeuralSpline
@@ -31,46 +30,28 @@ from pyro_vi_kit.guides.local.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.local.per_datum import per_datum, tabulated
 from pyro_vi_kit.guides.mixtures.gaussian_mixture import Mixture
 from pyro_vi_kit.guides.pyro_guide import Draw, Guide
+from pyro_vi_kit.guides.spec import REGISTRY, GuideSpec
 from pyro_vi_kit.guides.supports.mixed import Relaxed
-from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density import Density, Drawn
 from pyro_vi_kit.model.model import Model, a_model
 
-
-@runtime_checkable
-class GuideSpec(Protocol):
-    """A guide family with its options, before it meets a model."""
-
-    name: ClassVar[str]
-
-    def build(self, density: Density) -> Guide:
-        """The guide for this model, untrained."""
-        ...
-
-
-@runtime_checkable
-class ListedGuide(GuideSpec, Protocol):
-    """A guide family of the registry, which says what it is for."""
-
-    about: ClassVar[About]
-
-
-REGISTRY: dict[str, type[ListedGuide]] = {
-    "delta": Delta,
-    "laplace": Laplace,
-    "pathfinder": Pathfinder,
-    "mean_field": MeanField,
-    "structured": Structured,
-    "low_rank": LowRank,
-    "full_rank": FullRank,
-    "student_t": StudentT,
-    "planar": Planar,
-    "radial": Radial,
-    "affine_coupling": AffineCoupling,
-    "autoregressive": Autoregressive,
-    "neural_spline": NeuralSpline,
-    "mixture": Mixture,
-    "amortized": Amortized,
-}
+REGISTRY.add(
+    Delta,
+    Laplace,
+    Pathfinder,
+    MeanField,
+    Structured,
+    LowRank,
+    FullRank,
+    StudentT,
+    Planar,
+    Radial,
+    AffineCoupling,
+    Autoregressive,
+    NeuralSpline,
+    Mixture,
+    Amortized,
+)
 
 # Not a guide, but a choice among them that `vi.fit` makes: see `fitting/auto.py`.
 AUTO = "auto"
@@ -130,7 +111,7 @@ def names() -> list[str]:
 
 def describe() -> dict[str, str]:
     """One line for each guide."""
-    return {name: first_line(cls) for name, cls in REGISTRY.items()}
+    return REGISTRY.describe()
 
 
 def choices() -> dict[str, str]:
@@ -160,14 +141,12 @@ def specify(guide: str | GuideSpec, **options: Any) -> GuideSpec:
         UnknownNameError: If the name is not known.
         OptionError: If an option is wrong, or options come with an instance.
     """
-    return resolve(
-        "guide",
-        REGISTRY,
-        guide,
-        options,
-        protocol=GuideSpec,
-        example="vi.guides.AffineCoupling(layers=4)",
-    )
+    return REGISTRY.resolve(guide, options)
+
+
+def drawn_of(spec: GuideSpec) -> Drawn | None:
+    """The discrete latents that a configured guide holds; None where it holds none."""
+    return spec.drawn()
 
 
 def _fittable(option: str, value: Any) -> Model | Density:
@@ -201,6 +180,6 @@ def make(
     """
     spec = specify(guide, **options)
     if isinstance(model, Model):
-        model = Density(model, dtype=dtype or default_dtype(), device=device, drawn=drawn_of(spec))
+        model = Density(model, dtype=dtype or default_dtype(), device=device, drawn=spec.drawn())
     with RandomStream(seed, "initial weights"):
         return spec.build(model)

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any
 
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
-from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.local.heads import Head
-from pyro_vi_kit.guides.local.local import LocalFamily, Table, head_for, local_name
-from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.guides.local.local import head_for
 from pyro_vi_kit.guides.supports.mixed import DiscreteHead, Part, Relaxed
 from pyro_vi_kit.model.log_density import Block, Density, Drawn, Plate, Site
 from pyro_vi_kit.model.log_density.relaxing import require_smooth
@@ -27,21 +25,6 @@ NAMES = ("score", "relaxed")
 
 How = str | Relaxed
 Discrete = How | Mapping[str, How]
-
-
-class DiscreteSpec(Protocol):
-    """A guide that can hold discrete sites."""
-
-    name: ClassVar[str]
-
-    @property
-    def discrete(self) -> Discrete | None:
-        """What is not summed out, and how it is trained."""
-        ...
-
-    def family(self, dim: int) -> Family:
-        """The family over `[D]`."""
-        ...
 
 
 def require_discrete(guide: str, discrete: object) -> None:
@@ -65,9 +48,8 @@ def require_discrete(guide: str, discrete: object) -> None:
         )
 
 
-def drawn_of(spec: object) -> Drawn | None:
-    """The discrete latents that a configured guide holds; None where it holds none."""
-    discrete = getattr(spec, "discrete", None)
+def drawn(discrete: Discrete | None) -> Drawn | None:
+    """The discrete latents that a guide with this option holds; None where it holds none."""
     if discrete is None:
         return None
     if isinstance(discrete, Mapping):
@@ -81,14 +63,14 @@ def drawing(density: Density, discrete: Discrete) -> Density:
     Raises:
         OptionError: If a site is in no data plate, or the model rounds its relaxed values.
     """
-    drawn = drawn_of(_Named(discrete))
-    if density.drawn != drawn:
+    wanted = drawn(discrete)
+    if density.drawn != wanted:
         params = density.params
         density = Density(
             density.model,
             dtype=density.dtype,
             device=density.device,
-            drawn=drawn,
+            drawn=wanted,
             init=density.initial(),
         )
         density.params = params
@@ -109,33 +91,6 @@ def by_plate(density: Density) -> dict[Plate, tuple[Site, ...]]:
         if site.states:
             found.setdefault(density.structure.plates[site.plates[0].name], []).append(site)
     return {plate: tuple(sites) for plate, sites in found.items()}
-
-
-def with_tables(spec: DiscreteSpec, density: Density, scale: float) -> Guide:
-    """A guide of one block for the continuous latents, and a table of logits for each plate of others.
-
-    Args:
-        spec: The configured guide.
-        density: The model.
-        scale: Initial standard deviation of the continuous latents.
-
-    Raises:
-        OptionError: If a site cannot be held.
-    """
-    if spec.discrete is None:
-        return Guide(spec.name, density, {density.block: spec.family(density.dim)})
-    density = drawing(density, spec.discrete)
-    blocks: dict[Block, Family] = {}
-    outside = tuple(site for site in density.latents if not site.states)
-    if outside:
-        shared = Block("global", outside)
-        blocks[shared] = spec.family(shared.dim)
-    plates = by_plate(density)
-    for plate, sites in plates.items():
-        block = Block(local_name(plate, len(plates)), sites, plate)
-        head = head_of("mean_field", block, spec.discrete)
-        blocks[block] = LocalFamily(Table(head.initial(scale).expand(plate.size, -1)), head)
-    return Guide(spec.name, density, blocks)
 
 
 def arranged(sites: Sequence[Site]) -> tuple[Site, ...]:
@@ -160,10 +115,6 @@ def head_of(local: Any, block: Block, discrete: Discrete | None) -> Head:
         return head_for(local, block.dim)
     rest = block.dim - sum(part.size * part.states for part in parts)
     return DiscreteHead(head_for(local, rest) if rest else None, parts)
-
-
-class _Named(NamedTuple):
-    discrete: Discrete
 
 
 def _how(how: How) -> Relaxed | None:

@@ -23,6 +23,8 @@ from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.local.local import LocalFamily, Table
 from pyro_vi_kit.model.log_density import Block, Density, Plate, Site, rows_apart
 
+# Of training, in the order in which a fit prefers them.
+METHODS = ("lbfgs", "moments", "stochastic", "cavi")
 _SERIAL = itertools.count()
 
 
@@ -76,6 +78,8 @@ class Guide(nn.Module):
         density: The model.
         blocks: Families by block.
         point: Whether it is a point estimate, whose density lives on the constrained scale.
+        methods: The training methods that can fit it, the preferred one first, as far as nothing else
+            stands in their way; all of them by default.
 
     Attributes:
         batch_size: Rows of each local plate that a stock `SVI` step sees; all when None.
@@ -88,9 +92,11 @@ class Guide(nn.Module):
         blocks: Mapping[Block, Family],
         *,
         point: bool = False,
+        methods: tuple[str, ...] = METHODS,
     ) -> None:
         super().__init__()
         self.name = name
+        self.methods = methods
         self.density = density
         self.blocks = list(blocks)
         self.families = nn.ModuleDict({block.name: family for block, family in blocks.items()})
@@ -347,7 +353,12 @@ class Guide(nn.Module):
             ): copy.deepcopy(self.families[block.name])
             for block in self.blocks
         }
-        return Guide(self.name, density, blocks, point=self.point)  # type: ignore[arg-type]
+        return self.of_families(blocks, density)  # type: ignore[arg-type]
+
+    def of_families(self, blocks: Mapping[Block, Family], density: Density | None = None) -> Guide:
+        """The same guide with these families, over this density or its own."""
+        density = density or self.density
+        return Guide(self.name, density, blocks, point=self.point, methods=self.methods)
 
     def _require_rows(self, block: Block, plates: Mapping[str, Plate]) -> None:
         """Refuse data of another length where each row has numbers of its own."""

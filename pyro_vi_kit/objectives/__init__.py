@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-from pyro_vi_kit.core.contracts import LogWeights, Objective
-from pyro_vi_kit.core.registry import About, first_line, resolve
+from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.registry import About, Registry
 from pyro_vi_kit.objectives.annealed import SCHEDULES, Annealed
-from pyro_vi_kit.objectives.base import Bound
+from pyro_vi_kit.objectives.base import Bound, Objective, evaluate
 from pyro_vi_kit.objectives.beta import Beta
-from pyro_vi_kit.objectives.bounds import evaluate
 from pyro_vi_kit.objectives.chi_square import ChiSquare
 from pyro_vi_kit.objectives.elbo import Elbo
 from pyro_vi_kit.objectives.elbo_analytic import ElboAnalytic
@@ -21,24 +20,18 @@ from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
 from pyro_vi_kit.objectives.tail_adaptive import TailAdaptive
 
-
-class ListedObjective(Objective, Protocol):
-    """An objective of the registry, which says what it is for."""
-
-    about: ClassVar[About]
-
-
-REGISTRY: dict[str, type[ListedObjective]] = {
-    "elbo": Elbo,
-    "elbo_analytic": ElboAnalytic,
-    "iwae": Iwae,
-    "renyi": Renyi,
-    "forward_kl": ForwardKl,
-    "chi_square": ChiSquare,
-    "tail_adaptive": TailAdaptive,
-    "beta": Beta,
-    "annealed": Annealed,
-}
+REGISTRY = Registry("objective", Objective, example="vi.objectives.Renyi(alpha=0.5)")
+REGISTRY.add(
+    Elbo,
+    ElboAnalytic,
+    Iwae,
+    Renyi,
+    ForwardKl,
+    ChiSquare,
+    TailAdaptive,
+    Beta,
+    Annealed,
+)
 
 __all__ = [
     "ESTIMATORS",
@@ -74,7 +67,7 @@ def names() -> list[str]:
 
 def describe() -> dict[str, str]:
     """One line for each objective."""
-    return {name: first_line(cls) for name, cls in REGISTRY.items()}
+    return REGISTRY.describe()
 
 
 def about() -> dict[str, About]:
@@ -99,11 +92,4 @@ def make(objective: str | Objective, **options: Any) -> Objective:
         UnknownNameError: If the name is not known.
         OptionError: If an option is wrong, or options come with an instance.
     """
-    return resolve(
-        "objective",
-        REGISTRY,
-        objective,
-        options,
-        protocol=Objective,
-        example="vi.objectives.Renyi(alpha=0.5)",
-    )
+    return REGISTRY.resolve(objective, options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.infer import ELBO
@@ -14,7 +14,8 @@ from torch import Tensor
 from pyro_vi_kit.core.contracts import LogWeights
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.elbo import Elbo, no_stock_loss, require_particles
+from pyro_vi_kit.objectives.base import no_stock_loss, require_particles
+from pyro_vi_kit.objectives.elbo import Elbo
 
 # From the share of the warm-up that is over, a tensor in [0, 1], and the first power to the power now.
 SCHEDULES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -46,8 +47,8 @@ class Annealed(Elbo):
         OptionError: If ``first`` is not in (0, 1], or a count not positive.
     """
 
-    name: ClassVar[str] = "annealed"
-    about: ClassVar[About] = About(
+    name = "annealed"
+    about = About(
         does="as elbo, reached from a flattened target",
         cost="K, and the steps of the schedule",
         use="several modes, with a guide that can hold them",
@@ -73,6 +74,11 @@ class Annealed(Elbo):
     def warmup(self) -> int:
         """Steps until t is 1."""
         return self.steps
+
+    @property
+    def first_power(self) -> float:
+        """T at the first step."""
+        return float(self.first)
 
     def power(self, updates: Tensor) -> Tensor:
         """T behind so many steps: scalars."""

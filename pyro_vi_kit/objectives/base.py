@@ -12,6 +12,8 @@ A bound is a function of log weights. Its gradient need not be: the forward KL i
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -19,55 +21,82 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.registry import About
+
+_MOST_PARTICLES = 10**6
 
 
-class Bound:
-    """Defaults of a lower bound of the Rényi family that is a function of log weights alone.
+class Objective(ABC):
+    """A bound on the log evidence, a function of log weights, and how it is trained.
+
+    Subclasses are frozen dataclasses, whose fields are the options; they have a `name`, an `about`,
+    ``particles`` and a `bound`. All else has the values of a lower bound that is differentiated as it
+    stands.
 
     Attributes:
-        upper: Whether it is an upper bound on the log evidence, and is brought down.
-        is_elbo: Whether what is trained in the end is the ELBO.
-        warmup: Steps before what is trained is the bound itself.
-        carried: Whether the loss differentiates a `carrier` that is not the bound.
-        estimators: Gradient estimators that are defined for it; see `objectives.estimators`.
+        name: What ``objective=`` calls it.
+        about: What listings say of it.
+        matches_moments: Whether its best Gaussian has the posterior's own mean and covariance.
+        particles: K, draws of the guide per step.
     """
 
     name: ClassVar[str]
+    about: ClassVar[About]
+    matches_moments: ClassVar[bool] = False
+
+    particles: int
+
+    @property
+    def order(self) -> float | None:
+        """Its order alpha among the Rényi bounds (ELBO 1, importance-weighted 0); None for no such."""
+        return None
+
+    @property
+    def multi_sample(self) -> bool:
+        """Whether the bound depends on K, so that particles may not be averaged over."""
+        return self.order != 1.0
 
     @property
     def upper(self) -> bool:
-        """A lower bound."""
+        """Whether it is an upper bound on the log evidence, and is brought down."""
         return False
 
     @property
     def is_elbo(self) -> bool:
-        """Another bound."""
+        """Whether what is trained in the end is the ELBO."""
         return False
 
     @property
+    def is_plain_elbo(self) -> bool:
+        """Whether it is the ELBO from the first step on, of log weights as they are."""
+        own = type(self).weights is not Objective.weights
+        return self.is_elbo and self.warmup == 0 and not own
+
+    @property
     def warmup(self) -> int:
-        """No step: it is the same bound at each."""
+        """Steps before what is trained is the bound itself."""
         return 0
 
     @property
+    def first_power(self) -> float | None:
+        """What the target is raised to at the first step of a warm-up; None where it is itself."""
+        return None
+
+    @property
     def carried(self) -> bool:
-        """Whether the loss differentiates something else than the bound: for an upper one."""
+        """Whether the loss differentiates a `carrier` that is not the bound: that of an upper one."""
         return self.upper
 
     @property
     def estimators(self) -> tuple[str, ...]:
-        """All of them; ``stratified`` for a bound of the Rényi family."""
+        """Gradient estimators that are defined for it: ``stratified`` for a Rényi bound alone."""
         everywhere = ("pathwise", "dreg", "score")
         return everywhere if self.order is None else (*everywhere, "stratified")
 
-    @property
-    def order(self) -> float | None:
-        """None: no bound of the Rényi family."""
-        return None
-
+    @abstractmethod
     def bound(self, log_w: Tensor) -> Tensor:
         """The bound over the first dimension, `[K, ...] -> [...]`, nats."""
-        raise NotImplementedError
 
     def carrier(self, log_w: Tensor) -> Tensor:
         """What the loss is minus of, and differentiates: the bound, `[K, ...] -> [...]`."""
@@ -117,12 +146,67 @@ class Bound:
         """
         return guide.weigh(draw, params, index, data=data)
 
-    def require(self, guide: Any) -> None:
+    def require(self, guide: Any) -> None:  # noqa: B027 - most refuse none
         """Refuse a guide that this objective is not defined for.
 
         Raises:
             OptionError: With the remedy.
         """
+
+    def stock_loss(self, *, vectorize: bool = False) -> Any:
+        """The `pyro.infer` loss that is minus this bound.
+
+        Raises:
+            OptionError: If stock Pyro has none, as is the default.
+        """
+        raise no_stock_loss(self.name, "objective='elbo'")
+
+
+# What it was called before there was one class for all.
+Bound = Objective
+
+
+def require_particles(name: str, particles: object) -> None:
+    """Refuse a number of particles that is no positive integer."""
+    if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
+        raise OptionError(f"{name}: particles must be a positive integer, got {told(particles)}")
+    if particles > _MOST_PARTICLES:
+        raise OptionError(
+            f"{name}: particles must be at most {_MOST_PARTICLES:,}, got {told(particles)}"
+        )
+
+
+def no_stock_loss(name: str, other: str) -> OptionError:
+    """What engine='pyro' is told of an objective that stock Pyro has no loss for."""
+    return OptionError(
+        f"objective {name!r} has no loss in stock Pyro, which engine='pyro' and Pyro guides of your own "
+        f"are trained with: leave engine= out with a guide of this package, or use {other}"
+    )
+
+
+def evaluate(objective: Objective, weights: LogWeights) -> Tensor:
+    """The objective's bound, a scalar in nats.
+
+    With local latents this is the multi-sample bound of each datum and the ELBO in what the data
+    share. The factor N / B of a minibatch multiplies after the logsumexp: inside, it would put the
+    bound above the evidence.
+    """
+    return reduced(objective.bound, weights)
+
+
+def reduced(reduce: Callable[[Tensor], Tensor], weights: LogWeights) -> Tensor:
+    """As `evaluate`, for any function `[K, ...] -> [...]` of an objective."""
+    if not weights.local:
+        return reduce(weights.shared)
+    total = weights.shared.mean()
+    for plate, rows in weights.local.items():
+        total = total + weights.scale[plate] * reduce(rows).sum()
+    return total
+
+
+def log_mean_exp(log_w: Tensor) -> Tensor:
+    """Log of the mean over the first dimension of what these are the logs of."""
+    return torch.logsumexp(log_w, 0) - math.log(log_w.shape[0])
 
 
 def slope_of(bound: Callable[[Tensor], Tensor], log_w: Tensor) -> Tensor:

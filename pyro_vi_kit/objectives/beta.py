@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import Any
 
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
@@ -13,12 +13,16 @@ from torch import Tensor
 from pyro_vi_kit.core.contracts import LogWeights
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
-from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
+from pyro_vi_kit.objectives.base import (
+    Objective,
+    leave_one_out_mean,
+    no_stock_loss,
+    require_particles,
+)
 
 
 @dataclass(frozen=True)
-class Beta(Bound):
+class Beta(Objective):
     """ELBO with weight beta on KL(q || prior): beta > 1 asks for more, beta < 1 for less prior.
 
     E_q[log p(x | z)] - beta KL(q(z) || p(z)): beta times the ELBO of the model whose likelihood
@@ -32,8 +36,8 @@ class Beta(Bound):
         OptionError: If beta is no positive number, or `particles` not positive.
     """
 
-    name: ClassVar[str] = "beta"
-    about: ClassVar[About] = About(
+    name = "beta"
+    about = About(
         does="the elbo with beta times the KL to the prior",
         cost="K",
         use="learned models: more disentangled, or fewer idle, latents; no posterior",
@@ -48,11 +52,6 @@ class Beta(Bound):
         number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
         if not number or not 0.0 < self.beta < inf:
             raise OptionError(f"beta: beta must be a positive number, got {told(self.beta)}")
-
-    @property
-    def multi_sample(self) -> bool:
-        """Whether the bound depends on K: its mean over particles does not."""
-        return False
 
     @property
     def order(self) -> float:

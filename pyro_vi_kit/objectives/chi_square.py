@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.options import is_finite
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.bounds import log_mean_exp
+from pyro_vi_kit.objectives.base import log_mean_exp
 from pyro_vi_kit.objectives.upper import UpperBound, require_several
 
 
@@ -30,8 +29,8 @@ class ChiSquare(UpperBound):
         OptionError: If n is not above 1, or `particles` below 2.
     """
 
-    name: ClassVar[str] = "chi_square"
-    about: ClassVar[About] = About(
+    name = "chi_square"
+    about = About(
         does="log evidence from above, by the chi-square divergence: q covers tails as well",
         cost="K; noisy in many dimensions",
         use="a bound on the evidence from the other side, a heavy-tailed q",

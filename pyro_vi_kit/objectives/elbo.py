@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
-from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
-
-_MOST_PARTICLES = 10**6
+from pyro_vi_kit.objectives.base import Objective, leave_one_out_mean, require_particles
 
 
 @dataclass(frozen=True)
-class Elbo(Bound):
+class Elbo(Objective):
     """Evidence lower bound: E_q[log p(x, z) - log q(z)].
 
     Args:
@@ -26,8 +22,8 @@ class Elbo(Bound):
         OptionError: If `particles` is not positive.
     """
 
-    name: ClassVar[str] = "elbo"
-    about: ClassVar[About] = About(
+    name = "elbo"
+    about = About(
         does="log evidence from below, by KL(q || p): q covers one mode, too narrow",
         cost="K",
         use="the default",
@@ -43,11 +39,6 @@ class Elbo(Bound):
     def is_elbo(self) -> bool:
         """It is."""
         return True
-
-    @property
-    def multi_sample(self) -> bool:
-        """Whether the bound depends on K: its mean over particles does not."""
-        return False
 
     @property
     def order(self) -> float:
@@ -68,21 +59,3 @@ class Elbo(Bound):
     def stock_loss(self, *, vectorize: bool = False) -> ELBO:
         """`Trace_ELBO` with as many particles."""
         return Trace_ELBO(num_particles=self.particles, vectorize_particles=vectorize)
-
-
-def require_particles(name: str, particles: object) -> None:
-    """Refuse a number of particles that is no positive integer."""
-    if not isinstance(particles, int) or isinstance(particles, bool) or particles < 1:
-        raise OptionError(f"{name}: particles must be a positive integer, got {told(particles)}")
-    if particles > _MOST_PARTICLES:
-        raise OptionError(
-            f"{name}: particles must be at most {_MOST_PARTICLES:,}, got {told(particles)}"
-        )
-
-
-def no_stock_loss(name: str, other: str) -> OptionError:
-    """What engine='pyro' is told of an objective that stock Pyro has no loss for."""
-    return OptionError(
-        f"objective {name!r} has no loss in stock Pyro, which engine='pyro' and Pyro guides of your own "
-        f"are trained with: leave engine= out with a guide of this package, or use {other}"
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.distributions import Independent, LowRankMultivariateNormal, MultivariateNormal, Normal
@@ -14,7 +14,8 @@ from torch import Tensor
 from pyro_vi_kit.core.contracts import LogWeights
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.elbo import Elbo, no_stock_loss
+from pyro_vi_kit.objectives.base import no_stock_loss
+from pyro_vi_kit.objectives.elbo import Elbo
 from pyro_vi_kit.objectives.priors import normal_priors
 
 
@@ -33,8 +34,8 @@ class ElboAnalytic(Elbo):
         OptionError: If `particles` is not positive.
     """
 
-    name: ClassVar[str] = "elbo_analytic"
-    about: ClassVar[About] = About(
+    name = "elbo_analytic"
+    about = About(
         does="as elbo, with the KL to normal priors in closed form",
         cost="K",
         use="less noise where the data say little",

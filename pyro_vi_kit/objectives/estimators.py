@@ -17,7 +17,7 @@ parameters keep the ordinary weights w~_k.
 turned out well, compared with the other draws of the same step (Williams 1992; for the ELBO with
 the leave-one-out baseline of Kool, van Hoof & Welling 2019, for multi-sample bounds VIMCO, Mnih &
 Rezende 2016). It is for guides whose draws have no derivative; elsewhere it is by far the noisiest.
-What an objective multiplies log q by is its own business: `Bound.score`.
+What an objective multiplies log q by is its own business: `Objective.score`.
 
 ``stratified`` is for mixtures, and draws from each component: see `objectives.stratified`.
 
@@ -33,10 +33,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.core.contracts import LogWeights, Objective
+from pyro_vi_kit.core.contracts import LogWeights
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.objectives import stratified
-from pyro_vi_kit.objectives.bounds import evaluate, reduced
+from pyro_vi_kit.objectives.base import Objective, evaluate, reduced
 
 ABOUT = {
     "pathwise": About(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,13 +26,15 @@ class ForwardKl(UpperBound):
         OptionError: If `particles` is below 2.
     """
 
-    name: ClassVar[str] = "forward_kl"
-    about: ClassVar[About] = About(
+    name = "forward_kl"
+    about = About(
         does="log evidence from above, by KL(p || q): q covers all of p",
         cost="K; weights must not be too uneven",
         use="a proposal for importance sampling; error bars that are never too short",
         paper="Bornschein & Bengio 2015",
     )
+
+    matches_moments = True
 
     particles: int = 100
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pyro.infer import ELBO, RenyiELBO
 from torch import Tensor
 
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.base import Bound
-from pyro_vi_kit.objectives.bounds import log_mean_exp
-from pyro_vi_kit.objectives.elbo import require_particles
+from pyro_vi_kit.objectives.base import Objective, log_mean_exp, require_particles
 
 
 @dataclass(frozen=True)
-class Iwae(Bound):
+class Iwae(Objective):
     """Importance-weighted bound: rises with K from the ELBO towards the log evidence.
 
     E[log 1/K sum_k p(x, z_k) / q(z_k)], z_k drawn from q.
@@ -27,8 +24,8 @@ class Iwae(Bound):
         OptionError: If `particles` is not positive.
     """
 
-    name: ClassVar[str] = "iwae"
-    about: ClassVar[About] = About(
+    name = "iwae"
+    about = About(
         does="log evidence from below, the tighter the more particles",
         cost="K; needs many",
         use="a tight bound, learned models, q as a proposal",
@@ -39,11 +36,6 @@ class Iwae(Bound):
 
     def __post_init__(self) -> None:
         require_particles(self.name, self.particles)
-
-    @property
-    def multi_sample(self) -> bool:
-        """Whether the bound depends on K: it rises with it."""
-        return True
 
     @property
     def order(self) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import ClassVar
 
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO
 from torch import Tensor
@@ -12,13 +11,17 @@ from torch import Tensor
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.options import is_finite, is_number
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.base import Bound, leave_one_out_mean
-from pyro_vi_kit.objectives.bounds import log_mean_exp
-from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
+from pyro_vi_kit.objectives.base import (
+    Objective,
+    leave_one_out_mean,
+    log_mean_exp,
+    no_stock_loss,
+    require_particles,
+)
 
 
 @dataclass(frozen=True)
-class Renyi(Bound):
+class Renyi(Objective):
     """Rényi bound of order alpha: between the ELBO (1) and the importance-weighted bound (0).
 
     1 / (1 - alpha) E[log 1/K sum_k (p(x, z_k) / q(z_k))^(1 - alpha)], z_k drawn from q. The smaller
@@ -33,8 +36,8 @@ class Renyi(Bound):
         OptionError: If alpha is no number below infinity, or `particles` not positive.
     """
 
-    name: ClassVar[str] = "renyi"
-    about: ClassVar[About] = About(
+    name = "renyi"
+    about = About(
         does="between elbo (alpha 1) and iwae (alpha 0); from above for alpha < 0: q covers more",
         cost="K; needs many",
         use="a choice between narrow and wide q",
@@ -55,11 +58,6 @@ class Renyi(Bound):
     def is_elbo(self) -> bool:
         """Whether it is the ELBO: for order 1."""
         return not self.multi_sample
-
-    @property
-    def multi_sample(self) -> bool:
-        """Whether particles meet inside a logsumexp: for every order but 1."""
-        return self.alpha != 1.0
 
     @property
     def order(self) -> float | None:

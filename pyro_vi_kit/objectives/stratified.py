@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.core.contracts import LogWeights, Objective
-from pyro_vi_kit.objectives.base import draws_discrete
+from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.objectives.base import Objective, draws_discrete
 
 
 def gain_of(

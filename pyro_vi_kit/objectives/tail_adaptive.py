@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.infer import ELBO
@@ -13,13 +13,12 @@ from torch import Tensor
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.options import is_finite
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.base import Bound, draws_discrete
-from pyro_vi_kit.objectives.bounds import log_mean_exp
+from pyro_vi_kit.objectives.base import Objective, draws_discrete, log_mean_exp
 from pyro_vi_kit.objectives.upper import require_apart, require_several
 
 
 @dataclass(frozen=True)
-class TailAdaptive(Bound):
+class TailAdaptive(Objective):
     """Divergence that weighs draws by the ranks of their weights: wide guides, at any tail.
 
     Of each draw the slope d log w_k / dz_k counts gamma_k = F_k^beta, normalised over the draws, where
@@ -39,8 +38,8 @@ class TailAdaptive(Bound):
         OptionError: If beta is no finite number up to 0, or `particles` below 2.
     """
 
-    name: ClassVar[str] = "tail_adaptive"
-    about: ClassVar[About] = About(
+    name = "tail_adaptive"
+    about = About(
         does="log evidence from below, by a divergence that ranks the weights: q covers tails",
         cost="K, and a sort",
         use="a wide q where the tails of weights are too heavy for forward_kl and chi_square",
@@ -57,11 +56,6 @@ class TailAdaptive(Bound):
                 f"tail_adaptive: beta must be a finite number of at most 0, got {told(self.beta)}; "
                 "that of the paper is -1"
             )
-
-    @property
-    def multi_sample(self) -> bool:
-        """Whether the bound depends on K: ranks do."""
-        return True
 
     @property
     def carried(self) -> bool:

@@ -13,12 +13,10 @@ from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vi_kit.core.errors import OptionError
-from pyro_vi_kit.objectives.base import Bound
-from pyro_vi_kit.objectives.bounds import log_mean_exp
-from pyro_vi_kit.objectives.elbo import no_stock_loss, require_particles
+from pyro_vi_kit.objectives.base import Objective, log_mean_exp, no_stock_loss, require_particles
 
 
-class UpperBound(Bound):
+class UpperBound(Objective):
     """An upper bound that is brought down along self-normalised weights v = softmax(n log w).
 
     The gradient is that of the divergence itself as K grows, and not that of the bound's estimate from K
@@ -40,11 +38,6 @@ class UpperBound(Bound):
     @property
     def upper(self) -> bool:
         """An upper bound."""
-        return True
-
-    @property
-    def multi_sample(self) -> bool:
-        """Whether the bound depends on K: its estimate does."""
         return True
 
     @property

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pyro_vi_kit.core.contracts import Objective, Status
+from pyro_vi_kit.core.contracts import Status
+from pyro_vi_kit.objectives import Objective
 
 if TYPE_CHECKING:
     import pandas as pd

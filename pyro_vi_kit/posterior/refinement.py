@@ -13,7 +13,7 @@ import time
 import numpy as np
 import torch
 
-from pyro_vi_kit.core.contracts import Objective, Status
+from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import ModelError, OptionError, first_line
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import RandomStream, seed_of
@@ -23,7 +23,7 @@ from pyro_vi_kit.guides.local.local import LocalFamily, Table
 from pyro_vi_kit.model.groups import width_of
 from pyro_vi_kit.model.log_density import Plate
 from pyro_vi_kit.model.log_density.subsampling import require_subsamplable
-from pyro_vi_kit.objectives import Elbo
+from pyro_vi_kit.objectives import Elbo, Objective
 from pyro_vi_kit.objectives.estimators import chosen as chosen_estimator
 from pyro_vi_kit.optimize.engines import Batches, BatchSource, CapturedEngine
 from pyro_vi_kit.optimize.result import Budget

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows.coupling import CouplingFlow
-from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import (
     require_count,
     require_dense,
@@ -19,12 +18,13 @@ from pyro_vi_kit.guides.options import (
     require_positive,
     require_widths,
 )
+from pyro_vi_kit.guides.spec import GuideSpec
 
 Permutations = Literal["random", "reverse", "none"]
 
 
 @dataclass(frozen=True)
-class AffineCoupling(OneBlock):
+class AffineCoupling(GuideSpec):
     """RealNVP flow over a Gaussian: bends what the Gaussian cannot (funnels, bananas).
 
     Args:
@@ -39,13 +39,15 @@ class AffineCoupling(OneBlock):
         OptionError: If an option is out of its range.
     """
 
-    name: ClassVar[str] = "affine_coupling"
-    about: ClassVar[About] = About(
+    name = "affine_coupling"
+    about = About(
         does="bent and skewed bumps: funnels, bananas",
         cost="layers x D x hidden + D^2",
         use="where full_rank is not good enough",
         paper="Dinh, Sohl-Dickstein & Bengio 2017",
     )
+    after = "full_rank"
+    per_datum = "affine_coupling"
 
     layers: int = 8
     hidden: tuple[int, ...] = (32,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,17 @@ from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows.coupling_layers import MAX_LOG_SCALE
 from pyro_vi_kit.guides.flows.flows import OUTPUT_UNIT, Layer, LayeredFlow, Step
-from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import (
     require_count,
     require_dense,
     require_positive,
     require_widths,
 )
+from pyro_vi_kit.guides.spec import GuideSpec
 
 
 @dataclass(frozen=True)
-class Autoregressive(OneBlock):
+class Autoregressive(GuideSpec):
     """Inverse autoregressive flow over a Gaussian: each coordinate is bent by all before it.
 
     Args:
@@ -36,13 +36,14 @@ class Autoregressive(OneBlock):
         OptionError: If an option is out of its range.
     """
 
-    name: ClassVar[str] = "autoregressive"
-    about: ClassVar[About] = About(
+    name = "autoregressive"
+    about = About(
         does="bent and skewed bumps: funnels, bananas; all coordinates in each layer",
         cost="layers x D^2 x hidden",
         use="up to about 50 dimensions, where affine_coupling needs too many layers",
         paper="Kingma et al. 2016",
     )
+    per_datum = "affine_coupling"
 
     layers: int = 4
     hidden: tuple[int, ...] = (32,)

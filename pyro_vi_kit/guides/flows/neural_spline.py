@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +24,17 @@ from pyro_vi_kit.guides.flows.spline_layers import (
     slope_behind,
     uncouple,
 )
-from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import (
     require_count,
     require_dense,
     require_positive,
     require_widths,
 )
+from pyro_vi_kit.guides.spec import GuideSpec
 
 
 @dataclass(frozen=True)
-class NeuralSpline(OneBlock):
+class NeuralSpline(GuideSpec):
     """Neural spline flow over a Gaussian: bends each coordinate as it needs, by splines.
 
     Args:
@@ -49,13 +48,14 @@ class NeuralSpline(OneBlock):
         OptionError: If an option is out of its range.
     """
 
-    name: ClassVar[str] = "neural_spline"
-    about: ClassVar[About] = About(
+    name = "neural_spline"
+    about = About(
         does="nearly any bump: bent, skewed, flat, several humps along a coordinate",
         cost="layers x D x (hidden + bins) + D^2, two or three times affine_coupling's",
         use="where affine_coupling is not good enough, or in one or two dimensions",
         paper="Durkan et al. 2019",
     )
+    per_datum = "affine_coupling"
 
     layers: int = 4
     bins: int = 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,8 @@ from torch.nn.functional import softplus
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows.flows import Layer, LayeredFlow, Step
-from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import require_count, require_dense, require_positive
+from pyro_vi_kit.guides.spec import GuideSpec
 
 # softplus of it is 1.
 ONE = math.log(math.e - 1.0)
@@ -22,7 +21,7 @@ _HALVINGS = 60
 
 
 @dataclass(frozen=True)
-class Planar(OneBlock):
+class Planar(GuideSpec):
     """Planar flow over a Gaussian: each layer moves draws along one direction by a tanh of another.
 
     Args:
@@ -33,13 +32,15 @@ class Planar(OneBlock):
         OptionError: If an option is out of its range.
     """
 
-    name: ClassVar[str] = "planar"
-    about: ClassVar[About] = About(
+    name = "planar"
+    about = About(
         does="skewed bumps, some ridges: one direction in each layer",
         cost="layers x D + D^2",
         use="skewness in few directions; otherwise affine_coupling or neural_spline",
         paper="Rezende & Mohamed 2015",
     )
+    richer = "affine_coupling"
+    per_datum = "affine_coupling"
 
     layers: int = 16
     init_scale: float = 0.1

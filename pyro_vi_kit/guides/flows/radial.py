@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows.flows import Layer, LayeredFlow, Step
 from pyro_vi_kit.guides.flows.planar import ONE
-from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import require_count, require_dense, require_positive
+from pyro_vi_kit.guides.spec import GuideSpec
 
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class Radial(OneBlock):
+class Radial(GuideSpec):
     """Radial flow over a Gaussian: each layer draws in or pushes out around a point.
 
     Args:
@@ -32,13 +32,15 @@ class Radial(OneBlock):
         OptionError: If an option is out of its range.
     """
 
-    name: ClassVar[str] = "radial"
-    about: ClassVar[About] = About(
+    name = "radial"
+    about = About(
         does="peaks and hollows around a point in each layer; sharper or flatter bumps",
         cost="layers x D + D^2",
         use="few dimensions; otherwise affine_coupling or neural_spline",
         paper="Rezende & Mohamed 2015",
     )
+    richer = "affine_coupling"
+    per_datum = "affine_coupling"
 
     layers: int = 16
     init_scale: float = 0.1

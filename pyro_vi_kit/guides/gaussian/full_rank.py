@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
+from pyro_vi_kit.guides.discrete import Discrete, require_discrete
 from pyro_vi_kit.guides.families import DenseNormal, Family
 from pyro_vi_kit.guides.options import require_dense, require_positive
-from pyro_vi_kit.guides.pyro_guide import Guide
-from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.guides.spec import GuideSpec
 
 
 @dataclass(frozen=True)
-class FullRank:
+class FullRank(GuideSpec):
     """One multivariate normal in unconstrained space: exact for Gaussian posteriors.
 
     Args:
@@ -27,13 +25,16 @@ class FullRank:
         OptionError: If `init_scale` is not positive.
     """
 
-    name: ClassVar[str] = "full_rank"
-    about: ClassVar[About] = About(
+    name = "full_rank"
+    about = About(
         does="one Gaussian, any linear correlation",
         cost="D^2",
         use="the default: most posteriors with enough data",
         paper="Kucukelbir et al. 2017",
     )
+    methods = ("lbfgs", "moments", "stochastic")
+    richer = "affine_coupling"
+    per_datum = "full_rank"
 
     init_scale: float = 0.1
     discrete: Discrete | None = None
@@ -41,14 +42,6 @@ class FullRank:
     def __post_init__(self) -> None:
         require_discrete(self.name, self.discrete)
         require_positive(self.name, "init_scale", self.init_scale)
-
-    def build(self, density: Density) -> Guide:
-        """The guide for this model, centred on the origin of unconstrained space.
-
-        Raises:
-            OptionError: If the model has too many latents for a dense covariance.
-        """
-        return with_tables(self, density, self.init_scale)
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

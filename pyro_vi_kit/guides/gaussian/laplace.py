@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import DenseNormal, Family
-from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import require_dense, require_positive
+from pyro_vi_kit.guides.spec import GuideSpec
 
 
 @dataclass(frozen=True)
-class Laplace(OneBlock):
+class Laplace(GuideSpec):
     """The Gaussian of the log density's curvature at its mode in unconstrained space.
 
     A fit searches for the mode and maximises no bound. Of several modes it takes the one of the highest
@@ -25,13 +24,15 @@ class Laplace(OneBlock):
         OptionError: If `init_scale` is not positive.
     """
 
-    name: ClassVar[str] = "laplace"
-    about: ClassVar[About] = About(
+    name = "laplace"
+    about = About(
         does="one Gaussian around the mode: blind to skewness, exact for Gaussian posteriors",
         cost="no steps: a search, then D gradients and D^3",
         use="much data and few latents, or where nothing may take long",
         paper="Tierney & Kadane 1986",
     )
+    methods = ("lbfgs",)
+    richer = "full_rank"
 
     init_scale: float = 0.1
 

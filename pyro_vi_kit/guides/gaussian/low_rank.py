@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -13,15 +12,14 @@ from torch import Tensor, nn
 
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
+from pyro_vi_kit.guides.discrete import Discrete, require_discrete
 from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.options import require_positive
-from pyro_vi_kit.guides.pyro_guide import Guide
-from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.guides.spec import GuideSpec
 
 
 @dataclass(frozen=True)
-class LowRank:
+class LowRank(GuideSpec):
     """One normal whose covariance is diagonal plus low rank: the strongest correlations, cheaply.
 
     Args:
@@ -36,13 +34,17 @@ class LowRank:
         OptionError: If an option is not positive, or `rank` is no integer.
     """
 
-    name: ClassVar[str] = "low_rank"
-    about: ClassVar[About] = About(
+    name = "low_rank"
+    about = About(
         does="one Gaussian with the strongest few directions of correlation",
         cost="D^1.5 (D x rank)",
         use="too many latents for full_rank",
         paper="Ong, Nott & Smith 2018",
     )
+    methods = ("lbfgs", "stochastic")
+    after = "mean_field"
+    richer = "full_rank"
+    per_datum = "full_rank"
 
     rank: int | None = None
     init_scale: float = 0.1
@@ -56,10 +58,6 @@ class LowRank:
             raise OptionError(
                 f"{self.name}: rank must be a positive integer, got {told(self.rank)}"
             )
-
-    def build(self, density: Density) -> Guide:
-        """The guide for this model, centred on the origin of unconstrained space."""
-        return with_tables(self, density, self.init_scale)
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`."""

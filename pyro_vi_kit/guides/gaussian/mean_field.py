@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.discrete import Discrete, require_discrete, with_tables
+from pyro_vi_kit.guides.discrete import Discrete, require_discrete
 from pyro_vi_kit.guides.families import DiagonalNormal, Family
 from pyro_vi_kit.guides.options import require_one_of, require_positive
-from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.guides.pyro_guide import METHODS, Guide
+from pyro_vi_kit.guides.spec import GuideSpec
 from pyro_vi_kit.guides.supports.support_family import SupportFamily
 from pyro_vi_kit.model.log_density import Density
 
@@ -18,7 +19,7 @@ Families = Literal["normal", "support"]
 
 
 @dataclass(frozen=True)
-class MeanField:
+class MeanField(GuideSpec):
     """Independent normals in unconstrained space: cheap, blind to correlation, sds too small.
 
     Args:
@@ -36,13 +37,16 @@ class MeanField:
         OptionError: If `init_scale` is not positive or `families` not known.
     """
 
-    name: ClassVar[str] = "mean_field"
-    about: ClassVar[About] = About(
+    name = "mean_field"
+    about = About(
         does="independent normals: no correlation, sds too small where there is some",
         cost="D",
         use="a first look, or many thousand latents",
         paper="Kucukelbir et al. 2017",
     )
+    methods = METHODS
+    richer = "full_rank"
+    per_datum = "mean_field"
 
     init_scale: float = 0.1
     families: Families = "normal"
@@ -61,8 +65,8 @@ class MeanField:
         """The guide for this model, centred on the origin of unconstrained space."""
         if self.families == "support":
             family = SupportFamily(density.block, self.init_scale)
-            return Guide(self.name, density, {density.block: family})
-        return with_tables(self, density, self.init_scale)
+            return self.of_families(density, {density.block: family})
+        return super().build(density)
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`, where sites are not told apart.

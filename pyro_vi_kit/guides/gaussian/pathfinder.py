@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.mixtures.normal_mixture import NormalMixture
-from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import require_count, require_dense, require_positive
+from pyro_vi_kit.guides.spec import GuideSpec
 
 
 @dataclass(frozen=True)
-class Pathfinder(OneBlock):
+class Pathfinder(GuideSpec):
     """Multi-path Pathfinder: searches for modes, and the best Gaussian along each search's way.
 
     The distribution is the mixture of these Gaussians, weighted by their evidence as their ELBOs tell
@@ -33,13 +33,15 @@ class Pathfinder(OneBlock):
         OptionError: If an option is out of its range.
     """
 
-    name: ClassVar[str] = "pathfinder"
-    about: ClassVar[About] = About(
+    name = "pathfinder"
+    about = About(
         does="a mixture of Gaussians, one for each search; several modes where searches find them",
         cost="no steps: K searches; a draw K x D^2",
         use="a first answer to resample from, starting points for NUTS, a look for other modes",
         paper="Zhang, Carpenter, Gelman & Vehtari 2022",
     )
+    methods = ("lbfgs",)
+    richer = "full_rank"
 
     paths: int = 8
     history: int = 20

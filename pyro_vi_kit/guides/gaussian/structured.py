@@ -17,13 +17,14 @@ from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import GaussianFamily
 from pyro_vi_kit.guides.options import require_dense, require_one_of, require_positive
 from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.guides.spec import GuideSpec
 from pyro_vi_kit.model.log_density import Density
 
 Between = Literal["independent", "first", "linear"]
 
 
 @dataclass(frozen=True)
-class Structured:
+class Structured(GuideSpec):
     """Gaussians of blocks of sites: full-rank inside a block, independent or linear between them.
 
     Args:
@@ -38,13 +39,15 @@ class Structured:
         OptionError: If a block is no group of names, a site is named twice, or another option is wrong.
     """
 
-    name: ClassVar[str] = "structured"
-    about: ClassVar[About] = About(
+    name = "structured"
+    about = About(
         does="a Gaussian whose named blocks are full-rank, with no or linear links between them",
         cost="D^2",
         use="where it is known which latents hang together, and all of D would be too much",
         paper="Saul & Jordan 1996; Tan & Nott 2018",
     )
+    methods = ("lbfgs", "stochastic")
+    richer = "full_rank"
 
     blocks: Sequence[Sequence[str]] = ()
     between: Between = "independent"
@@ -78,7 +81,7 @@ class Structured:
         blocks = [*self.blocks, *((site,) for site in places if site not in named)]
         orders = [[i for site in block for i in places[site]] for block in blocks]
         layout = Layout.of(orders, self.between)
-        return Guide(self.name, density, {density.block: BlockNormal(layout, self.init_scale)})
+        return self.of_families(density, {density.block: BlockNormal(layout, self.init_scale)})
 
 
 def _require_blocks(name: str, blocks: object) -> tuple[tuple[str, ...], ...]:

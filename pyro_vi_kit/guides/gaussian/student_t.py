@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import DenseNormal, Family, GaussianFamily
-from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import require_dense, require_positive
+from pyro_vi_kit.guides.spec import GuideSpec
 from pyro_vi_kit.guides.supports.gamma_draws import NOISE, gamma_draws
 
 # Below, a t has no variance, and summaries no sds.
@@ -24,7 +24,7 @@ _FIRST_DF = 10.0
 
 
 @dataclass(frozen=True)
-class StudentT(OneBlock):
+class StudentT(GuideSpec):
     """One multivariate t: a full scale matrix, and tails that keep importance weights bounded.
 
     Args:
@@ -35,13 +35,15 @@ class StudentT(OneBlock):
         OptionError: If `df` is not above 2, or `init_scale` is not positive.
     """
 
-    name: ClassVar[str] = "student_t"
-    about: ClassVar[About] = About(
+    name = "student_t"
+    about = About(
         does="one bump, any linear correlation, tails heavier than a Gaussian's",
         cost="D^2",
         use="heavy-tailed posteriors, or as a proposal for resampling",
         paper="Lange, Little & Taylor 1989; Figurnov et al. 2018",
     )
+    richer = "affine_coupling"
+    per_datum = "full_rank"
 
     df: float | None = None
     init_scale: float = 0.1

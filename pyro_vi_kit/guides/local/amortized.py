@@ -3,57 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from pyro_vi_kit.core.errors import OptionError
-from pyro_vi_kit.core.registry import About, resolve
+from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
+from pyro_vi_kit.core.registry import About, has_option
 from pyro_vi_kit.guides.discrete import Discrete, arranged, drawing, head_of, require_discrete
 from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.flows.affine_coupling import AffineCoupling
-from pyro_vi_kit.guides.flows.autoregressive import Autoregressive
-from pyro_vi_kit.guides.flows.neural_spline import NeuralSpline
-from pyro_vi_kit.guides.flows.planar import Planar
-from pyro_vi_kit.guides.flows.radial import Radial
-from pyro_vi_kit.guides.gaussian.full_rank import FullRank
-from pyro_vi_kit.guides.gaussian.low_rank import LowRank
-from pyro_vi_kit.guides.gaussian.mean_field import MeanField
-from pyro_vi_kit.guides.gaussian.student_t import StudentT
 from pyro_vi_kit.guides.local.encoder import Standardised, custom_encoder
 from pyro_vi_kit.guides.local.local import HeadSpec, LocalFamily, head_for, local_name
 from pyro_vi_kit.guides.options import require_positive, require_widths
 from pyro_vi_kit.guides.pyro_guide import Guide, encoder_inputs
+from pyro_vi_kit.guides.spec import REGISTRY, GuideSpec
 from pyro_vi_kit.model.log_density import Block, Density, Plate, Site
 
 
-@runtime_checkable
-class GlobalSpec(Protocol):
-    """A guide whose family can be had for some of the latents."""
-
-    name: ClassVar[str]
-
-    def family(self, dim: int) -> Family:
-        """The family over `[D]`."""
-        ...
-
-
-_GLOBALS: dict[str, type[GlobalSpec]] = {
-    "mean_field": MeanField,
-    "low_rank": LowRank,
-    "full_rank": FullRank,
-    "student_t": StudentT,
-    "planar": Planar,
-    "radial": Radial,
-    "affine_coupling": AffineCoupling,
-    "autoregressive": Autoregressive,
-    "neural_spline": NeuralSpline,
-}
-
-
 @dataclass(frozen=True)
-class Amortized:
+class Amortized(GuideSpec):
     """An encoder reads each datum and gives its latents a distribution of their own.
 
     The model needs a data plate with latents inside it, or several. What is observed in a plate is the
@@ -80,18 +47,19 @@ class Amortized:
         OptionError: If an option is out of its range.
     """
 
-    name: ClassVar[str] = "amortized"
-    about: ClassVar[About] = About(
+    name = "amortized"
+    about = About(
         does="a distribution for each datum, read off it by a network",
         cost="batch x network; does not grow with N",
         use="latents in a data plate, new data to come",
         paper="Kingma & Welling 2014",
     )
+    encodes = True
 
     encoder: nn.Module | Mapping[str, nn.Module] | None = None
     hidden: tuple[int, ...] = (64,)
     local: str | HeadSpec = "mean_field"
-    globals: str | GlobalSpec = "mean_field"
+    globals: str | GuideSpec = "mean_field"
     conditioned: bool = False
     init_scale: float = 0.1
     discrete: Discrete | None = None
@@ -139,7 +107,7 @@ class Amortized:
             block = Block(local_name(plate, len(inside)), arranged(sites), plate)
             inputs = encoder_inputs(density, block, density.observations())
             blocks[block] = self._local(block, inputs, extra)
-        return Guide(self.name, density, blocks)
+        return self.of_families(density, blocks)
 
     def _local(self, block: Block, inputs: Tensor, extra: int) -> LocalFamily:
         head = head_of(self.local, block, self.discrete)
@@ -155,16 +123,23 @@ class Amortized:
             source = custom_encoder(encoder, wide, head)
         return LocalFamily(source, head, conditioned=extra > 0)
 
-    def _global_spec(self) -> GlobalSpec:
-        options = {"init_scale": self.init_scale} if isinstance(self.globals, str) else {}
-        return resolve(
-            "globals",
-            _GLOBALS,
-            self.globals,
-            options,
-            protocol=GlobalSpec,
-            example="vi.guides.FullRank()",
-        )
+    def _global_spec(self) -> GuideSpec:
+        """The guide of the globals: one that has a form for some of the latents, and spread."""
+        given = self.globals
+        if isinstance(given, GuideSpec):
+            return given
+        known = [name for name, cls in REGISTRY.items() if cls.per_datum and not cls.point]
+        if not isinstance(given, str):
+            raise OptionError(
+                f"globals= takes a name ({', '.join(known)}) or an instance such as "
+                f"vi.guides.FullRank(), got {told(given)}"
+            )
+        if given not in known:
+            raise UnknownNameError("globals", given, known)
+        made = REGISTRY[given]()
+        if not has_option(made, "init_scale"):
+            return made
+        return replace(made, init_scale=self.init_scale)  # type: ignore[type-var]
 
     def _by_plate(self, density: Density) -> dict[Plate, tuple[Site, ...]]:
         """Latents by the outermost plate around them, of the plates that an encoder can read."""

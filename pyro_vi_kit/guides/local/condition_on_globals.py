@@ -49,4 +49,4 @@ def held_at_mean(guide: Guide) -> Guide:
             family = PointMass(block.dim)
             family.loc = nn.Parameter(mean.clone(), requires_grad=False)
         blocks[block] = family
-    return Guide(guide.name, guide.density, blocks, point=guide.point)
+    return guide.of_families(blocks)

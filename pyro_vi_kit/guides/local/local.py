@@ -42,7 +42,7 @@ class LocalMixture:
         OptionError: If it is no positive integer.
     """
 
-    name: ClassVar[str] = "mixture"
+    name = "mixture"
 
     components: int = 4
 
@@ -67,7 +67,7 @@ class LocalFlow:
         OptionError: If one is no positive integer.
     """
 
-    name: ClassVar[str] = "affine_coupling"
+    name = "affine_coupling"
 
     layers: int = 4
     hidden: int = 32

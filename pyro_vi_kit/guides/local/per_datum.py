@@ -10,29 +10,13 @@ import torch
 from torch import nn
 
 from pyro_vi_kit.core.errors import OptionError, told
-from pyro_vi_kit.guides.discrete import arranged, by_plate, drawing, head_of
+from pyro_vi_kit.guides.discrete import by_plate, drawing
 from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.local.amortized import GlobalSpec
 from pyro_vi_kit.guides.local.condition_on_globals import mean_of_globals
-from pyro_vi_kit.guides.local.local import LocalFamily, Table, local_name
+from pyro_vi_kit.guides.local.local import LocalFamily, Table
 from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.guides.spec import REGISTRY, GuideSpec
 from pyro_vi_kit.model.log_density import Block, Density, Plate
-
-# What a guide is for a single datum.
-_LOCAL = {
-    "delta": "delta",
-    "mean_field": "mean_field",
-    "low_rank": "full_rank",
-    "full_rank": "full_rank",
-    "student_t": "full_rank",
-    "planar": "affine_coupling",
-    "radial": "affine_coupling",
-    "affine_coupling": "affine_coupling",
-    "mixture": "mixture",
-    "autoregressive": "affine_coupling",
-    "neural_spline": "affine_coupling",
-}
-_INIT_SCALE = 0.1
 
 
 def per_datum(spec: object, density: Density, plates: Sequence[Plate]) -> Guide:
@@ -49,15 +33,15 @@ def per_datum(spec: object, density: Density, plates: Sequence[Plate]) -> Guide:
     Raises:
         OptionError: If the guide has no form for a single datum.
     """
-    name = getattr(spec, "name", type(spec).__name__)
-    if name not in _LOCAL or not isinstance(spec, GlobalSpec):
+    if not isinstance(spec, GuideSpec) or spec.per_datum is None:
+        known = ", ".join(name for name, cls in REGISTRY.items() if cls.per_datum is not None)
+        name = spec.name if isinstance(spec, GuideSpec) else type(spec).__name__
         raise OptionError(
             f"batch_size= with latents inside plate {plates[0].name!r} needs guide='amortized' or one "
-            f"of {', '.join(_LOCAL)}, which have a form for a single datum; got {told(name)}"
+            f"of {known}, which have a form for a single datum; got {told(name)}"
         )
-    discrete = getattr(spec, "discrete", None)
-    if discrete is not None:
-        density = drawing(density, discrete)
+    if spec.discrete is not None:
+        density = drawing(density, spec.discrete)
     inside = {
         plate: tuple(s for s in density.latents if s.plates and s.plates[0] == plate)
         for plate in plates
@@ -65,19 +49,7 @@ def per_datum(spec: object, density: Density, plates: Sequence[Plate]) -> Guide:
     spec.family(1)  # refuses, before all else, what it cannot be without knowing sites
     # Drawn discrete sites have tables wherever they are.
     inside |= {plate: sites for plate, sites in by_plate(density).items() if plate not in inside}
-    local = {site.name for sites in inside.values() for site in sites}
-    outside = tuple(site for site in density.latents if site.name not in local)
-    blocks: dict[Block, Family] = {}
-    if outside:
-        shared = Block("global", outside)
-        blocks[shared] = spec.family(shared.dim)
-    scale = getattr(spec, "init_scale", _INIT_SCALE)
-    for plate, sites in inside.items():
-        block = Block(local_name(plate, len(inside)), arranged(sites), plate)
-        head = head_of(_LOCAL[name], block, discrete)
-        numbers = head.initial(scale).expand(plate.size, -1)
-        blocks[block] = LocalFamily(Table(numbers), head)
-    return Guide(name, density, blocks, point=name == "delta")
+    return spec.with_tables(density, inside, spec.per_datum)
 
 
 def tabulated(guide: Guide, plates: Sequence[Plate] | None = None) -> Guide:
@@ -96,7 +68,7 @@ def tabulated(guide: Guide, plates: Sequence[Plate] | None = None) -> Guide:
         if isinstance(family, LocalFamily) and family.table is None and wanted:
             family = LocalFamily(_as_table(guide, block, family), family.head)
         blocks[block] = family  # type: ignore[assignment]
-    return Guide(guide.name, guide.density, blocks, point=guide.point)
+    return guide.of_families(blocks)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.mixtures.normal_mixture import NormalMixture
-from pyro_vi_kit.guides.one_block import OneBlock
 from pyro_vi_kit.guides.options import require_count, require_one_of, require_positive
+from pyro_vi_kit.guides.spec import GuideSpec
 
 Covariance = Literal["full", "diagonal"]
 
@@ -31,7 +31,7 @@ _APART = 0.8
 
 
 @dataclass(frozen=True)
-class Mixture(OneBlock):
+class Mixture(GuideSpec):
     """A mixture of Gaussians: covers several modes, which every one-mode guide keeps one of.
 
     Args:
@@ -44,13 +44,17 @@ class Mixture(OneBlock):
         OptionError: If an option is out of its range.
     """
 
-    name: ClassVar[str] = "mixture"
-    about: ClassVar[About] = About(
+    name = "mixture"
+    about = About(
         does="K Gaussians: several modes, heavy or bent tails roughly",
         cost="K x D^2, diagonal K x D",
         use="several modes, labels that switch",
         paper="Morningstar et al. 2021",
     )
+    methods = ("lbfgs", "stochastic")
+    after = "affine_coupling"
+    per_datum = "mixture"
+    covers_modes = True
 
     components: int | None = None
     covariance: Covariance = "full"

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyro_vi_kit.core.checkpoint import cloned
-from pyro_vi_kit.core.contracts import LogWeights, Objective
+from pyro_vi_kit.core.contracts import LogWeights
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.runtime import RandomStream, isolated, seed_of
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.local.streamed import weigh_all
 from pyro_vi_kit.model.groups import width_of
 from pyro_vi_kit.model.log_density import Density, Plate
-from pyro_vi_kit.objectives import surrogate
-from pyro_vi_kit.objectives.bounds import reduced
+from pyro_vi_kit.objectives import Objective, surrogate
+from pyro_vi_kit.objectives.base import reduced
 from pyro_vi_kit.objectives.stratified import combined
 from pyro_vi_kit.optimize.engines import adam, tables
 from pyro_vi_kit.optimize.engines.base import Average, Stretch, torch_optimizer

@@ -18,7 +18,6 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 from torch.optim import Adam
 
-from pyro_vi_kit.core.contracts import Objective
 from pyro_vi_kit.core.device import device_of
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.runtime import RandomStream, default_dtype, isolated, private_params, seed_of
@@ -27,7 +26,7 @@ from pyro_vi_kit.guides.user_guides import GuideSites, Marked, look_over, named
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.log_density.handlers import sample_sites, subsample_indices
 from pyro_vi_kit.model.model import Model
-from pyro_vi_kit.objectives import Elbo
+from pyro_vi_kit.objectives import Elbo, Objective
 from pyro_vi_kit.optimize.engines.base import Average, Stretch, all_finite, torch_optimizer
 from pyro_vi_kit.optimize.engines.batches import BatchSource
 

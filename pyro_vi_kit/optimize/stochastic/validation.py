@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.core.contracts import Objective
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.model.log_density import Density, Plate
+from pyro_vi_kit.objectives import Objective
 
 _SEED = 20_141
 _PARTICLES = 8

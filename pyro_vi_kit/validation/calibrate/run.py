@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from pyro_vi_kit import guides
-from pyro_vi_kit.core.contracts import Objective
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.options import SEED, checks, flag, function, integer, names, optional
 from pyro_vi_kit.core.progress import Progress
@@ -20,6 +19,7 @@ from pyro_vi_kit.guides import GuideSpec
 from pyro_vi_kit.model.groups import require_names
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.model import Model, a_model
+from pyro_vi_kit.objectives import Objective
 from pyro_vi_kit.validation.calibrate.data_reuse import require_generative
 from pyro_vi_kit.validation.calibrate.result import Calibration, collected
 from pyro_vi_kit.validation.calibrate.simulation import Fitter, Simulation, simulate
