@@ -17,12 +17,12 @@ from toys import gaussian, load
 import pyro_vi_kit as vi
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import OptionError
-from pyro_vi_kit.core.work import work_of
+from pyro_vi_kit.core.work import marginal_work, work_of
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.log_density.hierarchy import centred_sites
 from pyro_vi_kit.optimize.deterministic.modes import Peak, left_out
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
-from pyro_vi_kit.posterior import Posterior
+from pyro_vi_kit.posterior import Posterior, evaluation
 from pyro_vi_kit.posterior.approximation import GuideApproximation
 from pyro_vi_kit.posterior.diagnostics.chains import run_chains
 from pyro_vi_kit.posterior.diagnostics.shifts import flattened
@@ -331,3 +331,27 @@ def test_work_is_counted_with_its_gradient():
     forward = work_of(lambda: torch.sum(z * z))
     assert forward == 11
     assert work_of(lambda: torch.autograd.grad((z * z).sum(), z)) > 2 * forward
+
+
+@pytest.mark.parametrize(("worth", "draws"), [(300, 300), (10, 200)])
+def test_a_slow_density_is_weighed_on_fewer_draws(monkeypatch, worth, draws):
+    posterior = against_gaussian()
+    monkeypatch.setattr(posterior.density, "batching", "loop")
+
+    def weigh(points):
+        return posterior.approximation.draw_and_weigh(points, 0)
+
+    monkeypatch.setattr(evaluation, "_FIRST_WORK", worth * marginal_work(weigh))
+    found = evaluation.evaluate(posterior.approximation, lambda values: {})
+    assert len(found.log_weights) == draws
+
+
+def test_marginal_work_leaves_out_what_is_done_once():
+    once = torch.ones(1000, 1000)
+
+    def function(points):
+        once.sum()
+        for _ in range(points):
+            torch.ones(50)
+
+    assert marginal_work(function) == 10_000 + 50

@@ -30,6 +30,7 @@ from benchmarks.pyro_examples.collect import run
 from benchmarks.pyro_examples.sources import Source, sources
 
 OUT = ROOT / "results" / "pyro_examples"
+_ESTIMATOR = re.compile(r" --(tmc|tmcelbo|tmc-num-samples=\d+|jit)(?= |$)")
 _IMPORTED_BY_MANY = (
     "matplotlib.pyplot",
     "pandas",
@@ -68,13 +69,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     parts = [part.strip() for part in options.only.split(",") if part.strip()]
     chosen = [s for s in sources(options.pyro) if not parts or any(p in s.name for p in parts)]
-    _run_all(chosen, options)
+    _run_all(_without_repeats(chosen, options.out), options)
     if options.table:
         command = "python -m benchmarks.pyro_examples --pyro PYRO --table docs/PYRO_EXAMPLES.md"
         options.table.write_text(
             table.markdown(options.out, command, options.note), encoding="utf-8"
         )
     return 0
+
+
+def _without_repeats(chosen: Sequence[Source], out: Path) -> list[Source]:
+    """One of the runs of a script that differ in nothing but Pyro's estimator; the others say so."""
+    first: dict[str, Source] = {}
+    for source in chosen:
+        other = first.setdefault(_ESTIMATOR.sub("", source.name), source)
+        if other is not source:
+            words = f"the models of {other.name}; another estimator of Pyro's is all that differs"
+            table.write(_results(out, source), source=source.name, outcome="same", detail=words)
+    return list(first.values())
+
+
+def _results(out: Path, source: Source) -> Path:
+    return out / (re.sub(r"[^\w.=-]+", "_", source.name) + ".jsonl")
 
 
 def _run_all(chosen: Sequence[Source], options: argparse.Namespace) -> None:
@@ -87,7 +103,7 @@ def _run_all(chosen: Sequence[Source], options: argparse.Namespace) -> None:
     while waiting or running:
         while waiting and len(running) < options.jobs:
             source = waiting.pop()
-            results = options.out / (re.sub(r"[^\w.=-]+", "_", source.name) + ".jsonl")
+            results = _results(options.out, source)
             if options.resume and table.is_complete(results):
                 continue
             child = os.fork()

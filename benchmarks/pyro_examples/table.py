@@ -47,6 +47,11 @@ def is_complete(results: Path) -> bool:
     return any(row["way"] == "source" for row in rows(results))
 
 
+def write(results: Path, **row: Any) -> None:
+    """Results of a source that is not run: a line that says why."""
+    results.write_text(json.dumps({"way": "source", **row}) + "\n", encoding="utf-8")
+
+
 def in_short(results: Path) -> str:
     """How many of its ways ended how."""
     found = rows(results)
@@ -86,9 +91,9 @@ random data of the same shapes in the place of what it downloads. Each model tha
 MCMC or another of Pyro's algorithms goes through `vi.check`; its density is compared with the
 plain Pyro trace at three points (`TraceEnum_ELBO` where discrete sites are summed out); it is
 fitted with `mean_field`, `full_rank` and the example's own guide, on minibatches where it declares
-them, and sampled with `vi.nuts`. A tick says that the numbers agree, or that it runs to a finite
-ELBO with its draws, table and export; a fit has two seconds, so that it says nothing about
-convergence.
+them, and sampled with `vi.nuts`. A tick says that the numbers agree, or that a fit of two seconds
+ends at a finite ELBO, with draws (of `mean_field` and the example's own guide with verdict, table
+and export too), so that it says nothing about convergence.
 
 **{len(models)} models in {len({s for s, _ in models})} sources, {sum(counts.values())} runs: {told}.**
 {right} of the refusals are right, in the sense of the last column. Asked: {ways}; a dash is what was not

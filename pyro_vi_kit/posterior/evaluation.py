@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_vi_kit.core.psis import Psis, psis, usable
 from pyro_vi_kit.core.runtime import seed_of
-from pyro_vi_kit.core.work import work_of
+from pyro_vi_kit.core.work import marginal_work, work_of
 from pyro_vi_kit.posterior.approximation import Approximation
 from pyro_vi_kit.posterior.diagnostics.verdict import is_close
 
@@ -18,6 +18,9 @@ _MAX_DRAWS = 4000
 # Where the call is close, and the draws all together put out no more numbers than a second's worth.
 _MORE_DRAWS = (16_000, 64_000)
 _WORK = 300_000_000
+# The first draws of a slow density: some twenty seconds (2.4 ns a number on Pyro's HMM examples).
+_FIRST_WORK = 10_000_000_000
+_MAY_BE_SLOW = 10_000
 _MIN_DRAWS = 200
 _NUMBERS = 200_000_000
 
@@ -98,7 +101,7 @@ class Evaluation:
 
 
 def evaluate(approximation: Approximation, named: Named) -> Evaluation:
-    """Draw from q and weigh: 4,000 draws, fewer where one draw is large, more where the call is close.
+    """Draw from q and weigh: 4,000 draws, fewer of large or slow ones, more where the call is close.
 
     More are 16,000 and then 64,000, while k-hat is within two standard errors of where it matters, and
     where the density is cheap.
@@ -107,7 +110,7 @@ def evaluate(approximation: Approximation, named: Named) -> Evaluation:
         approximation: The trained guide.
         named: Brings values into each site's own shape.
     """
-    draws = min(_MAX_DRAWS, max(_MIN_DRAWS, _NUMBERS // max(approximation.cost, 1)))
+    draws = _first(approximation)
     if approximation.point:
         return Evaluation(named(approximation.draw(draws, _seed(0))), None, None)
     values, log_w = _weighed(approximation, named, draws, _seed(0))
@@ -141,6 +144,18 @@ def _weighed(
     """Draws by site, and their log weights."""
     values, weighed = approximation.draw_and_weigh(draws, seed)
     return named(values), weighed.log_weights
+
+
+def _first(approximation: Approximation) -> int:
+    """How many draws are made in any case."""
+    numbers = max(approximation.cost, 1)
+    draws = min(_MAX_DRAWS, max(_MIN_DRAWS, _NUMBERS // numbers))
+    density = approximation.density
+    one_by_one = density is not None and density.batching == "loop"
+    if approximation.point or not (one_by_one or numbers > _MAY_BE_SLOW):
+        return draws
+    work = marginal_work(lambda points: approximation.draw_and_weigh(points, _seed(0)))
+    return min(draws, max(_MIN_DRAWS, _FIRST_WORK // work))
 
 
 def _affordable(approximation: Approximation) -> int:
