@@ -19,7 +19,7 @@ from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.work import marginal_work, work_of
 from pyro_vi_kit.model.log_density import Density
-from pyro_vi_kit.model.log_density.hierarchy import centred_sites
+from pyro_vi_kit.model.log_density.dependence import centred_sites
 from pyro_vi_kit.optimize.deterministic.modes import Peak, left_out
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
 from pyro_vi_kit.posterior import Posterior, evaluation

@@ -10,7 +10,6 @@ import pyro_vi_kit as vi
 from benchmarks.lib.grammar import LATENTS, OBSERVED, WRITES, Grammar
 from benchmarks.random_models import compared, problem_of
 from pyro_vi_kit.model.log_density import Density
-from pyro_vi_kit.model.log_density.masks import shown
 
 COUNT, STEP = 100, 10
 
@@ -54,4 +53,5 @@ def test_a_scalar_site_under_a_scalar_mask_is_shown_or_hidden():
 
         density = Density(vi.Model(model, torch.tensor(0.5)))
         visits, _ = density.visits(density.block.unpack(torch.zeros(1, 1).double()))
-        assert bool(shown(visits["y"], density.structure.sites["y"])) == bool(mask)
+        site = density.structure.sites["y"]
+        assert bool(visits["y"].shown(site.batch_shape, site.event_shape)) == bool(mask)

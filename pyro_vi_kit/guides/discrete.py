@@ -18,7 +18,7 @@ from pyro_vi_kit.guides.local.heads import Head
 from pyro_vi_kit.guides.local.local import head_for
 from pyro_vi_kit.guides.supports.mixed import DiscreteHead, Part, Relaxed
 from pyro_vi_kit.model.log_density import Block, Density, Drawn, Plate, Site
-from pyro_vi_kit.model.log_density.relaxing import require_smooth
+from pyro_vi_kit.model.log_density.dependence import require_smooth
 
 NAMES = ("score", "relaxed")
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from pyro_vi_kit.core.errors import ModelError, OptionError, ViError, first_line
 from pyro_vi_kit.core.runtime import validation
-from pyro_vi_kit.model.log_density.handlers import innermost, kind_of, sample_sites
+from pyro_vi_kit.model.log_density.supports import innermost
+from pyro_vi_kit.model.log_density.visits import kind_of, sample_sites
 
 PyroGuide = Callable[..., Any]
 Sites = Mapping[str, Any]

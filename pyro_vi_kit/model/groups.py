@@ -15,7 +15,6 @@ from pyro_vi_kit.core.errors import ModelError, UnknownNameError, first_line
 from pyro_vi_kit.core.export import Group
 from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.model.log_density import Density, Site
-from pyro_vi_kit.model.log_density.masks import shown
 from pyro_vi_kit.model.model import Model
 
 Values = dict[str, Tensor]
@@ -288,7 +287,7 @@ def _without_hidden(density: Density, group: Group) -> Group:
     variables = dict(group.variables)
     for name, values in variables.items():
         site = density.structure.sites[name]
-        counted = squeeze(site, shown(visits[name], site)[None])[0]
+        counted = squeeze(site, visits[name].shown(site.batch_shape, site.event_shape)[None])[0]
         if group.sampled:  # a number for each whole observation
             event = range(counted.ndim - len(site.event_shape), counted.ndim)
             counted = counted.any(axis=tuple(event))

@@ -17,7 +17,7 @@ from pyro.distributions import LogNormal, MultivariateNormal, Normal
 from torch import Tensor
 
 from pyro_vi_kit.model.log_density import Density
-from pyro_vi_kit.model.log_density.handlers import Visit
+from pyro_vi_kit.model.log_density.visits import Visit
 
 _TOLERANCE = 1e-6
 _LOG_TWO_PI = math.log(2.0 * math.pi)

@@ -1,12 +1,10 @@
 """The model as a batched log density over unconstrained space."""
 
-from pyro_vi_kit.model.log_density.density import Density
+from pyro_vi_kit.model.log_density.density import Density, Recordings
+from pyro_vi_kit.model.log_density.dependence import rows_apart
 from pyro_vi_kit.model.log_density.drawn import Drawn
-from pyro_vi_kit.model.log_density.layout import Block
-from pyro_vi_kit.model.log_density.recordings import Recordings
-from pyro_vi_kit.model.log_density.row_independence import rows_apart
-from pyro_vi_kit.model.log_density.structure import Parameter, Plate, Site, Structure
-from pyro_vi_kit.model.log_density.terms import Terms
+from pyro_vi_kit.model.log_density.structure import Block, Parameter, Plate, Site, Structure
+from pyro_vi_kit.model.log_density.visits import Terms
 
 __all__ = [
     "Block",

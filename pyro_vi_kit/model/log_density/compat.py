@@ -7,39 +7,17 @@ with a plain loop before they are used.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from pyro.ops import special
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
 from torch.distributions import Distribution, transforms
-from torch.overrides import TorchFunctionMode
 
 from pyro_vi_kit.core.runtime import if_forked
-from pyro_vi_kit.model.log_density import domain
+from pyro_vi_kit.model.log_density import supports
 
-_FACTORIES = (
-    torch.zeros,
-    torch.ones,
-    torch.empty,
-    torch.full,
-    torch.tensor,
-    torch.eye,
-    torch.arange,
-    torch.linspace,
-    torch.zeros_like,
-    torch.ones_like,
-    torch.empty_like,
-    torch.full_like,
-    Tensor.new_zeros,
-    Tensor.new_ones,
-    Tensor.new_empty,
-    Tensor.new_full,
-    Tensor.new_tensor,
-)
 _NO_DIMS = torch.Size()
 _original_triangle = transforms.vec_to_tril_matrix
 
@@ -76,7 +54,7 @@ def plain() -> Iterator[None]:
 
 
 def _unvalidated(init: Callable[..., None]) -> Callable[..., None]:
-    """A distribution's constructor that leaves validation to the global switch, and to `domain`."""
+    """A distribution's constructor that leaves validation to the global switch, and to `supports`."""
 
     def unvalidated(
         self: Any,
@@ -86,7 +64,7 @@ def _unvalidated(init: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         init(self, batch_shape, event_shape)
         if validate_args is not False:
-            domain.note(self)
+            supports.note(self)
 
     return unvalidated
 
@@ -114,95 +92,3 @@ class _SafeLog:
     def apply(x: Tensor) -> Tensor:
         tiny = torch.finfo(x.dtype).tiny
         return torch.where(x < tiny, x.detach().log(), x.clamp(min=tiny).log())
-
-
-class Mended(TorchFunctionMode):
-    """Lets `torch.func.vmap` run models, and parts of Pyro, that write in place.
-
-    New floating tensors depend on the particle, so that particles can be written into them; ``.data``
-    is a detached view; a value written where a mask holds is a `torch.where`; and in-place clamps and
-    scattering by a mask, for which vmap has no rule, write what these give.
-
-    Args:
-        zero: A zero that vmap sees as batched.
-        everything: Whether that holds for what is computed from data too, copies of them among it. It
-            takes memory and time for each particle.
-    """
-
-    def __init__(self, zero: Tensor, everything: bool = False) -> None:
-        super().__init__()
-        self.zero = zero
-        self.everything = everything
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        mend = _MENDS.get(func)
-        result = NotImplemented if mend is None else mend(*args, **(kwargs or {}))
-        if result is NotImplemented:
-            result = func(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor) or not result.is_floating_point():
-            return result
-        new = func in _FACTORIES or (self.everything and _is_new(result, args))
-        return result + self.zero.to(result.dtype) if new else result
-
-
-def _is_new(result: Tensor, args: tuple[Any, ...]) -> bool:
-    """Whether a result has memory of its own that no particle is in."""
-    with torch._C.DisableTorchFunction():
-        if is_batchedtensor(result) or any(result is value for value in args):
-            return False
-        return not result._is_view()
-
-
-def _write_where(target: Tensor, mask: Any, value: Any) -> Any:
-    """``target[mask] = value`` for one value and a mask of the same shape, or of leading dims."""
-    plain = isinstance(value, int | float) or (isinstance(value, Tensor) and value.dim() == 0)
-    if not (plain and isinstance(mask, Tensor) and mask.dtype == torch.bool):
-        return NotImplemented
-    while mask.dim() < target.dim():
-        mask = mask.unsqueeze(-1)
-    target.copy_(torch.where(mask, torch.as_tensor(value, dtype=target.dtype), target))
-    return None
-
-
-def _clamp(target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return target.copy_(target.clamp(*args, **kwargs))
-
-
-def _scatter(source: Tensor, mask: Any, values: Tensor) -> Any:
-    """``masked_scatter`` by integer indices, where the mask is the same for all particles."""
-    if is_batchedtensor(mask) or mask.shape != source.shape:
-        return NotImplemented
-    place = mask.nonzero(as_tuple=True)
-    return source.index_put(place, values.reshape(-1)[: len(place[0])])
-
-
-def _scatter_in_place(target: Tensor, mask: Any, values: Tensor) -> Any:
-    found = _scatter(target, mask, values)
-    return found if found is NotImplemented else target.copy_(found)
-
-
-_MENDS: dict[Any, Callable[..., Any]] = {
-    torch.masked_scatter: _scatter,
-    Tensor.masked_scatter: _scatter,
-    Tensor.masked_scatter_: _scatter_in_place,
-    Tensor.data.__get__: lambda tensor: tensor.detach(),  # type: ignore[attr-defined]
-    Tensor.__setitem__: _write_where,
-    Tensor.clamp_: _clamp,
-}
-
-
-class VectorisedCauchy(TorchFunctionMode):
-    """`Tensor.cauchy_`, for which vmap has no rule, by the inverse of the distribution function.
-
-    Half-Cauchy priors are common, and a point-by-point draw of hundreds takes longer than NUTS.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = _cauchy if func is Tensor.cauchy_ else func
-        return found(*args, **(kwargs or {}))
-
-
-def _cauchy(like: Tensor, median: float = 0.0, sigma: float = 1.0) -> Tensor:
-    return median + sigma * torch.tan(math.pi * (torch.rand_like(like) - 0.5))

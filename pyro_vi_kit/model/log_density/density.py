@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,47 +14,85 @@ from torch import Tensor
 
 from pyro_vi_kit.core.device import Device, checked
 from pyro_vi_kit.core.errors import ModelError, ModelWarning, ViError, in_words
-from pyro_vi_kit.core.runtime import RandomStream
-from pyro_vi_kit.model.log_density.batching import Batching, batched, first_that_agrees
-from pyro_vi_kit.model.log_density.compat import VectorisedCauchy
+from pyro_vi_kit.core.runtime import LOCK, RandomStream
+from pyro_vi_kit.model.log_density.batching import (
+    Batching,
+    VectorisedCauchy,
+    agree,
+    batched,
+    first_that_agrees,
+)
 from pyro_vi_kit.model.log_density.drawn import Drawn, hardened
-from pyro_vi_kit.model.log_density.enumeration import Enumerated, nesting_of
-from pyro_vi_kit.model.log_density.guarding import Key, flags, sites_that_leave
-from pyro_vi_kit.model.log_density.handlers import Replay, Visit, scaled, subsample_indices
+from pyro_vi_kit.model.log_density.enumeration import Enumerated, Sizes, log_total
+from pyro_vi_kit.model.log_density.first_runs import FirstRuns
+from pyro_vi_kit.model.log_density.handlers import (
+    ArgumentRows,
+    Replay,
+    rows_among,
+    subsample_indices,
+)
 from pyro_vi_kit.model.log_density.initial import (
     SPREADS,
     InitFunction,
     function_of,
     require_latents,
 )
-from pyro_vi_kit.model.log_density.layout import Block, global_block
 from pyro_vi_kit.model.log_density.oracle import Rounded, Seen, require_same_as_pyro
 from pyro_vi_kit.model.log_density.problems import (
+    Problem,
     aimless_problem,
-    chance_problem,
-    slope_problem,
-    sum_problem,
-    sums,
-)
-from pyro_vi_kit.model.log_density.raised import not_finite, require_strided, told
-from pyro_vi_kit.model.log_density.recordings import Recordings
-from pyro_vi_kit.model.log_density.rows import ArgumentRows, rows_among
-from pyro_vi_kit.model.log_density.runner import Runner
-from pyro_vi_kit.model.log_density.sizes import Sizes
-from pyro_vi_kit.model.log_density.streamed import Streamed, streamed
-from pyro_vi_kit.model.log_density.structure import Site, discover, starts
-from pyro_vi_kit.model.log_density.terms import Terms, add_up
-from pyro_vi_kit.model.log_density.usable import (
-    constant_data,
     is_unchecked,
     minibatch_note,
     require_usable,
-    require_whole_rows,
-    unchecked_note,
+    slope_problem,
+    sum_problem,
+    unchecked_notes,
+)
+from pyro_vi_kit.model.log_density.raised import not_finite, told
+from pyro_vi_kit.model.log_density.runner import Runner
+from pyro_vi_kit.model.log_density.streamed import Streamed
+from pyro_vi_kit.model.log_density.structure import Block, Site, global_block
+from pyro_vi_kit.model.log_density.visits import (
+    Key,
+    Terms,
+    Visit,
+    add_up,
+    constant_data,
+    flags,
+    scaled,
 )
 from pyro_vi_kit.model.model import Model
 
 Values = dict[str, Tensor]
+
+# Where it is looked for sites that leave their constraints: distances from the start in unconstrained
+# space (the origin where none is given), some points at each, from where a fit begins to what is beyond
+# any prior. Exponentials overflow on the way, which is no way out of a domain.
+_RADII = (0.5, 2.0, 8.0, 30.0, 300.0, 1e4)
+_POINTS = 6
+# Of all points together, in numbers of the model.
+_NUMBERS = 4_000_000
+_SEED = 20265
+
+
+@dataclass(frozen=True, eq=False)
+class Recordings:
+    """Recordings that densities of one model share, whatever their data; each is made once.
+
+    Attributes:
+        data: The data that recordings are made on. They are the same whoever asks first, and so are the
+            recordings' last digits.
+    """
+
+    data: Sequence[Tensor]
+    _made: dict[Hashable, Any] = field(default_factory=dict)
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What is kept under a key; made where there is nothing yet."""
+        with LOCK:
+            if key not in self._made:
+                self._made[key] = make()
+            return self._made[key]
 
 
 class Density:
@@ -110,61 +149,91 @@ class Density:
         drawn: Drawn | None = None,
         init: Mapping[str, Any] | InitFunction | None = None,
     ) -> None:
-        self.model = model
-        self.drawn = drawn
-        self.dtype = dtype
+        where = None if init is None else function_of(init)
+        first = FirstRuns(Runner(model, dtype, checked(device), drawn), where)
+        first.require()
+        self._read(first)
+        if init is not None:
+            require_latents(init, [site.name for site in self.latents])
+        self._verify(first)
+        for note in self.notes:
+            warnings.warn(note, ModelWarning, stacklevel=2)
+
+    @classmethod
+    def unverified(cls, first: FirstRuns) -> Density:
+        """The density of a model that may have faults, evaluated point by point, to look for them.
+
+        Args:
+            first: Runs that had unconstrained values of their latents.
+        """
+        density = cls.__new__(cls)
+        density._read(first)
+        return density.strict()
+
+    def _read(self, first: FirstRuns) -> None:
+        """Take over what the first runs showed."""
+        self._runner = runner = first.runner
+        self.model = runner.model
+        self.drawn = runner.drawn
+        self.dtype = runner.dtype
+        self.device: torch.device = runner.device
+        self.data: list[Tensor] = runner.data
         self.given_up: list[str] = []
         self.recordings: Recordings | None = None
-        require_strided(model)
-        self._runner = Runner(model, dtype, checked(device), drawn)
-        self.device: torch.device = self._runner.device
-        self.data: list[Tensor] = self._runner.data
-        where = None if init is None else function_of(init)
-        self.structure, visits = discover(self._runner, where)
+        self.structure = first.structure
+        self.streamed: Streamed | None = first.streamed
+        visits = first.visits
         self.observed: Values = _observed(visits)
         self.params: Values = {
             name: self.cast(p.value).requires_grad_(p.value.is_floating_point())
             for name, p in self.structure.parameters.items()
         }
-        self._runner.owners = {
+        runner.owners = {
             (p.owner, p.attribute): name
             for name, p in self.structure.parameters.items()
             if p.owner is not None
         }
-        if drawn is not None:
-            drawn.require_known(name for name, visit in visits.items() if visit.has_states)
-        require_usable(visits)
-        require_whole_rows(visits, self._runner.at_hand)
-        seen = [visit for visit in visits.values() if visit.kind == "observed"]
-        self._unchecked = frozenset(visit.name for visit in seen if is_unchecked(visit))
-        noted = [*map(unchecked_note, seen), minibatch_note(visits, self._runner.at_hand)]
-        self.notes: list[str] = [note for note in noted if note is not None]
-        self.streamed: Streamed | None = (
-            None if model.stream is None else streamed(self._runner, model.stream)
-        )
+        at_hand = minibatch_note(visits, runner.at_hand)
+        self.notes: list[str] = [*unchecked_notes(visits), *([at_hand] if at_hand else [])]
         self.constant: list[str] = constant_data(visits)
+        self.exempt = frozenset(v.name for v in visits.values() if is_unchecked(v))
         self.latents: list[Site] = self.structure.of_kind("latent")
-        require_latents(init, [site.name for site in self.latents])
         self.discrete: list[Site] = self.structure.of_kind("discrete")
-        self._example = {v.name: v.value for v in visits.values() if v.kind == "discrete"}
-        self._runner.nesting = nesting_of(visits)
+        self._example = {v.name: v.value for v in first.of_kind("discrete")}
         self.block: Block = global_block(self.latents)
         self.dim = self.block.dim
-        self.exempt = frozenset(v.name for v in visits.values() if is_unchecked(v))
-        self.start = self._packed(self._runner.centre) if self._runner.centre else None
+        self.start = self._packed(runner.centre) if runner.centre else None
+        self.batching: Batching = "loop"
+        self.largest = 0
+        self.leaving: dict[str, str] = {}
+
+    def _verify(self, first: FirstRuns) -> None:
+        """Find the fastest right way to evaluate it, and refuse it where no way is right.
+
+        Raises:
+            ModelError: If it is not the density of Pyro's own trace, its gradient or its sum over
+                discrete latents is wrong, or a latent with an improper prior has no influence.
+        """
         with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.
-            away = self.cast(torch.randn(3, self.dim, dtype=dtype, device="cpu"))
+            away = self.cast(torch.randn(3, self.dim, dtype=self.dtype, device="cpu"))
             # Numbers of float32, so that a model in either precision has them exactly.
-            z = self._around(away).float().to(dtype)
-            self.batching: Batching = self._choose_batching(z)
-            self._require_true_gradient(z)
-            self._require_true_sum(z)
-            self._require_aims(z)
-            self.leaving: dict[str, str] = sites_that_leave(self, self._width())
+            z = self._around(away).float().to(self.dtype)
+            exact = self._compared(z)
+            self.batching, reason = first_that_agrees(lambda mode: self._in_mode(mode, z), exact)
+            again = exact
+            if self.batching == "loop":
+                self.give_up(f"The density is evaluated point by point in a Python loop: {reason}")
+                again = self._in_mode("loop", z)
+            changes = not all(agree(a, b, 1e-9, 1e-4) for a, b in zip(exact, again, strict=True))
+            # A model that is not the same twice agrees with itself in no way.
+            problem = first.chance if changes else None
+            problem = problem or self.slope_problem(z, exact[1])
+            problem = problem or self.sum_problem(z) or self.aimless_problem(z)
+            if problem is not None:
+                raise ModelError(str(problem))
+            self.leaving = self._sites_that_leave()
             self._runner.guarded = frozenset(self.leaving)
-        for note in self.notes:
-            warnings.warn(note, ModelWarning, stacklevel=2)
 
     def _packed(self, values: Mapping[str, Tensor]) -> Tensor:
         """One point `[D]`; drawn discrete sites, which have no value among these, stand at zeros."""
@@ -180,19 +249,16 @@ class Density:
         away = self._runner.spread * away
         return away if self.start is None else self.start + away
 
-    def leaves(self) -> Replay:
-        """A run near the start, in which latents are leaves that require a gradient."""
-        if self.start is None:
-            return Replay(fill=starts(self.device)[-1], constrained=self._example)
-        point = self.somewhere()
-        leaves = {name: value[0].clone().requires_grad_() for name, value in point.items()}
-        return Replay(unconstrained=leaves, constrained=self._example)
+    def trial(self, seed: int) -> Values:
+        """One unconstrained point `[1, ...]` by site near the start, the same for the same seed."""
+        with RandomStream(seed):
+            away = self.cast(torch.randn(1, self.dim, dtype=self.dtype, device="cpu"))
+        return self.within(self.block.unpack(self.near_start(away)))
 
     def _around(self, away: Tensor) -> Tensor:
         """Points `[K, D]` to try the model at; finds how near to its start it has to be."""
         if self.start is None:
             return self.block.pack(self.within(self.block.unpack(self.near_start(away))))
-        self.batching = "loop"
         # Which of them need it is not known yet.
         self._runner.guarded = frozenset(self.structure.sites)
         for spread in [spread for spread in SPREADS if spread <= self._runner.spread]:
@@ -202,13 +268,19 @@ class Density:
                 if bool(self.log_prob(z).isfinite().all()):
                     self._runner.guarded = frozenset()
                     return z
-        visits, ended = self.visits(self.somewhere())
-        with torch.no_grad(), self._runner.isolated():
-            found = [v.name for v in visits.values() if not bool(v.log_prob().isfinite().all())]
+        _, ended = self.visits(self.somewhere())
+        found = self.not_finite(self.somewhere()) or [ended or "none alone"]
         raise ModelError(
             "the log density is not finite near the point that init= names (site(s) "
-            f"{', '.join(found or [ended or 'none alone'])}): give a point where it is"
+            f"{', '.join(found)}): give a point where it is"
         )
+
+    def not_finite(self, z: Mapping[str, Tensor]) -> list[str]:
+        """Sites whose log density is not finite at the first of K points, discrete latents held."""
+        visits, _ = self.visits(z)
+        with torch.no_grad(), self._runner.isolated():
+            met = [visit for visit in visits.values() if visit.counts]
+            return [visit.name for visit in met if not bool(visit.log_prob().isfinite().all())]
 
     @property
     def at_hand(self) -> frozenset[str]:
@@ -277,13 +349,19 @@ class Density:
         scale: dict[str, float] = {}
 
         def single(point: Values) -> tuple[Tensor, dict[str, Tensor]]:
-            replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
-            self._run(replay, params, data, index)
-            enumerated = self._enumerated(replay)
-            terms = add_up(replay.visits, jacobian, self.dtype, enumerated, power)
+            visits = self._with_all_states(point, params, data, index)
+            summed = self._enumerated(visits)
+            terms = add_up(
+                visits,
+                self.dtype,
+                jacobian=jacobian,
+                power=power,
+                without=summed.factors if summed else (),
+                marginals=summed.marginals() if summed else (),
+            )
             scale.update(terms.scale)
             if seen is not None:
-                seen.append(Seen.of(replay.visits))
+                seen.append(Seen.of(visits))
             return terms.shared, terms.local
 
         shared, local = self._batched(single, z)
@@ -338,11 +416,11 @@ class Density:
         args, kwargs = other.arguments()
         other.model = self.model.with_args(*args, **kwargs)
         # Leaves that require a gradient tell supports that follow latents.
-        replay = self.leaves()
+        leaves = {name: value.requires_grad_() for name, value in self.trial(_SEED).items()}
         with other._runner.isolated(), torch.enable_grad():
-            other._run(replay)
-            require_usable(replay.visits, self._unchecked)
-        other.observed = _observed(replay.visits)
+            visits = other.differentiable_visits(leaves)
+            require_usable(visits, self.exempt)
+        other.observed = _observed(visits)
         return other
 
     def log_prob(
@@ -378,9 +456,7 @@ class Density:
         """
 
         def single(point: Values) -> dict[Key, Tensor]:
-            replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
-            self._run(replay, params)
-            return flags(replay.visits, self.exempt)
+            return flags(self._with_all_states(point, params), self.exempt)
 
         return self._batched(single, z)
 
@@ -407,11 +483,11 @@ class Density:
         inside = frozenset() if self.streamed is None else self.streamed.inside
 
         def single(point: Values) -> Values:
-            replay = Replay(unconstrained=point, constrained=self._drawn(point, params, data))
-            self._run(replay, params, data)
+            states = self._drawn(point, params, data)
+            visits = self._run(Replay(unconstrained=point, constrained=states), params, data)
             return {
-                name: self._exported(visit)
-                for name, visit in replay.visits.items()
+                name: visit.value.long() if visit.has_states else visit.value.to(self.dtype)
+                for name, visit in visits.items()
                 if visit.kind in ("latent", "deterministic", "discrete") and name not in inside
             }
 
@@ -429,32 +505,21 @@ class Density:
         """
 
         def single(point: Values) -> Values:
-            replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
-            self._run(replay, params)
-            enumerated = self._enumerated(replay)
-            observed = [replay.visits[site.name] for site in self.structure.likelihood]
+            visits = self._with_all_states(point, params)
+            enumerated = self._enumerated(visits)
+            observed = [visits[site.name] for site in self.structure.likelihood]
             if enumerated is None:
                 return {v.name: v.log_prob() for v in observed}
-            return self._marginal_likelihood(point, params, observed, enumerated)
+            # Those that lie in other plates than the observation are drawn.
+            states, _ = enumerated.draw()
+            given = self._run(Replay(unconstrained=point, constrained=states), params)
+            values = {}
+            for v in observed:
+                rows = enumerated.likelihood(v.name) if v.name in enumerated.factors else None
+                values[v.name] = given[v.name].log_prob() if rows is None else scaled(rows, v.scale)
+            return values
 
         return self._sampled(single, self._by_site(z))
-
-    def _marginal_likelihood(
-        self,
-        point: Values,
-        params: Mapping[str, Tensor] | None,
-        observed: Sequence[Visit],
-        enumerated: Enumerated,
-    ) -> Values:
-        """The log density of each observation where discrete latents are summed out or drawn."""
-        replay = Replay(unconstrained=point, constrained=enumerated.draw()[0])
-        self._run(replay, params)
-        values = {}
-        for visit in observed:
-            rows = enumerated.likelihood(visit.name) if visit.name in enumerated.factors else None
-            given = replay.visits[visit.name]
-            values[visit.name] = given.log_prob() if rows is None else scaled(rows, visit.scale)
-        return values
 
     @torch.no_grad()
     def simulate(
@@ -491,9 +556,12 @@ class Density:
             replay = Replay(
                 unconstrained=point, constrained=drawn, simulate=True, sample_latents=True
             )
-            self._run(replay, params, model=model)
-            visits = [v for v in replay.visits.values() if v.kind != "factor"]
-            return {v.name: v.value.long() if v.has_states else v.value for v in visits}
+            visits = self._run(replay, params, model=model).values()
+            return {
+                v.name: v.value.long() if v.has_states else v.value
+                for v in visits
+                if v.kind != "factor"
+            }
 
         try:
             return self._sampled(single, points)
@@ -519,9 +587,7 @@ class Density:
         require_latents(init, [site.name for site in self.latents])
         replay = Replay(init=function_of(init), constrained=self._example)
         with self._runner.isolated():
-            self._run(replay)
-        points = {site.name: replay.visits[site.name].unconstrained for site in self.latents}
-        return self._packed({name: point for name, point in points.items() if point is not None})
+            return self._packed(self._unconstrained_of(self._run(replay)))
 
     @torch.no_grad()
     def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -531,13 +597,14 @@ class Density:
         """
 
         def single(point: Values) -> Values:
-            replay = Replay(constrained=self._example | point)
-            self._run(replay)
-            found = {site.name: replay.visits[site.name].unconstrained for site in self.latents}
-            return {name: value for name, value in found.items() if value is not None}
+            return self._unconstrained_of(self._run(Replay(constrained=self._example | point)))
 
         latents = {site.name: self.cast(values[site.name]) for site in self.latents}
         return self.block.pack(self._sampled(single, latents))
+
+    def _unconstrained_of(self, visits: Mapping[str, Visit]) -> Values:
+        found = {site.name: visits[site.name].unconstrained for site in self.latents}
+        return {name: value for name, value in found.items() if value is not None}
 
     def observations(
         self, data: Model | Sequence[Tensor] | None = None, *, attached: bool = False
@@ -551,15 +618,11 @@ class Density:
         """
         if data is None:
             return self.observed
-        replay = Replay(constrained=self._example)
+        model, tensors = (data, None) if isinstance(data, Model) else (None, data)
         with self._runner.isolated(), torch.set_grad_enabled(attached):
-            if isinstance(data, Model):
-                self._run(replay, model=data)
-            else:
-                self._run(replay, data=data)
-        if attached:
-            return {v.name: v.value for v in replay.visits.values() if v.kind == "observed"}
-        return _observed(replay.visits)
+            visits = self._run(Replay(constrained=self._example), data=tensors, model=model)
+        values = {v.name: v.value for v in visits.values() if v.kind == "observed"}
+        return values if attached else {name: value.detach() for name, value in values.items()}
 
     def visits(
         self, z: Mapping[str, Tensor], index: Mapping[str, Tensor] | None = None
@@ -590,11 +653,9 @@ class Density:
         Args:
             z: Unconstrained values `[K, *batch, *event]` by site.
         """
-        replay = Replay(unconstrained={name: value[0] for name, value in z.items()})
-        replay.constrained = self._example
+        point = {name: value[0] for name, value in z.items()}
         with self._runner.isolated(), torch.enable_grad():
-            self._run(replay)
-        return replay.visits
+            return self._run(Replay(unconstrained=point, constrained=self._example))
 
     def holding(self, params: Mapping[str, Tensor]) -> Density:
         """The same density with these values of its learned parameters, which nothing trains.
@@ -648,9 +709,9 @@ class Density:
         """
         replay = Replay(unconstrained=z, constrained=self._example)
         with self.casting():
-            self._run(replay, model=self.model.with_args(*args, **kwargs))
-        visits = [replay.visits[site.name] for site in self.latents]
-        return {v.name: (v.value, v.log_det) for v in visits if v.log_det is not None}
+            visits = self._run(replay, model=self.model.with_args(*args, **kwargs))
+        found = [visits[site.name] for site in self.latents]
+        return {v.name: (v.value, v.log_det) for v in found if v.log_det is not None}
 
     @property
     def spread(self) -> float:
@@ -706,8 +767,36 @@ class Density:
         data: Sequence[Tensor] | None = None,
         index: Mapping[str, Tensor] | None = None,
         model: Model | None = None,
-    ) -> None:
+    ) -> dict[str, Visit]:
         self._runner.run(replay, self.params if params is None else params, data, index, model)
+        return replay.visits
+
+    def _with_all_states(
+        self,
+        point: Values,
+        params: Mapping[str, Tensor] | None = None,
+        data: Sequence[Tensor] | None = None,
+        index: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Visit]:
+        """A run in which discrete latents hold all their values at once."""
+        replay = Replay(unconstrained=point, enumerate=bool(self.discrete))
+        return self._run(replay, params, data, index)
+
+    def _enumerated(self, visits: Mapping[str, Visit]) -> Enumerated | None:
+        """The sites of such a run that depend on discrete latents, where the model has any."""
+        return Enumerated(visits, self._runner.nesting) if self.discrete else None
+
+    def _drawn(
+        self,
+        point: Values,
+        params: Mapping[str, Tensor] | None,
+        data: Sequence[Tensor] | None = None,
+    ) -> Values:
+        """The discrete latents, drawn given the continuous ones and the data; `{}` where none."""
+        if not self.discrete:
+            return {}
+        visits = self._with_all_states(point, params, data)
+        return Enumerated(visits, self._runner.nesting).draw()[0]
 
     def _batched(
         self,
@@ -743,39 +832,16 @@ class Density:
         held = [*self.data, *self.observed.values()]
         return self.dim + sum(tensor.numel() for tensor in held)
 
-    def _enumerated(self, replay: Replay) -> Enumerated | None:
-        """The sites of a run that depend on discrete latents, where the model has any."""
-        return Enumerated(replay.visits, self._runner.nesting) if self.discrete else None
-
-    def _drawn(
-        self,
-        point: Values,
-        params: Mapping[str, Tensor] | None,
-        data: Sequence[Tensor] | None = None,
-    ) -> Values:
-        """The discrete latents, drawn given the continuous ones and the data; `{}` where none."""
-        if not self.discrete:
-            return {}
-        replay = Replay(unconstrained=point, enumerate=True)
-        self._run(replay, params, data)
-        return Enumerated(replay.visits, self._runner.nesting).draw()[0]
-
-    def _exported(self, visit: Visit) -> Tensor:
-        return visit.value.long() if visit.has_states else visit.value.to(self.dtype)
-
     def _by_site(self, z: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self.block.unpack(z) if isinstance(z, Tensor) else z
 
-    def _choose_batching(self, z: Tensor) -> Batching:
-        """The first way to batch that agrees with the loop at these points, gradients too.
+    # -- whether it is right ------------------------------------------------------------------
 
-        The loop itself is compared with Pyro's own trace of the model.
-        """
-        self.batching = "loop"
+    def _compared(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density and gradient, point by point, compared with Pyro's own trace of the model."""
         seen: list[Seen] = []
-        sizes = Sizes(self._width(), [site.name for site in self.discrete])
         try:
-            with sizes if self.discrete else contextlib.nullcontext():
+            with self.watched() as sizes:
                 exact = self._exact(z, seen)
         except ViError:
             raise
@@ -785,49 +851,33 @@ class Density:
                 raise ModelError(str(sum_problem(names, error=error))) from error
             if not isinstance(error, RuntimeError):
                 raise
-            raise ModelError(
-                f"the log density cannot be evaluated: {told(error, self.model, self.structure.sites)}"
-            ) from error
+            said = told(error, self.model, self.structure.sites)
+            raise ModelError(f"the log density cannot be evaluated: {said}") from error
         self.largest = sizes.largest
-        self._require_numbers(exact[0])
-        self._require_same_as_pyro(z, seen)
-        if self._runner.precision and not self._runner.precision.met:
-            self._runner.precision = None
-
-        def found(mode: Batching) -> tuple[Tensor, Tensor]:
-            self.batching = mode
-            return self.log_prob_and_grad(z)
-
-        mode, reason = first_that_agrees(found, exact)
-        if mode == "loop":
-            self.give_up(f"The density is evaluated point by point in a Python loop: {reason}")
-            # A model that is not the same twice agrees with itself in no way.
-            self._require_same(exact, found(mode))
-        return mode
-
-    def _require_numbers(self, log_prob: Tensor) -> None:
-        """Refuse a density that is NaN wherever it is asked because an argument holds NaN."""
-        bad = next(not_finite(self.model), None) if bool(log_prob.isnan().all()) else None
+        bad = next(not_finite(self.model), None) if bool(exact[0].isnan().all()) else None
         if bad is not None:
             raise ModelError(
                 f"the log density is NaN, and {bad}: drop the rows, or fill the values"
             )
+        self._require_same_as_pyro(z, seen)
+        if self._runner.precision and not self._runner.precision.met:
+            self._runner.precision = None
+        return exact
 
-    def _require_same(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
-        """Refuse a model that says something else at the same points."""
-        tolerance = 1e-9 if self.dtype == torch.float64 else 1e-4
-        if all(
-            torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
-            for a, b in zip(one, other, strict=True)
-        ):
-            return
-        run = self.leaves()
-        run.constrained = {}
-        with self._runner.first_runs():
-            self._runner.try_run(run)
-            problem = chance_problem(self._runner, run)
-        if problem is not None:
-            raise ModelError(str(problem))
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Sizes]:
+        """A watch on how many numbers evaluations make while discrete latents hold all their values.
+
+        Raises:
+            StatesError: On the way, if they are too many.
+        """
+        sizes = Sizes(self._width(), [site.name for site in self.discrete])
+        with sizes if self.discrete else contextlib.nullcontext():
+            yield sizes
+
+    def _in_mode(self, mode: Batching, z: Tensor) -> tuple[Tensor, Tensor]:
+        self.batching = mode
+        return self.log_prob_and_grad(z)
 
     def _exact(self, z: Tensor, seen: list[Seen]) -> tuple[Tensor, Tensor]:
         """Log density and gradient, point by point, and what the runs met."""
@@ -844,53 +894,80 @@ class Density:
         points |= {s.name: hardened(points[s.name]) for s in self.latents if s.states}
 
         def at(k: int, low: torch.dtype | None = None) -> Seen:
-            replay = Replay(unconstrained={name: value[k] for name, value in points.items()})
-            replay.constrained = self._example
+            point = {name: value[k] for name, value in points.items()}
             with self._runner.isolated(), Rounded(low) if low else contextlib.nullcontext():
-                self._run(replay)
-                return Seen.of(replay.visits)
+                return Seen.of(self._run(Replay(unconstrained=point, constrained=self._example)))
 
         met = seen or [at(k) for k in range(len(z))]
         learned = self.structure.parameters
         require_same_as_pyro(self._runner, learned, self.params, met, at)
 
-    def _require_true_gradient(self, z: Tensor) -> None:
-        """Refuse a model that cuts a latent off from autograd; float32 cannot tell."""
+    def slope_problem(self, z: Tensor, grad: Tensor) -> Problem | None:
+        """A latent that is cut off from autograd; ``grad`` are its gradients at points `[K, D]`."""
         if self.dtype != torch.float64:
-            return
+            return None  # float32 cannot tell
         step = 1e-5 * torch.randn_like(z).sign()
-        _, grad = self.log_prob_and_grad(z)
         with torch.no_grad():
             ahead, behind = self.log_prob(z + step), self.log_prob(z - step)
-        problem = slope_problem(ahead, behind, (grad * step).sum(-1) / 1e-5, 1e-5)
-        if problem is not None:
-            raise ModelError(str(problem))
+        return slope_problem(ahead, behind, (grad * step).sum(-1) / 1e-5, 1e-5)
 
-    def _require_aims(self, z: Tensor) -> None:
-        """Refuse improper priors on latents that have no influence on anything else."""
+    def sum_problem(self, z: Tensor) -> Problem | None:
+        """A model that computes something else where discrete sites hold all their values at once.
+
+        Its log joint at points `[K, D]`, unscaled, by elimination; and by the chain rule, log p(z) =
+        log p(z, d) - log p(d | z) for any values d of the discrete sites. They are drawn, and p(z, d) is
+        that of a plain run.
+        """
+        if not self.discrete:
+            return None
+
+        def single(point: Values) -> Tensor:
+            enumerated = Enumerated(self._with_all_states(point), self._runner.nesting)
+            states, log_q = enumerated.draw()
+            # Before the next run, which writes anew into what a model closes over.
+            total = enumerated.total()
+            plain = self._run(Replay(unconstrained=point, constrained=states))
+            return torch.stack([total, log_total(plain) - log_q])
+
+        with torch.no_grad():
+            pairs = self._batched(single, self.block.unpack(z), "loop")
+        return sum_problem((site.name for site in self.discrete), pairs)
+
+    def aimless_problem(self, z: Tensor) -> Problem | None:
+        """Improper priors on latents that have no influence on anything else."""
         improper = [site.name for site in self.latents if site.improper]
         if not improper:
-            return
+            return None
         # Further out too: what is cut off near the origin may not be there.
         _, grad = self.log_prob_and_grad(torch.cat([z, 10 * z]), jacobian=False)
         parts = self.block.unpack(grad)
         aimless = [name for name in improper if not bool((parts[name] != 0).any())]
-        if aimless:
-            raise ModelError(str(aimless_problem(aimless)))
+        return aimless_problem(aimless) if aimless else None
 
-    def _require_true_sum(self, z: Tensor) -> None:
-        """Refuse a model that computes something else where discrete sites hold all values."""
-        if not self.discrete:
-            return
+    def _sites_that_leave(self) -> dict[str, str]:
+        """What leaves its constraint at some of a few dozen points, far out too, in words by site."""
+        each = max(1, min(_POINTS, _NUMBERS // (len(_RADII) * max(self._width(), 1))))
+        radii = torch.tensor(_RADII, dtype=torch.float64).repeat_interleave(
+            1 if self.batching == "loop" else each
+        )
+        generator = torch.Generator().manual_seed(_SEED)
+        normal = torch.randn(len(radii), self.dim, generator=generator, dtype=torch.float64)
+        points = self.cast(radii[:, None] * normal)
+        z = self.block.unpack(points if self.start is None else self.start + points)
+        return dict(self._leaving_at(self.within(z)))
 
-        def single(point: Values) -> Tensor:
-            return sums(self._runner, point, self.params)
-
-        with torch.no_grad():
-            pairs = self._batched(single, self.block.unpack(z), "loop")
-        problem = sum_problem((site.name for site in self.discrete), pairs)
-        if problem is not None:
-            raise ModelError(str(problem))
+    def _leaving_at(self, z: Values) -> set[Key]:
+        """What leaves its constraint at some of K points."""
+        try:
+            return {key for key, where in self.outside(z).items() if bool(where.any())}
+        except ViError:
+            raise
+        except Exception:  # noqa: BLE001  a model may raise far out; the others are asked one by one
+            points = len(next(iter(z.values())))
+            if points == 1:
+                return set()
+            single = [{name: value[k : k + 1] for name, value in z.items()} for k in range(points)]
+            return set().union(*map(self._leaving_at, single))
 
 
 def _observed(visits: Mapping[str, Visit]) -> Values:

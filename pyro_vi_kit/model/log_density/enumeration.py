@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pyro_vi_kit.core.errors import ModelError
 from pyro_vi_kit.model.log_density.drawn import Drawn
-from pyro_vi_kit.model.log_density.elimination import Factor, Plates, draw, eliminate
-from pyro_vi_kit.model.log_density.handlers import Visit, kind_of
+from pyro_vi_kit.model.log_density.elimination import Factor, Name, Plates, draw, eliminate
+from pyro_vi_kit.model.log_density.visits import Marginal, Visit, kind_of
 
 Values = dict[str, Tensor]
+
+# Of one point where discrete latents hold all their values; of some thousand, as a fit has, 2 GB.
+_MOST = 250_000
+# Or so many for each number of data and latents: long data are no reason to refuse.
+_EACH = 1000
 
 
 class Enumeration(EnumMessenger):
@@ -56,23 +61,6 @@ class Enumeration(EnumMessenger):
         self._value_dims[msg["name"]] = {
             dim: id_ for dim, id_ in known.items() if len(shape) >= -dim and shape[dim] > 1
         }
-
-
-@dataclass(frozen=True, eq=False)
-class Marginal:
-    """What one group of connected sites adds to the log joint, its discrete sites summed out.
-
-    Attributes:
-        value: One number per row of the plates around it, the outermost first, unscaled, nats.
-        frames: Those plates, the outermost first.
-        scale: The one scale that all its sites have.
-        sources: Those sites.
-    """
-
-    value: Tensor
-    frames: tuple[CondIndepStackFrame, ...]
-    scale: Any
-    sources: frozenset[str]
 
 
 class Enumerated:
@@ -170,39 +158,25 @@ class Enumerated:
     def _depends(self, visit: Visit, nesting: int) -> bool:
         """Whether a site's log density has a dim for some discrete latent."""
         mask = visit.mask.dim() if isinstance(visit.mask, Tensor) else 0
-        return visit.name in self._variables or max(_width(visit), mask) > nesting
+        return visit.name in self._variables or max(visit.width, mask) > nesting
 
     def _factor(self, visit: Visit, nesting: int) -> Factor:
         log_prob = visit.unscaled()
-        plates = {frame.dim: frame for frame in visit.frames}
-        depth = max([-int(dim or 0) for dim in plates], default=0)
-        ids = visit.infer.get("_dim_to_id", {})
-        rank = max(log_prob.dim(), depth)
-        shape = list((1,) * (rank - log_prob.dim()) + tuple(log_prob.shape))
-        names: list[Any] = []
-        stray: list[int] = []
-        for i in range(rank):
-            dim = i - rank
-            if dim in plates:
-                shape[i] = plates[dim].size
-                names.append(plates[dim].name)
-            elif shape[i] == 1:
-                names.append(None)
-            elif dim in ids and dim < -nesting:
-                names.append(ids[dim])
-            elif dim >= -nesting:
-                stray.append(i)
-                names.append(None)
-            else:
-                raise ModelError(_misplaced(visit, "has a dim that no plate and no latent made"))
+        sizes = {frame.dim: frame.size for frame in visit.frames}
+        rank = max([log_prob.dim(), *(-int(dim or 0) for dim in sizes)])
+        shape = (1,) * (rank - log_prob.dim()) + tuple(log_prob.shape)
+        shape = [sizes.get(i - rank, size) for i, size in enumerate(shape)]
+        names = [_name_of(visit, i - rank, size, nesting) for i, size in enumerate(shape)]
         log_prob = log_prob.expand(shape)
+        # Dims of the batch that are no plate's.
+        stray = [i for i, name in enumerate(names) if name is None and shape[i] != 1]
         if stray:
             log_prob = log_prob.sum(stray, keepdim=True)
-        kept = [(i, name) for i, name in enumerate(names) if name is not None]
-        log_prob = log_prob.reshape([log_prob.shape[i] for i, _ in kept])
+        kept = [i for i, name in enumerate(names) if name is not None]
+        log_prob = log_prob.reshape([log_prob.shape[i] for i in kept])
         factor = Factor(
             log_prob.clamp(min=_floor(log_prob.dtype)),
-            tuple(name for _, name in kept),
+            tuple(name for name in names if name is not None),
             _plates(visit),
             frozenset([visit.name]),
         )
@@ -213,29 +187,21 @@ class Enumerated:
         return factor
 
 
+def _name_of(visit: Visit, dim: int, size: int, nesting: int) -> Name | None:
+    """The plate or the variable of a dim of a site's log density; None where it is of neither."""
+    plate = next((frame.name for frame in visit.frames if frame.dim == dim), None)
+    if plate is not None or size == 1 or dim >= -nesting:
+        return plate
+    variable = visit.infer.get("_dim_to_id", {}).get(dim)
+    if variable is None:
+        raise ModelError(_misplaced(visit, "has a dim that no plate and no latent made"))
+    return variable
+
+
 def log_total(visits: Mapping[str, Visit]) -> Tensor:
     """The sum of these sites' log densities, without scale and log determinants, nats."""
     parts = [v.unscaled().sum() for v in visits.values() if v.counts]
     return torch.stack(parts).sum() if parts else torch.zeros(())
-
-
-def is_enumerable(visit: Visit) -> bool:
-    """Whether a discrete latent has finitely many values, each in its own plates."""
-    batch = visit.fn.batch_shape
-    plates = {frame.dim for frame in visit.frames}
-    apart = all(batch[d] == 1 or d in plates for d in range(-len(batch), 0))
-    return bool(visit.fn.has_enumerate_support) and apart
-
-
-def nesting_of(visits: Mapping[str, Visit]) -> int:
-    """How many batch dims a run without enumeration has, over all sites."""
-    widths = [_width(visit) for visit in visits.values()]
-    depths = [-int(frame.dim or 0) for visit in visits.values() for frame in visit.frames]
-    return max([*widths, *depths], default=0)
-
-
-def _width(visit: Visit) -> int:
-    return max(len(visit.fn.batch_shape), visit.value.dim() - visit.fn.event_dim)
 
 
 def _plates(visit: Visit) -> Plates:
@@ -291,3 +257,59 @@ def _misplaced(visit: Visit, what: str) -> str:
         "as indices, a[..., z], or in elementwise operations, and put sites that depend on them into "
         "the same plates"
     )
+
+
+class StatesError(ModelError):
+    """Discrete latents have too many joint values to hold at once."""
+
+
+class Sizes(TorchFunctionMode):
+    """Watches a run of a model whose discrete latents are summed out.
+
+    Args:
+        numbers: Of data and latents.
+        sites: The discrete latents.
+
+    Attributes:
+        largest: Of the largest tensor so far.
+    """
+
+    def __init__(self, numbers: int, sites: list[str]) -> None:
+        super().__init__()
+        self._limit = max(_MOST, _EACH * numbers)
+        self._sites = sites
+        self.largest = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        # What tensors of different shapes broadcast to, before it is made.
+        shapes = [tuple(value.shape) for value in args if isinstance(value, Tensor)]
+        self._note(_broadcast(shapes))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._note(result.numel())
+        return result
+
+    def _note(self, numbers: int) -> None:
+        self.largest = max(self.largest, numbers)
+        if numbers > self._limit:
+            names = ", ".join(self._sites[:5]) + (", ..." if len(self._sites) > 5 else "")
+            raise StatesError(
+                f"summing out the {len(self._sites)} discrete latent site(s) {names} needs more than "
+                f"{self._limit:,} numbers at once, since one site depends on all of them: let each "
+                "observation depend on few, put independent sites into a pyro.plate and chains into "
+                "pyro.markov"
+            )
+
+
+def _broadcast(shapes: list[tuple[int, ...]]) -> int:
+    """Numbers of the shape that these make together; 0 where they make none."""
+    if len(shapes) < 2:
+        return 0
+    rank = max(map(len, shapes))
+    padded = [(1,) * (rank - len(shape)) + shape for shape in shapes]
+    sizes = [{size for size in column if size != 1} for column in zip(*padded, strict=True)]
+    if any(len(size) > 1 for size in sizes):
+        return 0
+    return math.prod(size.pop() for size in sizes if size)

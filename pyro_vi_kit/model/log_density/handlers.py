@@ -8,118 +8,30 @@ a support may depend on other latents, and a cached transform would silently be 
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
+import sys
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
+import pyro
 import torch
-from pyro.distributions import Delta, MaskedDistribution, Unit
-from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.nn import PyroModule
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger, _Subsample
 from torch import Tensor, nn
-from torch.distributions import Independent, constraints, transform_to
+from torch.distributions import constraints, transform_to
 
 from pyro_vi_kit.core.errors import ModelError
-from pyro_vi_kit.model.log_density import domain
+from pyro_vi_kit.model.log_density import supports
 from pyro_vi_kit.model.log_density.drawn import Choice, Drawn, hardened
 from pyro_vi_kit.model.log_density.initial import InitFunction, point_at
-from pyro_vi_kit.model.log_density.modules import owner_of_param
-from pyro_vi_kit.model.log_density.supports import bijector
-
-Kind = Literal["latent", "observed", "deterministic", "factor", "discrete"]
+from pyro_vi_kit.model.log_density.visits import ParamVisit, Visit, kind_of
 
 # What a latent without a given value starts from: the image of the origin of unconstrained space.
 # Priors are not sampled for it, since improper ones cannot be.
 Fill = Callable[[torch.Size], Tensor]
-
-
-@dataclass
-class Visit:
-    """One site as one run met it."""
-
-    name: str
-    kind: Kind
-    fn: Any
-    value: Tensor
-    frames: tuple[CondIndepStackFrame, ...]
-    scale: float | Tensor
-    mask: bool | Tensor | None
-    infer: Mapping[str, Any] = field(default_factory=dict)
-    unconstrained: Tensor | None = None
-    log_det: Tensor | None = None
-    choice: Choice | None = None
-    guarded: bool = False
-    made: Sequence[Any] = ()
-
-    @property
-    def counts(self) -> bool:
-        """Whether its log density is part of the model's.
-
-        A `pyro.deterministic` has none; a `Delta` of something computed may be given one.
-        """
-        noted = self.infer.get("_deterministic") or _is_hidden_delta(self.fn)
-        return self.kind != "deterministic" or not noted
-
-    @property
-    def has_states(self) -> bool:
-        """Whether it is a discrete latent, summed out or not."""
-        return self.kind == "discrete" or self.choice is not None
-
-    def log_prob(self) -> Tensor:
-        """The site's log density as in Pyro's traces, scale and mask applied: [*batch], nats."""
-        return scaled(self.unscaled(), self.scale)
-
-    def unscaled(self) -> Tensor:
-        """The same without the scale."""
-        relaxed = self.choice is not None and self.choice.relaxed
-        if relaxed and self.choice is not None and self.unconstrained is not None:
-            log_prob = self.choice.log_prob(self.unconstrained)
-        else:
-            log_prob = self.fn.log_prob(self.value)
-        outside = self.outside() if self.guarded else None
-        if outside is not None:
-            log_prob = torch.where(outside, -torch.inf, log_prob)
-        if self.mask is False:
-            return torch.full_like(log_prob, self._hidden())
-        if isinstance(self.mask, Tensor):
-            log_prob = torch.where(self.mask, log_prob, self._hidden())
-        return log_prob
-
-    def bounds(self) -> list[domain.Bound]:
-        """How far inside their constraints its arguments are, and what was observed."""
-        return domain.bounds(self.fn, self.value if self.kind == "observed" else None, self.made)
-
-    def outside(self) -> Tensor | None:
-        """Where, of its batch, an argument or what was observed leaves its constraint."""
-        margins = [bound.margin for bound in self.bounds()]
-        return functools.reduce(torch.minimum, margins) < 0 if margins else None
-
-    def _hidden(self) -> float:
-        """What stands where a mask hides: nothing, or for a discrete latent what sums to one."""
-        if self.choice is not None:
-            batch = self.choice.base.batch_shape
-            cells = math.prod(batch[len(batch) - self.choice.inner :])
-            return -cells * math.log(len(self.choice.states))
-        if self.kind == "discrete" and self.fn.has_enumerate_support:
-            return -math.log(self.fn.enumerate_support(expand=False).shape[0])
-        return 0.0
-
-
-@dataclass
-class ParamVisit:
-    """One learned parameter as one run met it, with the module that holds it if one does."""
-
-    name: str
-    constraint: constraints.Constraint
-    owner: nn.Module | None
-    attribute: str
-    value: Tensor | None = None
 
 
 @dataclass
@@ -137,7 +49,7 @@ class Replay(Messenger):
         simulate: Draw observed sites anew instead of using the data.
         sample_latents: Draw latents from their conditional prior where nothing was given.
         drawn: Discrete latents that are not summed out, and are latents like the continuous ones.
-        guarded: Sites whose density is zero where `domain` says that it is not defined.
+        guarded: Sites whose density is zero where `supports` says that it is not defined.
 
     Attributes:
         declared: The subsample size of each plate that declares one.
@@ -170,7 +82,7 @@ class Replay(Messenger):
                 f"two sites are named {msg['name']!r}: give each pyro.sample statement a name of "
                 "its own, as in f'x_{i}' in a loop"
             )
-        made = domain.taken()
+        made = supports.taken()
         _require_tensors(msg)
         kind = kind_of(msg)
         visit = Visit(
@@ -191,19 +103,24 @@ class Replay(Messenger):
             self._set_drawn(visit, relaxed)
         elif kind == "latent":
             self._set_latent(visit, msg)
-        elif kind == "discrete" and not self.enumerate:
+        else:
+            self._set_other(visit)
+        msg["value"] = visit.value
+        msg["done"] = True
+        self.visits[visit.name] = visit
+
+    def _set_other(self, visit: Visit) -> None:
+        """Give a site its value that is no latent, or a discrete one that is to be summed out."""
+        if visit.kind == "discrete" and not self.enumerate:
             given = self.constrained.get(visit.name)
             # Rows of new data are other rows: theirs are drawn.
             fits = given is not None and given.shape == visit.fn.shape()
             visit.value = given if fits and given is not None else visit.fn.sample()
-        elif kind == "observed" and self.simulate:
+        elif visit.kind == "observed" and self.simulate:
             _require_length(visit)
             visit.value = visit.fn.sample()
         elif visit.value is None:
             visit.value = visit.fn()  # computed: what a Delta holds, with its ties to latents
-        msg["value"] = visit.value
-        msg["done"] = True
-        self.visits[visit.name] = visit
 
     def _set_drawn(self, visit: Visit, relaxed: bool) -> None:
         """Give a discrete latent its value: unconstrained, constrained, prior, fill."""
@@ -228,7 +145,7 @@ class Replay(Messenger):
             given = self.constrained.get(visit.name)
             visit.value = visit.fn.sample() if given is None else given
             return
-        transform: Any = bijector(visit.name, visit.fn)
+        transform: Any = supports.bijector(visit.name, visit.fn)
         if visit.name in self.unconstrained:
             visit.unconstrained = self.unconstrained[visit.name]
         elif visit.name in self.constrained:
@@ -240,14 +157,13 @@ class Replay(Messenger):
         visit.value = transform(visit.unconstrained)
         if self.enumerate:
             _require_one_value(visit, transform)
-        log_det = transform.log_abs_det_jacobian(visit.unconstrained, visit.value)
-        # The value's own batch dims: under enumeration the distribution may have more of them.
-        surplus = log_det.dim() - (visit.value.dim() - visit.fn.event_dim)
-        visit.log_det = log_det.flatten(-surplus).sum(-1) if surplus > 0 else log_det
+        visit.log_det = visit.summed(
+            transform.log_abs_det_jacobian(visit.unconstrained, visit.value)
+        )
 
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
-        owner, attribute = owner_of_param()
+        owner, attribute = _owner_of_param()
         constraint = msg["kwargs"].get("constraint", constraints.real)
         if isinstance(owner, PyroModule):
             # A PyroModule's param statement may leave the constraint to the parameter store.
@@ -266,6 +182,38 @@ class Replay(Messenger):
     def _pyro_post_param(self, msg: Any) -> None:
         # Before plates take their rows of it: this handler is the outermost.
         self.param_visits[msg["name"]].value = msg["value"]
+
+
+def _owner_of_param() -> tuple[nn.Module | None, str]:
+    """The submodule and attribute behind the param message under way, read off the call stack.
+
+    Pyro's param messages carry a name and a tensor, not the module whose attribute the tensor is.
+    The module's forward pass reads that attribute: setting the message's value changes nothing.
+    """
+    frame = sys._getframe(1)
+    for _ in range(60):
+        if frame is None:
+            break
+        if frame.f_code is pyro.module.__code__:
+            module, path = frame.f_locals["nn_module"], frame.f_locals["param_name"]
+            return _holder_of(module, path)
+        if frame.f_code is PyroModule.__getattr__.__code__:
+            module, attribute = frame.f_locals["self"], frame.f_locals["name"]
+            if attribute in module.__dict__.get("_pyro_params", {}):
+                attribute += "_unconstrained"
+            if attribute in module._parameters:
+                return module, attribute
+        frame = frame.f_back
+    return None, ""
+
+
+def _holder_of(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The submodule that holds the parameter ``path``, and the parameter's name in it."""
+    *parents, attribute = path.split(".")
+    for parent in parents:
+        # Not getattr: a PyroModule answers attribute access with param statements.
+        module = module._modules[parent]  # type: ignore[assignment]
+    return module, attribute
 
 
 def _require_tensors(msg: Any) -> None:
@@ -297,7 +245,7 @@ def _require_tensors(msg: Any) -> None:
 
 def _require_length(visit: Visit) -> None:
     """Refuse to draw a series of no length: Pyro asserts that there is one."""
-    base = innermost(visit.fn)
+    base = supports.innermost(visit.fn)
     if getattr(base, "duration", 0) is None:
         raise ModelError(
             f"site {visit.name!r} cannot be drawn: its {type(base).__name__} has no length of its own; "
@@ -314,53 +262,6 @@ def _require_one_value(visit: Visit, transform: Any) -> None:
             f"the support of latent {visit.name!r} depends on discrete latents, so that it has no one "
             "value for all of theirs: give it a fixed support"
         )
-
-
-def scaled(log_prob: Tensor, scale: float | Tensor) -> Tensor:
-    """A log density times its scale, where that is not 1."""
-    return log_prob if isinstance(scale, int | float) and scale == 1 else log_prob * scale
-
-
-def sample_sites(trace: Any) -> dict[str, Any]:
-    """The sample sites of a Pyro trace by name, without the bookkeeping sites of plates."""
-    return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not isinstance(node["fn"], _Subsample)
-    }
-
-
-def kind_of(msg: Any) -> Kind:
-    """What a sample message stands for."""
-    if msg["infer"].get("_deterministic"):
-        return "deterministic"
-    base = innermost(msg["fn"])
-    if isinstance(base, Unit):
-        # `pyro.factor`, whose value has no elements; `poutine.uncondition` calls it not observed.
-        return "factor"
-    if msg["is_observed"]:
-        return "deterministic" if _is_hidden_delta(msg["fn"]) else "observed"
-    if isinstance(base, Delta):
-        return "deterministic"
-    if getattr(msg["fn"].support, "is_discrete", False):
-        return "discrete"
-    return "latent"
-
-
-def _is_hidden_delta(fn: Any) -> bool:
-    """Whether this is the Delta, masked away, that a reparameterised site leaves under its name."""
-    hidden = False
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        hidden = hidden or getattr(fn, "_mask", None) is False
-        fn = fn.base_dist
-    return hidden and isinstance(fn, Delta)
-
-
-def innermost(fn: Any) -> Any:
-    """The distribution inside masks, expansions and event dims."""
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
 
 
 @contextlib.contextmanager
@@ -409,3 +310,89 @@ def subsample_indices(
         yield
     finally:
         SubsampleMessenger._subsample = staticmethod(original)
+
+
+@dataclass(eq=False)  # a stack of handlers asks which of them it holds
+class ArgumentRows(Messenger):
+    """Gives plates the sizes that Pyro does not know, and sites in them the scale that follows.
+
+    ``pyro.plate("data")`` has no size: a site in it has as many rows as its distribution or its data
+    have there, and one that has a single row is outside of it, as Pyro's broadcasting leaves it. Call it
+    inside of the handler that reads the sites.
+
+    Args:
+        sizes: N of plates of which the model's arguments hold some rows, by name.
+    """
+
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._found: dict[str, int] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            return
+        frames = (self._sized(frame, msg) for frame in msg["cond_indep_stack"])
+        msg["cond_indep_stack"] = tuple(frame for frame in frames if frame is not None)
+
+    def _sized(self, frame: CondIndepStackFrame, msg: Any) -> CondIndepStackFrame | None:
+        """The plate with its sizes; None where the site is outside of it."""
+        if frame.dim is not None and frame.size == -1:
+            length = _length(msg, frame.dim)
+            if length == 1:
+                return None
+            known = self._found.setdefault(frame.name, length)
+            if known != length:
+                raise ModelError(
+                    f"plate {frame.name!r} has no size of its own, and its sites have {known} and "
+                    f"{length} rows (site {msg['name']!r}): give it one, "
+                    f"pyro.plate({frame.name!r}, size)"
+                )
+            frame = frame._replace(size=length, full_size=length)
+        total = self.sizes.get(frame.name)
+        if total is None or frame.full_size not in (None, frame.size):
+            return frame
+        msg["scale"] = msg["scale"] * (total / frame.size)
+        return frame._replace(full_size=total)
+
+
+def _length(msg: Any, dim: int) -> int:
+    """How many rows a site has along a batch dim."""
+    shapes = [tuple(msg["fn"].batch_shape)]
+    value = msg["value"]
+    if msg["is_observed"] and isinstance(value, Tensor):
+        shapes.append(tuple(value.shape[: value.dim() - msg["fn"].event_dim]))
+    return max((shape[dim] for shape in shapes if len(shape) >= -dim), default=1)
+
+
+def misfits(visits: Mapping[str, Any], declared: Mapping[str, int]) -> bool:
+    """Whether data are as long as the subsample that their plate declares, and the plate is not."""
+    for visit in visits.values():
+        if visit.kind != "observed" or not isinstance(visit.value, Tensor):
+            continue
+        shape = visit.value.shape[: visit.value.dim() - visit.fn.event_dim]
+        for frame in visit.frames:
+            length = shape[frame.dim] if len(shape) >= -frame.dim else 1
+            if length == declared.get(frame.name) != frame.size:
+                return True
+    return False
+
+
+def rows_among(
+    data: Sequence[Tensor], sizes: Mapping[str, int], index: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """The data, of each tensor as long as a plate the rows of its minibatch alone.
+
+    Args:
+        data: Tensors among a model's arguments.
+        sizes: N by plate, no two alike.
+        index: Rows `[B]` by plate.
+    """
+    rows = {size: index[name] for name, size in sizes.items()}
+    return [
+        tensor.index_select(0, rows[len(tensor)])
+        if tensor.dim() and len(tensor) in rows
+        else tensor
+        for tensor in data
+    ]

@@ -1,31 +1,52 @@
-"""What makes a model unusable: each in words that name the site, with the remedy, or None."""
+"""What makes a model unusable, whatever the guide: each in words that name the site, with the remedy.
+
+`vi.check` tells them all, and a `Density` refuses the first; both read the same first runs.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-from pyro_vi_kit.core.runtime import validation
-from pyro_vi_kit.model.log_density.enumeration import Enumerated, log_total
-from pyro_vi_kit.model.log_density.handlers import Replay, Visit
-from pyro_vi_kit.model.log_density.runner import Runner
+from pyro_vi_kit.core.errors import ModelError, ShapeError
+from pyro_vi_kit.core.runtime import broadcast_shapes, validated_by_user, validation
+from pyro_vi_kit.model.log_density.batching import agree
+from pyro_vi_kit.model.log_density.raised import rows
+from pyro_vi_kit.model.log_density.supports import ends, innermost, of_one_number
+from pyro_vi_kit.model.log_density.visits import Visit
+
+Visits = Mapping[str, Visit]
+Shape = tuple[int, ...]
 
 
 class Problem(NamedTuple):
-    """What is wrong, and what to do about it."""
+    """What is wrong, what to do about it, and what it is raised as."""
 
     what: str
     remedy: str
+    error: type[ModelError] = ModelError
 
     def __str__(self) -> str:
         return f"{self.what}: {self.remedy}"
 
+    @classmethod
+    def of(cls, error: ModelError) -> Problem:
+        """What an error says, whose remedy stands behind the last colon."""
+        what, _, remedy = str(error).rpartition(": ")
+        return cls(what, remedy)
 
-def change_problem(first: Mapping[str, Visit], second: Mapping[str, Visit]) -> Problem | None:
+
+# -- sites and their structure ----------------------------------------------------------------------
+
+
+def change_problem(first: Visits, second: Visits) -> Problem | None:
     """How the sites of two runs at different latents differ."""
     if list(first) != list(second):
         changed = sorted(set(first) ^ set(second)) or list(second)
@@ -45,23 +66,6 @@ def change_problem(first: Mapping[str, Visit], second: Mapping[str, Visit]) -> P
     return None
 
 
-def chance_problem(runner: Runner, run: Replay) -> Problem | None:
-    """Which site changes when a run is repeated at the same latents; inside `Runner.first_runs`.
-
-    That a model draws random numbers proves nothing: the initial value of a parameter that is known
-    already is drawn in vain.
-    """
-    one, other = repetition(run), repetition(run)
-    # Without validation, so that data outside a support is a number here and not an exception.
-    with validation(False):
-        runner.try_run(one)
-        runner.try_run(other)
-        for name, visit in one.visits.items():
-            if name not in other.visits or not _same(visit, other.visits[name]):
-                return changing_problem(name)
-    return None
-
-
 def changing_problem(name: str) -> Problem:
     """A site that is another one when the model is run again at the same latents."""
     return Problem(
@@ -74,46 +78,348 @@ def changing_problem(name: str) -> Problem:
     )
 
 
-def repetition(run: Replay) -> Replay:
-    """A handler that gives every latent, also a discrete one, the value that it had in a run."""
-    visits = run.visits
-    return Replay(
-        unconstrained={
-            n: v.unconstrained for n, v in visits.items() if v.unconstrained is not None
-        },
-        constrained={n: v.value for n, v in visits.items() if v.kind == "discrete"},
+def latents_problem(visits: Visits) -> Problem | None:
+    """Nothing to infer, or nothing that a guide can hold."""
+    kinds = {visit.kind for visit in visits.values()}
+    if "latent" in kinds:
+        return None
+    if "discrete" in kinds:
+        return Problem(
+            "every latent site of the model is discrete and would be summed out, so that nothing "
+            "is left to fit",
+            "their exact posterior needs no guide: pyro.infer.infer_discrete draws from it",
+        )
+    return Problem(
+        "the model has no latent sites, so there is nothing to infer",
+        "every pyro.sample is observed or there is none; leave obs= out where a value is unknown",
     )
 
 
-def _same(one: Visit, other: Visit) -> bool:
-    pairs = [(one.value, other.value)]
-    # Data of a wrong shape have no density; that is another problem than this one.
-    with contextlib.suppress(RuntimeError, ValueError):
-        pairs.append((one.log_prob(), other.log_prob()))
-    return all(a.shape == b.shape and _equal(a, b) for a, b in pairs)
+def discrete_problem(visits: Visits) -> Problem | None:
+    """Discrete latents that cannot be summed out."""
+    discrete = [v for v in visits.values() if v.kind == "discrete" and not _is_enumerable(v)]
+    if not discrete:
+        return None
+    names = ", ".join(visit.name for visit in discrete)
+    if all(visit.fn.has_enumerate_support for visit in discrete):
+        return Problem(
+            f"discrete latent site(s) {names} have batch dims that no plate made, and cannot be "
+            "summed out one by one",
+            "put them into a pyro.plate",
+        )
+    return Problem(
+        f"discrete latent site(s) {names}, whose values cannot be enumerated",
+        "truncate to a dist.Categorical of finitely many values, write independent sites with a "
+        "pyro.plate in the place of .to_event, sum them out in the model (a pyro.factor with "
+        "logsumexp), or pass a Pyro guide of your own as guide=",
+    )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return bool(torch.isclose(one, other, rtol=0.0, atol=0.0, equal_nan=True).all())
+def _is_enumerable(visit: Visit) -> bool:
+    """Whether a discrete latent has finitely many values, each in its own plates."""
+    return bool(visit.fn.has_enumerate_support) and not _stray(visit, tuple(visit.fn.batch_shape))
 
 
-def sums(runner: Runner, point: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> Tensor:
-    """The log joint at one point, discrete sites summed out, in two ways `[2]`, nats; unscaled.
+# -- data -----------------------------------------------------------------------------------------
 
-    By elimination; and by the chain rule, log p(z) = log p(z, d) - log p(d | z) for any values d of
-    the discrete sites. They are drawn, and p(z, d) is that of a plain run. The two differ where a
-    model computes something else for discrete sites that hold all their values at once.
+
+def data_problems(visits: Visits, unchecked: frozenset[str] | None = None) -> Iterator[Problem]:
+    """Observed values that are no numbers, or that cannot occur.
+
+    Args:
+        visits: The sites.
+        unchecked: Those made with ``validate_args=False``; read off their distributions when None, which
+            say it in first runs only.
     """
-    replay = Replay(unconstrained=point, enumerate=True)
-    runner.run(replay, params)
-    enumerated = Enumerated(replay.visits, runner.nesting)
-    drawn, log_q = enumerated.draw()
-    total = (
-        enumerated.total()
-    )  # before the next run, which writes anew into what a model closes over
-    plain = Replay(unconstrained=point, constrained=drawn)
-    runner.run(plain, params)
-    return torch.stack([total, log_total(plain.visits) - log_q])
+    for visit in visits.values():
+        if visit.kind == "observed":
+            found = is_unchecked(visit) if unchecked is None else visit.name in unchecked
+            problem = _not_finite(visit) or _impossible(visit, found)
+            if problem is not None:
+                yield problem
+
+
+def _not_finite(visit: Visit) -> Problem | None:
+    value = visit.value
+    if not value.is_floating_point():
+        return None
+    for word, found in (("NaN", value.isnan()), ("infinite value(s)", value.isinf())):
+        if found.any():
+            return Problem(
+                f"the data at site {visit.name!r} hold {int(found.sum())} {word}, {rows(found)}",
+                "drop the rows, or fill the values and hide them with poutine.mask or obs_mask=",
+            )
+    return None
+
+
+def _impossible(visit: Visit, unchecked: bool) -> Problem | None:
+    outside = _outside(visit)
+    if outside is None or not bool(outside.any()):
+        return None
+    finite = _finite_at(visit, outside)
+    if finite and unchecked:
+        return None
+    remedy = "correct the values, or choose a distribution that can produce them"
+    if finite:
+        remedy += (
+            "; where its formula is meant all the same, as a loss of gray pixels is, make it with "
+            "validate_args=False"
+        )
+    return Problem(
+        f"{_data_outside(visit, outside)}, {visit.fn.support}, so that their density is zero "
+        "everywhere",
+        remedy,
+    )
+
+
+def unchecked_notes(visits: Visits) -> Iterator[str]:
+    """What to say of data outside a support that the model asks not to check."""
+    for visit in visits.values():
+        outside = None
+        if visit.kind == "observed" and is_unchecked(visit):
+            outside = _outside(visit)
+        if outside is not None and bool(outside.any()):
+            yield (
+                f"{_data_outside(visit, outside)}; with validate_args=False, or all checks off, its "
+                "formula is taken as it is, though it is no density there: evidence and predictions "
+                "are not those of such data"
+            )
+
+
+def _data_outside(visit: Visit, outside: Tensor) -> str:
+    return (
+        f"the data at site {visit.name!r} hold {int(outside.sum())} value(s) outside the support of its "
+        f"{type(innermost(visit.fn)).__name__}"
+    )
+
+
+def is_unchecked(visit: Visit) -> bool:
+    """Whether the user has a site unchecked, of which one of first runs is asked.
+
+    Its distribution was made with ``validate_args=False``, or it has data outside of its support where
+    the checks of all distributions are off, ``pyro.distributions.enable_validation(False)``.
+    """
+    if made_unchecked(visit.fn):
+        return True
+    outside = None if validated_by_user() or visit.kind != "observed" else _outside(visit)
+    return outside is not None and bool(outside.any())
+
+
+def made_unchecked(fn: Any) -> bool:
+    """Whether a distribution was made with ``validate_args=False``; of one that a first run met."""
+    return vars(innermost(fn)).get("_validate_args") is False
+
+
+def _outside(visit: Visit) -> Tensor | None:
+    """Which observations are outside the support at any latents; None where a mask may hide them."""
+    masked = isinstance(visit.mask, Tensor) or visit.mask is False
+    if masked or type(visit.fn).__name__ == "MaskedDistribution":
+        return None
+    try:
+        if _moves(visit.fn.support):
+            return _beyond(visit.fn.support, visit.value)
+        return ~visit.fn.support.check(visit.value)
+    except (NotImplementedError, AttributeError, RuntimeError, ValueError):
+        # A support that cannot say, or data of a wrong shape: that is another problem than this one.
+        return None
+
+
+def _beyond(support: Any, value: Tensor) -> Tensor:
+    """Which values are outside of those bounds of a support that do not follow latents."""
+    low, high = ends(of_one_number(support))
+    found = torch.zeros_like(value, dtype=torch.bool)
+    if low is not None and not _moves(low):
+        found = found | (value < low)
+    return found if high is None or _moves(high) else found | (value > high)
+
+
+def _moves(support: Any) -> bool:
+    """Whether a support follows latents, which are leaves that require a gradient here."""
+    if isinstance(support, Tensor):
+        return support.requires_grad
+    if isinstance(support, list | tuple):
+        return any(map(_moves, support))
+    return hasattr(support, "check") and any(map(_moves, vars(support).values()))
+
+
+def _finite_at(visit: Visit, where: Tensor) -> bool:
+    """Whether the log density is finite at these observations, without validation."""
+    with validation(False), torch.no_grad():
+        try:
+            log_prob = _unvalidated(visit.fn).log_prob(visit.value)
+            return bool(log_prob.isfinite().expand(where.shape)[where].all())
+        except (ValueError, RuntimeError):
+            return False
+
+
+def _unvalidated(fn: Any) -> Any:
+    """A copy of a distribution that checks no value; what was expanded while checks were on does."""
+    fn = copy.copy(fn)
+    # First: an Independent hands the switch on to its base, which would be the original's.
+    if isinstance(fn, TorchDistributionMixin) and hasattr(fn, "base_dist"):
+        fn.base_dist = _unvalidated(fn.base_dist)
+    fn._validate_args = False
+    return fn
+
+
+# -- shapes and plates: what broadcasts by mistake counts data repeatedly -----------------------------
+
+
+def shape_problems(visits: Visits) -> Iterator[Problem]:
+    """Data that do not fit or count more than once, or batch dims beyond the plates around a site.
+
+    The latter is what Pyro's own SVI refuses, and a site in no plate is left to `plateless_problems`:
+    whatever its batch dims mean, each of its numbers counts once.
+    """
+    for visit in visits.values():
+        if visit.kind == "observed":
+            problem = _data_shape_problem(visit)
+        elif visit.kind in ("latent", "discrete"):
+            problem = _wide_problem(visit, tuple(visit.fn.batch_shape), tuple(visit.fn.shape()))
+        else:
+            continue
+        if problem is not None:
+            yield problem._replace(error=ShapeError)
+
+
+def _data_shape_problem(visit: Visit) -> Problem | None:
+    try:
+        with validation(False), torch.no_grad():
+            terms = tuple(replace(visit, fn=_unvalidated(visit.fn)).log_prob().shape)
+    except (RuntimeError, ValueError, IndexError):
+        return _unequal_problem(visit)
+    shape = tuple(broadcast_shapes(terms, visit.fn.batch_shape))
+    return _repeated_problem(visit, terms) or _wide_problem(visit, terms, shape)
+
+
+def plateless_problems(visits: Visits) -> Iterator[Problem]:
+    """Batch dims that no plate made, of latents and then of data."""
+    for visit in sorted(visits.values(), key=lambda visit: visit.kind):
+        batch = tuple(visit.fn.batch_shape)
+        stray = _stray(visit, batch) if visit.kind in ("latent", "observed") else []
+        if stray:
+            sizes = ", ".join(f"dim {d} of size {batch[d]}" for d in stray)
+            yield Problem(
+                f"site {visit.name!r} has batch dims that no plate made ({sizes})",
+                "put the site into a pyro.plate if they are independent, or declare them .to_event(1)",
+            )
+
+
+def _stray(visit: Visit, shape: Shape) -> list[int]:
+    """Dims of a batch that hold something and are no plate's, counted from the right."""
+    plates = {frame.dim for frame in visit.frames}
+    return [d for d in range(-len(shape), 0) if shape[d] != 1 and d not in plates]
+
+
+def _unequal_problem(visit: Visit) -> Problem | None:
+    """Data and distribution that do not broadcast; another error of a density is another problem's."""
+    try:
+        broadcast_shapes(tuple(visit.value.shape), tuple(visit.fn.shape()))
+    except RuntimeError:
+        return Problem(
+            f"{_data_and_shape(visit)}, and they do not fit",
+            "make the plate as long as the data, pyro.plate(name, len(y)), and check event dims",
+        )
+    return None
+
+
+def _repeated_problem(visit: Visit, terms: Shape) -> Problem | None:
+    """Whether there are more terms in the likelihood than numbers in the data.
+
+    One number for all rows of a plate is meant: ``obs=torch.tensor(1.0)`` says that all were one.
+    """
+    used = math.prod(terms) * math.prod(visit.fn.event_shape)
+    data = visit.value.numel()
+    meant = data == 1 and not _stray(visit, terms) and used == math.prod(terms)
+    if used <= data or meant:
+        return None
+    shape = (*terms, *visit.fn.event_shape)
+    return Problem(
+        f"{_data_and_shape(visit)}: they broadcast to {shape}, and data count more than once",
+        f"{_SQUEEZE}; .expand() the data where each number was observed that often",
+    )
+
+
+def _wide_problem(visit: Visit, terms: Shape, shape: Shape) -> Problem | None:
+    """Whether a site in plates has dims left of all of them, as Pyro's `check_site_shape` asks."""
+    outermost = min((int(frame.dim or 0) for frame in visit.frames), default=0)
+    if not outermost or all(dim >= outermost for dim in _stray(visit, terms)):
+        return None
+    kind = "data" if visit.kind == "observed" else "latents"
+    return Problem(
+        f"site {visit.name!r} ({_plates(visit)}) has {kind} of shape {shape}, with batch dims "
+        "that its plates do not make",
+        f"{_SQUEEZE}; or put a pyro.plate around those that are independent",
+    )
+
+
+_SQUEEZE = (
+    "give data, predictors and plates one shape: y.squeeze(-1) or x.squeeze(-1) for what has a last "
+    "dim of size 1, .to_event(1) for dims of one observation"
+)
+
+
+def _data_and_shape(visit: Visit) -> str:
+    data, own = tuple(visit.value.shape), tuple(visit.fn.shape())
+    return (
+        f"site {visit.name!r} ({_plates(visit)}) has data of shape {data} for a distribution of shape "
+        f"{own}"
+    )
+
+
+def _plates(visit: Visit) -> str:
+    return ", ".join(f"{f.name!r} of size {f.size}" for f in visit.frames) or "no plate"
+
+
+def minibatch_note(visits: Visits, at_hand: frozenset[str]) -> str | None:
+    """What to say of plates of which the arguments hold some rows."""
+    frames = {f.name: f for v in visits.values() for f in v.frames if f.name in at_hand}
+    if not frames:
+        return None
+    parts = [
+        f"{f.size} of the {f.full_size} rows of plate {name!r}, which count "
+        f"{(f.full_size or f.size) / f.size:g} times each"
+        for name, f in frames.items()
+    ]
+    return f"the arguments hold {', '.join(parts)}, as in Pyro, and stand for all of them"
+
+
+def whole_rows_problem(visits: Visits, at_hand: frozenset[str]) -> Problem | None:
+    """Latents of rows of which the arguments hold some: scaled, their own posteriors are none."""
+    for visit in visits.values():
+        frame = next((f for f in visit.frames if f.name in at_hand), None)
+        if visit.kind == "latent" and frame is not None:
+            return Problem(
+                f"latent {visit.name!r} lies in plate {frame.name!r}, of whose {frame.full_size} rows "
+                f"the arguments hold {frame.size}: scaled to all of them it has no posterior of its "
+                "own",
+                "pass all data as a torch.utils.data.Dataset, vi.Model(fn, dataset), read in "
+                "minibatches, or write the plate as long as what it is given, "
+                f"pyro.plate({frame.name!r}, len(x))",
+            )
+    return None
+
+
+def require_usable(visits: Visits, unchecked: frozenset[str] | None = None) -> None:
+    """Refuse a run's sites where a density cannot hold them.
+
+    Args:
+        visits: The sites.
+        unchecked: As in `data_problems`.
+
+    Raises:
+        ModelError: If there is nothing to infer, a discrete latent cannot be summed out, or data are
+            no numbers or cannot occur.
+        ShapeError: If data count more than once, or a site has dims that its plates do not make.
+    """
+    problem = discrete_problem(visits) or latents_problem(visits)
+    problem = problem or next(data_problems(visits, unchecked), None)
+    problem = problem or next(shape_problems(visits), None)
+    if problem is not None:
+        raise problem.error(str(problem))
+
+
+# -- what evaluations show --------------------------------------------------------------------------
 
 
 def sum_problem(
@@ -123,13 +429,10 @@ def sum_problem(
 
     Args:
         discrete: Those sites.
-        pairs: What `sums` says, `[K, 2]`.
+        pairs: The log joint in two ways, `[K, 2]`; see `Density.problems`.
         error: What the model raised instead.
     """
-    tolerance = 1e-8 if pairs is not None and pairs.dtype == torch.float64 else 1e-3
-    if pairs is not None and torch.allclose(
-        pairs[:, 0], pairs[:, 1], rtol=tolerance, atol=tolerance, equal_nan=True
-    ):
+    if pairs is not None and agree(pairs[:, 0], pairs[:, 1], 1e-8, 1e-3):
         return None
     names = ", ".join(discrete)
     what = (

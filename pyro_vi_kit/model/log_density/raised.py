@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_vi_kit.core.errors import ModelError, first_line
+from pyro_vi_kit.core.errors import first_line
+from pyro_vi_kit.model.log_density.visits import is_constant
 from pyro_vi_kit.model.model import Model
 
 _INVALID = re.compile(
@@ -93,18 +94,15 @@ def arguments(model: Model) -> dict[str, Any]:
     return dict(zip(model.argument_names, model.args, strict=True)) | dict(model.kwargs)
 
 
-def require_strided(model: Model) -> None:
-    """Refuse sparse tensors, which cannot be recorded and have no NumPy.
-
-    Raises:
-        ModelError: Names the argument.
-    """
-    for name, argument in arguments(model).items():
-        for leaf in tree_flatten(argument)[0]:
-            if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
-                raise ModelError(
-                    f"argument {name!r} holds a sparse tensor ({leaf.layout}): pass {name}.to_dense()"
-                )
+def sparse(model: Model) -> str:
+    """What to say of sparse tensors, which cannot be recorded and have no NumPy."""
+    name, leaf = next(
+        (name, leaf)
+        for name, argument in arguments(model).items()
+        for leaf in tree_flatten(argument)[0]
+        if isinstance(leaf, Tensor) and leaf.layout != torch.strided
+    )
+    return f"argument {name!r} holds a sparse tensor ({leaf.layout}): pass {name}.to_dense()"
 
 
 def not_finite(model: Model) -> Iterator[str]:
@@ -133,24 +131,18 @@ def _arrays(argument: Any) -> Iterator[Tensor]:
             yield argument
         return
     inner = list(argument.values()) if isinstance(argument, Mapping) else argument
-    several = isinstance(inner, list | tuple)
-    if not (several and any(isinstance(leaf, Tensor) for leaf in tree_flatten(inner)[0])):
+    parts = inner if isinstance(inner, list | tuple) else []
+    if not any(isinstance(leaf, Tensor) for leaf in tree_flatten(parts)[0]):
         with contextlib.suppress(Exception):  # lists of unequal length, and whatever is no number
             array = np.asarray(inner)
             if array.dtype.kind == "f":
                 yield torch.as_tensor(array)
                 return
-    if several and all(isinstance(part, Tensor) and part.dim() == 0 for part in inner):
-        inner = [torch.stack([part.detach().cpu().double() for part in inner])] if inner else []
-    if several:
-        for part in inner:
-            yield from _arrays(part)
-
-
-def is_constant(value: Any) -> bool:
-    """Whether several real numbers are all the same."""
-    several = isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 1
-    return bool(several and (value == value.reshape(-1)[0]).all())
+    if parts and all(isinstance(part, Tensor) and part.dim() == 0 for part in parts):
+        yield torch.stack([part.detach().cpu().double() for part in parts])
+        return
+    for part in parts:
+        yield from _arrays(part)
 
 
 def _is_whole(value: Any) -> bool:

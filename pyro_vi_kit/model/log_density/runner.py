@@ -15,17 +15,27 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_vi_kit.core.device import device_of
 from pyro_vi_kit.core.errors import ModelError, ViError
-from pyro_vi_kit.core.runtime import RandomStream, default_dtype, isolated, private_params
-from pyro_vi_kit.model.log_density import domain
+from pyro_vi_kit.core.runtime import (
+    RandomStream,
+    default_dtype,
+    if_forked,
+    isolated,
+    private_params,
+)
+from pyro_vi_kit.model.log_density import supports
 from pyro_vi_kit.model.log_density.compat import plain
 from pyro_vi_kit.model.log_density.drawn import Drawn
 from pyro_vi_kit.model.log_density.enumeration import Enumeration
-from pyro_vi_kit.model.log_density.handlers import Replay, subsample_indices
+from pyro_vi_kit.model.log_density.handlers import (
+    ArgumentRows,
+    Replay,
+    misfits,
+    rows_among,
+    subsample_indices,
+)
 from pyro_vi_kit.model.log_density.initial import SPREADS
-from pyro_vi_kit.model.log_density.modules import swapped_parameters
 from pyro_vi_kit.model.log_density.precision import Precision
-from pyro_vi_kit.model.log_density.raised import told
-from pyro_vi_kit.model.log_density.rows import ArgumentRows, misfits, rows_among
+from pyro_vi_kit.model.log_density.raised import sparse, told
 from pyro_vi_kit.model.model import Model
 
 
@@ -39,6 +49,24 @@ def placed(model: Model, device: torch.device) -> Model:
     return model.with_args(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def swapped_parameters(swaps: Mapping[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
+    """Put these tensors in the place of modules' parameters, and the user's own back on exit."""
+    outer = {(module, name): module._parameters[name] for module, name in swaps}
+
+    def give_back() -> None:
+        for (module, name), tensor in outer.items():
+            module._parameters[name] = tensor
+
+    with if_forked(give_back):
+        for (module, name), tensor in swaps.items():
+            module._parameters[name] = tensor  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            give_back()
+
+
 class Runner:
     """Runs one model in one precision and on one device, under a `Replay`.
 
@@ -47,6 +75,9 @@ class Runner:
         dtype: Precision that floating arguments are cast to.
         device: Where all tensors are put; where the model's arguments are when None.
         drawn: Discrete latents that are not summed out.
+
+    Raises:
+        ModelError: If an argument is sparse.
 
     Attributes:
         data: The tensors among the model's arguments, cast.
@@ -75,6 +106,8 @@ class Runner:
         self.drawn = drawn
         self.dtype = dtype
         self._leaves, self._spec = tree_flatten((model.args, dict(model.kwargs)))
+        if any(isinstance(t, Tensor) and t.layout != torch.strided for t in self._leaves):
+            raise ModelError(sparse(model))
         self.device = device_of(self._leaves) if device is None else device
         self.data = [self.cast(leaf) for leaf in self._leaves if isinstance(leaf, Tensor)]
         self.owners: dict[tuple[nn.Module, str], str] = {}
@@ -168,10 +201,10 @@ class Runner:
             Enumeration(self.nesting, self.drawn) if replay.enumerate else contextlib.nullcontext()
         )
         given = ArgumentRows(sliced)
-        domain.taken()  # those of an earlier run are none of this one's
+        supports.taken()  # those of an earlier run are none of this one's
         with self._handlers(params, index, replay.declared), replay, discrete, given:
             self.model.fn(*args, **kwargs)
-        domain.taken()
+        supports.taken()
 
     def learned(self, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[None]:
         """A context in which the user's modules hold these parameters instead of their own."""

@@ -11,10 +11,11 @@ from torch import Tensor
 from pyro_vi_kit.core.errors import ModelError
 from pyro_vi_kit.core.runtime import validation
 from pyro_vi_kit.model.data import Stream
-from pyro_vi_kit.model.log_density.handlers import Replay, Visit
+from pyro_vi_kit.model.log_density.batching import agree
+from pyro_vi_kit.model.log_density.handlers import Replay
 from pyro_vi_kit.model.log_density.problems import Problem
 from pyro_vi_kit.model.log_density.runner import Runner
-from pyro_vi_kit.model.log_density.terms import Terms
+from pyro_vi_kit.model.log_density.visits import Terms, Visit
 
 _REMEDY = "put what each row says into a plate as long as the batch, pyro.plate('row', len(x))"
 
@@ -185,9 +186,4 @@ def _plates(visit: Visit) -> list[str]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    if not one.is_floating_point():
-        return torch.equal(one, other)
-    tolerance = 1e-9 if one.dtype == torch.float64 else 1e-4
-    return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return agree(one, other, 1e-9, 1e-4) if one.is_floating_point() else torch.equal(one, other)

@@ -1,8 +1,10 @@
-"""What a model is made of: its sites, plates and learned parameters, found by running it."""
+"""What a model is made of: sites, plates, learned parameters; and how latents lie in flat vectors."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -10,14 +12,9 @@ from pyro.distributions import ImproperUniform
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from pyro_vi_kit.core.errors import ModelError
-from pyro_vi_kit.core.runtime import random_state
-from pyro_vi_kit.model.log_density.handlers import Fill, Kind, Replay, Visit, innermost
-from pyro_vi_kit.model.log_density.initial import SPREADS, InitFunction
-from pyro_vi_kit.model.log_density.problems import chance_problem, change_problem
-from pyro_vi_kit.model.log_density.runner import Runner
-from pyro_vi_kit.model.log_density.supports import bijector
-from pyro_vi_kit.model.log_density.writes import Undone
+from pyro_vi_kit.model.log_density.handlers import Replay
+from pyro_vi_kit.model.log_density.supports import bijector, innermost
+from pyro_vi_kit.model.log_density.visits import Kind, Visit
 
 
 @dataclass(frozen=True)
@@ -114,99 +111,6 @@ class Structure:
         return [site for site in seen if site.kind == "observed" or site.plates]
 
 
-def discover(
-    runner: Runner, init: InitFunction | None = None
-) -> tuple[Structure, dict[str, Visit]]:
-    """Find a model's structure from runs at different values of its latents.
-
-    Args:
-        runner: Runs the model.
-        init: Where to run it, and around; at the origin and around it when None.
-
-    Returns:
-        The structure, and the visits of the last run.
-
-    Raises:
-        ModelError: If the model raises, the runs meet different sites or shapes, a site's
-            support cannot be unconstrained, or random numbers are drawn outside sample sites.
-    """
-    with runner.first_runs():
-        runs = [Replay(fill=fill) for fill in starts(runner.device)]
-        runs[0].init = init
-        _first(runner, runs[0])
-        before = random_state()
-        if init is None:
-            for run in runs[1:]:
-                _try(runner, run)
-        else:
-            runs[1:] = _nearby(runner, runs[0])
-        structure = structure_of(runs[-1], runner.at_hand)
-        changes = (change_problem(run.visits, runs[-1].visits) for run in runs[:-1])
-        problem = next((change for change in changes if change is not None), None)
-        drew = random_state() != before
-        if problem is None and drew:
-            problem = chance_problem(runner, runs[-1])
-    if problem is not None:
-        raise ModelError(str(problem))
-    return structure, runs[-1].visits
-
-
-def _first(runner: Runner, run: Replay) -> None:
-    """Run the model for the first time; notes if it writes into what is its own."""
-    with Undone() as writes:
-        _try(runner, run)
-    if writes.found or (runner.precision is not None and runner.precision.written):
-        runner.run_on_copies()
-
-
-def _try(runner: Runner, run: Replay) -> None:
-    """Run the model at or near the origin, or say where it might begin instead."""
-    try:
-        runner.try_run(run)
-    except ModelError as error:
-        hint = _hint(runner) if run.init is None else ""
-        raise (ModelError(f"{error}{hint}") if hint else error) from error.__cause__
-
-
-def _hint(runner: Runner) -> str:
-    """What to do about a model that raises at the origin, if it does not at draws of its prior."""
-    try:
-        runner.try_run(Replay(sample_latents=True))
-    except ModelError:
-        return ""
-    return (
-        ". That is at or near the origin of unconstrained space, and at draws of its prior it runs: say "
-        "where to start, init='median' or another function of the site, or a dict of site values"
-    )
-
-
-def _nearby(runner: Runner, first: Replay) -> list[Replay]:
-    """Runs on either side of a point, as near as the model needs; notes point and distance."""
-    runner.centre = {
-        name: visit.unconstrained
-        for name, visit in first.visits.items()
-        if visit.kind == "latent" and visit.choice is None and visit.unconstrained is not None
-    }
-    runner.initial = {name: first.visits[name].value.detach() for name in runner.centre}
-    for spread in SPREADS:
-        runner.spread = spread
-        runs = [Replay(fill=fill) for fill in starts(runner.device)[1:]]
-        try:
-            for run in runs:
-                away = {name: run.fill(value.shape) for name, value in runner.centre.items()}
-                run.unconstrained = {
-                    name: (value + spread / 0.3 * away[name]).detach().requires_grad_()
-                    for name, value in runner.centre.items()
-                }
-                runner.try_run(run)
-        except ModelError:
-            if spread == SPREADS[-1]:
-                raise
-        else:
-            return runs
-    return []
-
-
 def structure_of(replay: Replay, at_hand: frozenset[str] = frozenset()) -> Structure:
     """What a run met; plates whose rows are at hand are as long as these."""
     sites = {name: _site(visit, at_hand) for name, visit in replay.visits.items()}
@@ -215,31 +119,37 @@ def structure_of(replay: Replay, at_hand: frozenset[str] = frozenset()) -> Struc
     return Structure(sites, plates, parameters_of(replay), declared)
 
 
-def starts(device: torch.device) -> list[Fill]:
-    """Values of the latents to run a model at: the origin, and two points on either side of it."""
-
-    def leaf_normals(sign: float) -> Fill:
-        generator = torch.Generator().manual_seed(20260)
-
-        def fill(shape: torch.Size) -> Tensor:
-            point = sign * 0.3 * torch.randn(shape, generator=generator, device="cpu")
-            # A leaf that requires a gradient, so that what depends on latents can be told.
-            return point.to(device).requires_grad_()
-
-        return fill
-
-    return [torch.zeros, leaf_normals(-1.0), leaf_normals(1.0)]
-
-
 def _event_of(value: torch.Size, event: torch.Size) -> torch.Size:
     """The event shape of data: a hidden Markov model of no length of its own says 1 for any length."""
-    own = value[len(value) - len(event) :]
+    own = torch.Size(value[len(value) - len(event) :])
     longer = len(own) == len(event) and all(n in (1, m) for n, m in zip(event, own, strict=True))
     return own if longer else event
 
 
 def _site(visit: Visit, at_hand: frozenset[str]) -> Site:
     latent = visit.kind == "latent" and visit.choice is None
+    batch_shape, event_shape, plates = _shapes(visit, at_hand)
+    return Site(
+        name=visit.name,
+        kind=visit.kind,
+        batch_shape=batch_shape,
+        event_shape=event_shape,
+        plates=plates,
+        unconstrained_shape=torch.Size()
+        if visit.unconstrained is None
+        else visit.unconstrained.shape,
+        transform=bijector(visit.name, visit.fn)
+        if latent and _is_fixed(visit.fn.support)
+        else None,
+        improper=is_improper(visit.fn),
+        states=0 if visit.choice is None else len(visit.choice.states),
+    )
+
+
+def _shapes(
+    visit: Visit, at_hand: frozenset[str]
+) -> tuple[torch.Size, torch.Size, tuple[Plate, ...]]:
+    """Batch shape, event shape and plates of a site."""
     plates = tuple(
         Plate(
             frame.name,
@@ -248,31 +158,19 @@ def _site(visit: Visit, at_hand: frozenset[str]) -> Site:
         )
         for frame in visit.frames
     )
-    batch_shape, event_shape = visit.fn.batch_shape, visit.fn.event_shape
+    shape = visit.value.shape
+    # A user's own distribution may have lists.
+    batch_shape, event_shape = torch.Size(visit.fn.batch_shape), torch.Size(visit.fn.event_shape)
     if visit.kind == "factor":
-        event_shape = event_shape[:0]  # Pyro's value of a factor has no elements
+        event_shape = torch.Size()  # Pyro's value of a factor has no elements
     if visit.kind == "observed":
-        event_shape = _event_of(visit.value.shape, event_shape)
-    if visit.kind == "deterministic" and visit.value.shape != batch_shape + event_shape:
+        event_shape = _event_of(shape, event_shape)
+    if visit.kind == "deterministic" and shape != batch_shape + event_shape:
         # Without event_dim, Pyro counts every dim of a deterministic value as an event dim, plates
         # included; the value's own shape says where the plates are.
-        shape = visit.value.shape
         plates = tuple(p for p in plates if len(shape) >= -p.dim and shape[p.dim] == p.size)
-        batch_shape, event_shape = (shape, shape[:0]) if plates else (shape[:0], shape)
-    unconstrained_shape = torch.Size() if visit.unconstrained is None else visit.unconstrained.shape
-    return Site(
-        name=visit.name,
-        kind=visit.kind,
-        batch_shape=torch.Size(batch_shape),
-        event_shape=torch.Size(event_shape),
-        plates=plates,
-        unconstrained_shape=unconstrained_shape,
-        transform=bijector(visit.name, visit.fn)
-        if latent and _is_fixed(visit.fn.support)
-        else None,
-        improper=is_improper(visit.fn),
-        states=0 if visit.choice is None else len(visit.choice.states),
-    )
+        batch_shape, event_shape = (shape, torch.Size()) if plates else (torch.Size(), shape)
+    return batch_shape, event_shape, plates
 
 
 def is_improper(fn: Any) -> bool:
@@ -282,18 +180,12 @@ def is_improper(fn: Any) -> bool:
 
 def _is_fixed(support: Any) -> bool:
     """Whether a support is the same at every run: it holds no tensor but plain scalars."""
-    for value in vars(support).values():
-        if isinstance(value, Tensor):
-            if value.requires_grad or value.numel() != 1:
-                return False
-        elif hasattr(value, "check"):
-            if not _is_fixed(value):
-                return False
-        elif isinstance(value, list | tuple) and any(
-            hasattr(part, "check") and not _is_fixed(part) for part in value
-        ):
-            return False
-    return True
+    if isinstance(support, Tensor):
+        return not support.requires_grad and support.numel() == 1
+    if isinstance(support, list | tuple):
+        return all(_is_fixed(part) for part in support if hasattr(part, "check"))
+    held = vars(support).values() if hasattr(support, "check") else ()
+    return all(map(_is_fixed, held))
 
 
 def parameters_of(replay: Replay) -> dict[str, Parameter]:
@@ -307,3 +199,69 @@ def parameters_of(replay: Replay) -> dict[str, Parameter]:
             value = tensor.detach().clone()
             found[name] = Parameter(name, value, visit.constraint, visit.owner, visit.attribute)
     return found
+
+
+@dataclass(frozen=True)
+class Block:
+    """Latent sites that share one distribution of the guide.
+
+    Attributes:
+        name: What the guide calls it.
+        sites: Its latents, in the model's order.
+        plate: None for a global block of `D` numbers; else the data plate, for rows of `d` numbers,
+            one per datum.
+    """
+
+    name: str
+    sites: tuple[Site, ...]
+    plate: Plate | None = None
+
+    @property
+    def dim(self) -> int:
+        """Numbers in the block: D for all, or d for each datum."""
+        return sum(prod(self.rest(site)) for site in self.sites)
+
+    def unpack(self, flat: Tensor) -> dict[str, Tensor]:
+        """Split `[K, D]`, or `[K, B, d]`, into `{site: [K, *batch, *event]}`, unconstrained."""
+        values, start = {}, 0
+        for site in self.sites:
+            rest = self.rest(site)
+            size = prod(rest)
+            part = flat[..., start : start + size].reshape(*flat.shape[:-1], *rest)
+            if self.plate is not None:
+                part = torch.movedim(part, 1, 1 + self.axis(site))
+            values[site.name] = part
+            start += size
+        return values
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The inverse of `unpack`."""
+        parts = []
+        for site in self.sites:
+            value = values[site.name]
+            if self.plate is None:
+                parts.append(value.reshape(value.shape[0], -1))
+            else:
+                rows = torch.movedim(value, 1 + self.axis(site), 1)
+                parts.append(rows.reshape(*rows.shape[:2], -1))
+        return torch.cat(parts, -1)
+
+    def labels(self) -> list[tuple[str, int]]:
+        """Site name and position in the flattened site, for each number of the block."""
+        return [(site.name, i) for site in self.sites for i in range(prod(self.rest(site)))]
+
+    def axis(self, site: Site) -> int:
+        """Where the data plate lies among the site's dims, counted from the left."""
+        return len(site.batch_shape) + (self.plate.dim if self.plate is not None else 0)
+
+    def rest(self, site: Site) -> tuple[int, ...]:
+        """Unconstrained shape of a site in the block: of all of it, or of one datum's part."""
+        shape = list(site.unconstrained_shape)
+        if self.plate is not None:
+            del shape[self.axis(site)]
+        return tuple(shape)
+
+
+def global_block(sites: Sequence[Site]) -> Block:
+    """One block for all these latents."""
+    return Block("latent", tuple(sites))

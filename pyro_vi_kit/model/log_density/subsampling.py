@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.errors import ModelError, first_line
 from pyro_vi_kit.core.runtime import RandomStream
-from pyro_vi_kit.model.log_density.handlers import Visit
+from pyro_vi_kit.model.log_density.batching import agree
+from pyro_vi_kit.model.log_density.density import Density
 from pyro_vi_kit.model.log_density.structure import Plate, Site
-
-if TYPE_CHECKING:
-    from pyro_vi_kit.model.log_density.density import Density
+from pyro_vi_kit.model.log_density.visits import Visit
 
 _SEED = 20264
 
@@ -35,13 +33,12 @@ def require_subsamplable(density: Density, sizes: Mapping[Plate, int]) -> None:
     """
     for plate in sizes:
         _require_outermost(density, plate)
-    with RandomStream(_SEED), torch.no_grad():
+    with RandomStream(_SEED):
         index = {
             plate.name: density.cast(torch.randperm(plate.size, device="cpu")[:size])
             for plate, size in sizes.items()
         }
-        away = torch.randn(1, density.dim, dtype=density.dtype, device="cpu")
-        z = density.block.unpack(density.near_start(density.cast(away)))
+    z = density.trial(_SEED)
     some = {name: rows_of(density.structure.sites[name], value, index) for name, value in z.items()}
     density.slice_arguments({})
     refusal = _refusal(density, z, some, index)
@@ -117,8 +114,7 @@ def _same_terms(
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-8 if a.dtype == torch.float64 else 1e-3
-    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+    return agree(a, b, 1e-8, 1e-3) and not bool(a.isnan().any())
 
 
 def _blamed(

@@ -24,7 +24,8 @@ from pyro_vi_kit.core.runtime import RandomStream, default_dtype, isolated, priv
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.user_guides import GuideSites, Marked, look_over, named
 from pyro_vi_kit.model.log_density import Density
-from pyro_vi_kit.model.log_density.handlers import sample_sites, subsample_indices
+from pyro_vi_kit.model.log_density.handlers import subsample_indices
+from pyro_vi_kit.model.log_density.visits import sample_sites
 from pyro_vi_kit.model.model import Model
 from pyro_vi_kit.objectives import Elbo, Objective
 from pyro_vi_kit.optimize.engines.base import Average, Stretch, all_finite, torch_optimizer

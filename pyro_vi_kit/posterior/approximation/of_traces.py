@@ -18,10 +18,9 @@ from pyro_vi_kit.core.runtime import validation
 from pyro_vi_kit.core.stopping import model_errors
 from pyro_vi_kit.guides.user_guides import Marked
 from pyro_vi_kit.model.groups import by_observation, data_groups, prior_groups, sampled
-from pyro_vi_kit.model.log_density.guarding import Key, flags
-from pyro_vi_kit.model.log_density.handlers import Visit, kind_of, sample_sites
+from pyro_vi_kit.model.log_density.problems import made_unchecked
 from pyro_vi_kit.model.log_density.runner import placed
-from pyro_vi_kit.model.log_density.usable import made_unchecked
+from pyro_vi_kit.model.log_density.visits import Key, Visit, flags, kind_of, sample_sites
 from pyro_vi_kit.model.model import Model
 from pyro_vi_kit.posterior.approximation.protocol import (
     PRIOR_DRAWS,

@@ -14,7 +14,7 @@ from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.psis import Psis
 from pyro_vi_kit.core.stopping import model_errors
 from pyro_vi_kit.model.log_density import Density
-from pyro_vi_kit.model.log_density.hierarchy import centred_sites
+from pyro_vi_kit.model.log_density.dependence import centred_sites
 from pyro_vi_kit.posterior.approximation import (
     Approximation,
     GuideApproximation,

@@ -14,8 +14,8 @@ from torch.distributions import constraints
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError
 from pyro_vi_kit.model.groups import dims_of, squeeze
 from pyro_vi_kit.model.log_density import Density, Site
-from pyro_vi_kit.model.log_density.handlers import Visit
-from pyro_vi_kit.model.log_density.masks import WRAPPERS, shown
+from pyro_vi_kit.model.log_density.supports import innermost
+from pyro_vi_kit.model.log_density.visits import Visit
 
 Kind = Literal["real", "positive", "angle", "count", "binary", "category"]
 
@@ -108,7 +108,7 @@ def observations(
 
 def kind_of(fn: Any) -> Kind:
     """What a distribution's values are, by its support."""
-    base = _innermost(fn)
+    base = innermost(fn)
     try:
         support = fn.support
     except NotImplementedError:  # a distribution of the user's own
@@ -134,14 +134,8 @@ def _observation(density: Density, visit: Visit) -> Observation:
     factor = site.kind == "factor"
     given = visit.value.new_zeros(shape) if factor else visit.value.expand(shape)
     value = squeeze(site, given[None])[0]
-    counted = squeeze(site, shown(visit, site)[None])[0]
+    counted = squeeze(site, visit.shown(site.batch_shape, site.event_shape)[None])[0]
     scaled = bool((torch.as_tensor(visit.scale) != 1).any())
     dims = tuple(dims_of(density.model, site))
     kind = "real" if factor else kind_of(visit.fn)
     return Observation(site, value, counted, dims, kind, scaled)
-
-
-def _innermost(fn: Any) -> Any:
-    while type(fn).__name__ in WRAPPERS:
-        fn = fn.base_dist
-    return fn

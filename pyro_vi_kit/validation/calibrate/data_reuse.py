@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pyro_vi_kit.core.errors import ModelError
 from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.model.log_density import Density
-from pyro_vi_kit.model.log_density.handlers import Visit
+from pyro_vi_kit.model.log_density.visits import Visit
 from pyro_vi_kit.model.model import Model
 
 Values = Mapping[str, Tensor]
