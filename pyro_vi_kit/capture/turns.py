@@ -38,11 +38,11 @@ def busy() -> str:
     """
     if os.environ.get(SIDE_BY_SIDE):
         return f"fits run side by side ({SIDE_BY_SIDE})"
-    processors = _processors()
+    count = processors()
     with contextlib.suppress(OSError, AttributeError):  # no such thing on Windows
         load = os.getloadavg()[0]
-        if load > processors:
-            return f"the machine is busy (a load of {load:.1f} on {processors} processors)"
+        if load > count:
+            return f"the machine is busy (a load of {load:.1f} on {count} processors)"
     return ""
 
 
@@ -93,6 +93,7 @@ def note_started(one: Stopping) -> None:
         started.append(one)
 
 
-def _processors() -> int:
+def processors() -> int:
+    """How many processors this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1

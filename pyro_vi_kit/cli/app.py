@@ -80,7 +80,11 @@ def _explain(ctx: click.Context, error: BaseException, message: str) -> None:
     "vi-kit",
     cls=Commands,
     help=_HELP,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    },
 )
 @click.version_option(__version__, prog_name="vi-kit")
 @common_options

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import pyro_vi_kit as vi
 from pyro_vi_kit.cli.options import common_options, json_option
 from pyro_vi_kit.cli.output import print_json
 
@@ -26,10 +27,8 @@ _GAP = "  "
 @common_options
 def guides_command(as_json: bool) -> None:
     """List the guides: what each can represent, what a step costs, when to use it, its paper."""
-    from pyro_vi_kit import guides
-
     heads = ("guide", "what it can represent", "cost of a step", "when to use it", "paper")
-    _print(guides.choices(), guides.about(), heads, as_json)
+    _print(vi.guides.choices(), vi.guides.about(), heads, as_json)
 
 
 @click.command("objectives")
@@ -37,12 +36,12 @@ def guides_command(as_json: bool) -> None:
 @common_options
 def objectives_command(as_json: bool) -> None:
     """List the objectives: what each bounds, what a step costs, when to use it, its paper."""
-    from pyro_vi_kit import objectives
-
     heads = ("objective", "what it bounds", "cost of a step", "when to use it", "paper")
     heads = (*heads, "gradients")
-    gradients = {name: ", ".join(each) for name, each in objectives.estimators_of().items()}
-    _print(objectives.describe(), objectives.about(), heads, as_json, {"estimators": gradients})
+    gradients = {name: ", ".join(each) for name, each in vi.objectives.estimators_of().items()}
+    _print(
+        vi.objectives.describe(), vi.objectives.about(), heads, as_json, {"estimators": gradients}
+    )
 
 
 @click.command("estimators")
@@ -50,12 +49,10 @@ def objectives_command(as_json: bool) -> None:
 @common_options
 def estimators_command(as_json: bool) -> None:
     """List the estimators of a gradient: what each does, its cost, when to use it, its paper."""
-    from pyro_vi_kit import objectives
-
-    about = objectives.about_estimators()
+    about = vi.objectives.about_estimators()
     heads = ("estimator", "what it is", "cost of a step", "when to use it", "paper")
     trained = {
-        name: ", ".join(o for o, each in objectives.estimators_of().items() if name in each)
+        name: ", ".join(o for o, each in vi.objectives.estimators_of().items() if name in each)
         for name in about
     }
     described = {name: each.does for name, each in about.items()}

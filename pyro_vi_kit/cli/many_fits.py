@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+import pyro_vi_kit as vi
 from pyro_vi_kit.cli.options import (
     common_options,
     configured,
@@ -17,11 +18,10 @@ from pyro_vi_kit.cli.options import (
     nuts_options,
     objective_option,
     one,
-    options_of,
     part_options,
     progress_wanted,
     seed_option,
-    split_names,
+    several,
 )
 from pyro_vi_kit.cli.output import (
     message,
@@ -63,32 +63,29 @@ def compare_command(
     from pyro_vi_kit import plots
     from pyro_vi_kit.core.export import write
     from pyro_vi_kit.core.files import folder_for_results
-    from pyro_vi_kit.fitting.fit import fit
-    from pyro_vi_kit.guides import choices
     from pyro_vi_kit.model.modelfile import load_model_file
-    from pyro_vi_kit.validation.compare import compare, format_overview
-    from pyro_vi_kit.validation.nuts import nuts
+    from pyro_vi_kit.validation.compare import format_overview
 
     folder = None if out is None else folder_for_results(out)
     # It may register a guide or an objective of its own.
     model = load_model_file(model_file)
-    named = options_of("guide", split_names("guide", guides, choices()), guide_options)
+    named = several("guide", guides, guide_options)
     specs = {name: configured("guide", name, own) for name, own in named.items()}
     goal = one("objective", objective or "elbo", objective_options)
     _refuse_impossible(model, specs, goal, init)
     progress = progress_wanted()
     posteriors: dict[str, Any] = {}
     for name, spec in specs.items():
-        posteriors[name] = fit(model, spec, goal, init=init, seed=seed, progress=progress)
+        posteriors[name] = vi.fit(model, spec, goal, init=init, seed=seed, progress=progress)
         if posteriors[name].status.reason == "interrupted":
             raise KeyboardInterrupt
         message(f"{name}: {posteriors[name].seconds:.2f} s")
     message("NUTS ...")
     start = "auto" if init == "origin" else init
-    reference = nuts(model, init=start, seed=seed, progress=progress, **sampler)
+    reference = vi.nuts(model, init=start, seed=seed, progress=progress, **sampler)
     if reference.attrs["interrupted"]:
         raise KeyboardInterrupt
-    frame = compare(reference, posteriors, seed=seed)
+    frame = vi.compare(reference, posteriors, seed=seed)
     if folder is not None:
         write_table(frame, folder / "table.csv", index=False)
         write(reference, folder / "reference.nc")
@@ -111,13 +108,7 @@ def compare_command(
 @click.command("bench", short_help="Models x guides x objectives, resumable.")
 @click.argument("models", metavar="MODEL.py|FOLDER...", nargs=-1, required=True, type=click.Path())
 @guides_option
-@click.option(
-    "--objectives",
-    metavar="A,B,...",
-    default="elbo",
-    show_default=True,
-    help="See vi-kit objectives.",
-)
+@click.option("--objectives", metavar="A,B,...", default="elbo", help="See vi-kit objectives.")
 @part_options
 @click.option("--nuts/--no-nuts", "with_nuts", default=True, help="Beside NUTS, or fits alone.")
 @nuts_options
@@ -140,18 +131,14 @@ def bench_command(
     **sampler: Any,
 ) -> None:
     """Fit all guides to all models with all objectives; may be interrupted and resumed."""
-    from pyro_vi_kit.guides import choices
-    from pyro_vi_kit.objectives import names
     from pyro_vi_kit.validation.suite import Nuts, format_results, load_models, run
 
     loaded = load_models(models)  # which may register guides and objectives of their own
     try:
         frame = run(
             loaded,
-            options_of("guide", split_names("guide", guides, choices()), guide_options),
-            options_of(
-                "objective", split_names("objective", objectives, names()), objective_options
-            ),
+            several("guide", guides, guide_options),
+            several("objective", objectives, objective_options),
             out,
             seed=seed,
             resume=resume,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import pyro_vi_kit as vi
 from pyro_vi_kit.cli.options import (
     common_options,
     init_option,
@@ -52,10 +53,9 @@ _REPORT = ("max_rhat", "min_ess_bulk", "min_ess_tail", "divergences", "seconds",
 @click.pass_context
 def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
     """Look a model over: named checks, each with its remedy. Exit code 2 if one fails."""
-    from pyro_vi_kit.model.checks import check
     from pyro_vi_kit.model.modelfile import load_model_file
 
-    report = check(load_model_file(model_file), verbose=False)
+    report = vi.check(load_model_file(model_file), verbose=False)
     if as_json:
         checks = [{**vars(check)} for check in report.checks]
         print_json({"model": report.model, "ok": report.ok, "checks": checks})
@@ -71,12 +71,8 @@ def check_command(ctx: click.Context, model_file: str, as_json: bool) -> None:
 @objective_option
 @part_options
 @training_options
-@click.option(
-    "--engine", default="auto", show_default=True, help="auto, captured, compiled, eager or pyro."
-)
-@click.option(
-    "--estimator", default="auto", show_default=True, help="auto, or see vi-kit estimators."
-)
+@click.option("--engine", default="auto", help="auto, captured, compiled, eager or pyro.")
+@click.option("--estimator", default="auto", help="auto, or see vi-kit estimators.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Train by passes over the data.")
 @click.option("--checkpoint", type=click.Path(), help="Keep the fit here; go on if it exists.")
 @click.option("--resume", type=click.Path(), help="A fit written by --out, to go on from.")
@@ -108,7 +104,6 @@ def fit_command(
     **options: Any,
 ) -> None:
     """Fit a guide; print the verdict and a summary. Exit code 3 if the verdict is reject."""
-    from pyro_vi_kit.fitting.fit import fit
     from pyro_vi_kit.model.modelfile import load_model_file
 
     target = netcdf_target(out)
@@ -118,7 +113,7 @@ def fit_command(
     if goal is None and options["resume"] is None:
         goal = "elbo"
     try:
-        posterior = fit(model, spec, goal, progress=progress_wanted(), **options)
+        posterior = vi.fit(model, spec, goal, progress=progress_wanted(), **options)
     except FitError as error:
         _keep(error.posterior, target, draws)
         raise
@@ -154,11 +149,10 @@ def nuts_command(
     """
     from pyro_vi_kit.core.export import write
     from pyro_vi_kit.model.modelfile import load_model_file
-    from pyro_vi_kit.validation.nuts import nuts
 
     target = netcdf_target(out)
     model = load_model_file(model_file)
-    tree = nuts(model, progress=progress_wanted(), **options)
+    tree = vi.nuts(model, progress=progress_wanted(), **options)
     if target is not None:
         write(tree, target)
         message(f"wrote {relative(target)}")
@@ -177,19 +171,17 @@ def nuts_command(
 
 @click.command("calibrate", short_help="Fit a guide to simulated data, and find the truth.")
 @model_argument
-@click.option("--guide", default="full_rank", show_default=True, help="See vi-kit guides.")
+@click.option("--guide", default="full_rank", help="See vi-kit guides.")
 @click.option(
     "--simulations",
     type=click.IntRange(min=20),
     default=200,
-    show_default=True,
     help="Data sets to simulate.",
 )
 @click.option(
     "--draws",
     type=click.IntRange(min=19),
     default=999,
-    show_default=True,
     help="Draws that each truth is ranked among.",
 )
 @click.option("--sites", metavar="A,B,...", show_default="all", help="Sites to rank.")
@@ -222,13 +214,12 @@ def calibrate_command(
     """
     from pyro_vi_kit.core.files import folder_for_results
     from pyro_vi_kit.model.modelfile import load_model_file
-    from pyro_vi_kit.validation.calibrate import calibrate
 
     folder = None if out is None else folder_for_results(out)
     model = load_model_file(model_file)
     spec, goal = one("guide", guide, guide_options), one("objective", objective, objective_options)
     names = None if sites is None else [part.strip() for part in sites.split(",") if part.strip()]
-    found = calibrate(
+    found = vi.calibrate(
         model, spec, sites=names, objective=goal, progress=progress_wanted(), **options
     )
     if folder is not None:

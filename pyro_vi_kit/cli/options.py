@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+import pyro_vi_kit as vi
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -63,13 +65,11 @@ seed_option = click.option(
     "--seed",
     type=click.IntRange(0, 2**63 - 1),
     default=0,
-    show_default=True,
     help="The same seed gives the same numbers.",
 )
 init_option = click.option(
     "--init",
     default="auto",
-    show_default=True,
     help="Where to start: auto, or a function of Pyro's, median, mean, sample, feasible, uniform; fit "
     "also takes origin.",
 )
@@ -77,7 +77,6 @@ guides_option = click.option(
     "--guides",
     metavar="A,B,...",
     default="mean_field,full_rank",
-    show_default=True,
     help="See vi-kit guides.",
 )
 objective_option = click.option(
@@ -103,12 +102,7 @@ part_options = all_of(
     _former("alpha"),
 )
 training_options = all_of(
-    click.option(
-        "--method",
-        default="auto",
-        show_default=True,
-        help="auto, cavi, lbfgs, moments or stochastic.",
-    ),
+    click.option("--method", default="auto", help="auto, cavi, lbfgs, moments or stochastic."),
     click.option(
         "--tol", type=float, show_default="0.01", help="Nats that the bound may fall short by."
     ),
@@ -116,21 +110,15 @@ training_options = all_of(
     click.option("--steps", type=click.IntRange(min=1), help="The most stochastic steps."),
 )
 nuts_options = all_of(
-    click.option("--chains", type=click.IntRange(min=1), default=4, show_default=True),
-    click.option(
-        "--draws",
-        type=click.IntRange(min=4),
-        default=1000,
-        show_default=True,
-        help="Draws kept per chain.",
-    ),
+    click.option("--chains", type=click.IntRange(min=1), default=4),
+    click.option("--draws", type=click.IntRange(min=4), default=1000, help="Draws kept per chain."),
     click.option(
         "--tune",
         type=click.IntRange(min=10),
         show_default="400 with nutpie, 800 with Pyro",
         help="Warm-up draws per chain.",
     ),
-    click.option("--sampler", default="auto", show_default=True, help="auto, nutpie or pyro."),
+    click.option("--sampler", default="auto", help="auto, nutpie or pyro."),
 )
 
 
@@ -144,21 +132,21 @@ def progress_wanted() -> bool | None:
     return click.get_current_context().meta.get(f"{_META}.progress")
 
 
-def split_names(kind: str, text: str, known: Iterable[str]) -> list[str]:
-    """Names separated by commas, each once.
+def several(kind: str, text: str, pairs: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Guides or objectives separated by commas, each once, with the options that are given to each.
 
     Raises:
         UnknownNameError: If one is not known; names the nearest.
-        OptionError: If there is none.
+        OptionError: If there is none, or an option is not of the form NAME=VALUE.
     """
-    known = list(known)
+    known = list(vi.guides.choices() if kind == "guide" else vi.objectives.names())
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise OptionError(f"no {kind} is given; known {kind}s: {', '.join(known)}")
     for name in names:
         if name not in known:
             raise UnknownNameError(kind, name, known)
-    return names
+    return options_of(kind, names, pairs)
 
 
 def one(kind: str, name: str | None, pairs: Sequence[str]) -> Any:
@@ -175,15 +163,13 @@ def configured(kind: str, name: str, options: dict[str, Any]) -> Any:
         UnknownNameError: If the name is not known.
         OptionError: If it has no such option, or the value cannot be used.
     """
-    from pyro_vi_kit import guides, objectives
-
     if kind == "guide":
-        guides.require_choice(name)
-        if name == guides.AUTO:
+        vi.guides.require_choice(name)
+        if name == vi.guides.AUTO:
             return name
-        made: Any = guides.specify(name, **options)
+        made: Any = vi.guides.specify(name, **options)
     else:
-        made = objectives.make(name, **options)
+        made = vi.objectives.make(name, **options)
     return made if options else name
 
 
@@ -199,11 +185,7 @@ def options_of(kind: str, names: Sequence[str], pairs: Sequence[str]) -> dict[st
         UnknownNameError: If one is for a part that is not named.
         OptionError: If one is not of this form, or is for ``auto``.
     """
-    import dataclasses
-
-    from pyro_vi_kit import guides, objectives
-
-    registry: Any = guides.REGISTRY if kind == "guide" else objectives.REGISTRY
+    registry: Any = vi.guides.REGISTRY if kind == "guide" else vi.objectives.REGISTRY
     known = {n: {f.name for f in dataclasses.fields(registry[n])} for n in names if n in registry}
     if kind == "objective":
         pairs = [*pairs, *click.get_current_context().meta.get(f"{_META}.objective", ())]
@@ -214,7 +196,7 @@ def options_of(kind: str, names: Sequence[str], pairs: Sequence[str]) -> dict[st
             raise UnknownNameError(kind, part, names)
         # What none has is given to all, and refused by the first.
         takers = [part] if part else [n for n in names if option in known.get(n, ())] or names
-        if takers[0] == guides.AUTO:
+        if takers[0] == vi.guides.AUTO:
             raise OptionError(
                 f"--guide auto tries several guides and takes no --guide-option {option}: name the "
                 "guide"

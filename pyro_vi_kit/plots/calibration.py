@@ -14,6 +14,7 @@ from pyro_vi_kit.core.options import path as a_path
 from pyro_vi_kit.plots.style import COLOURS, GREY, INK, destination, panels, save
 from pyro_vi_kit.validation.calibrate import Calibration
 from pyro_vi_kit.validation.calibrate.calibration_tests import Band, band, ecdf
+from pyro_vi_kit.validation.calibrate.simulation import TARP
 from pyro_vi_kit.validation.calibrate.verdict import CALIBRATED, JOINT
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ _MOST_PANELS = 12
 _FEW = 3
 _FINE, _WRONG = COLOURS[0], COLOURS[1]
 _CALIBRATION = of_class(Calibration, "pass what vi.calibrate returns")
-_BAND_WORDS = "95 % band, if calibrated"
-
-
 _OF_SITES = checks(calibration=_CALIBRATION, sites=optional(names), path=optional(a_path))
 
 
@@ -55,25 +53,11 @@ def rank_ecdf(
         MissingDependencyError: If matplotlib is not installed.
     """
 
-    def draw(axis: Axes, values: np.ndarray, limits: Band, colour: str) -> None:
-        x, y = _steps(ecdf(values, limits.points) - limits.points, limits)
-        axis.plot(x, y, color=colour, lw=1.2)
+    def curve(values: np.ndarray, points: np.ndarray) -> np.ndarray:
+        return ecdf(values, points) - points
 
-    def band_of(axis: Axes, limits: Band) -> None:
-        x, low = _steps(limits.low - limits.points, limits)
-        _, high = _steps(limits.high - limits.points, limits)
-        axis.fill_between(x, low, high, color=GREY, alpha=0.6, lw=0, label=_BAND_WORDS)
-        axis.axhline(0.0, color=INK, lw=0.6)
-
-    return _by_site(
-        calibration,
-        sites,
-        path,
-        draw,
-        band_of,
-        "share of draws below the truth",
-        "ECDF less uniform",
-    )
+    words = ("share of draws below the truth", "ECDF less uniform")
+    return _by_site(calibration, sites, path, curve, words, level=True)
 
 
 @_OF_SITES
@@ -97,20 +81,12 @@ def coverage(
         MissingDependencyError: If matplotlib is not installed.
     """
 
-    def draw(axis: Axes, values: np.ndarray, limits: Band, colour: str) -> None:
-        x, y = _ends(ecdf(np.abs(2.0 * values - 1.0), limits.points), limits)
-        axis.plot(x, y, color=colour, lw=1.2)
+    def curve(values: np.ndarray, points: np.ndarray) -> np.ndarray:
+        return ecdf(np.abs(2.0 * values - 1.0), points)
 
     chosen = sites if sites is not None else [s for s in _worst(calibration) if s not in JOINT]
-    return _by_site(
-        calibration,
-        chosen,
-        path,
-        draw,
-        _diagonal,
-        "mass of the interval",
-        "holds the truth",
-    )
+    words = ("mass of the interval", "holds the truth")
+    return _by_site(calibration, chosen, path, curve, words, level=False)
 
 
 @checks(calibration=_CALIBRATION, path=optional(a_path))
@@ -130,9 +106,9 @@ def expected_coverage(calibration: Calibration, path: str | Path | None = None) 
     frame = calibration.expected_coverage()
     figure, (axis,) = panels(1, height=1.7)
     limits = Band(*(frame[name].to_numpy() for name in ("credibility", "low", "high")))
-    _diagonal(axis, limits)
-    wrong = calibration.verdict.sites[JOINT[1]] != CALIBRATED
-    x, y = _ends(frame["coverage"].to_numpy(), limits)
+    _band(axis, limits, level=False)
+    wrong = calibration.verdict.sites[TARP] != CALIBRATED
+    x, y = _ends(frame["coverage"].to_numpy(), limits, level=False)
     axis.plot(x, y, color=_WRONG if wrong else _FINE, lw=1.5, label=calibration.guide)
     axis.set_xlabel("mass of the region under the guide", fontsize=9, color=INK)
     axis.set_ylabel("holds the truth", fontsize=9, color=INK)
@@ -142,19 +118,25 @@ def expected_coverage(calibration: Calibration, path: str | Path | None = None) 
     return save(figure, target)
 
 
-Draw = Callable[["Axes", np.ndarray, Band, str], None]
-
-
 def _by_site(
     calibration: Calibration,
     sites: Sequence[str] | None,
     path: str | Path | None,
-    draw: Draw,
-    band_of: Callable[[Axes, Band], None],
-    x_label: str,
-    y_label: str,
+    curve: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    words: tuple[str, str],
+    *,
+    level: bool,
 ) -> Figure:
-    """A panel for each site, a curve in it for each of its numbers."""
+    """A panel for each site, a curve in it for each of its numbers.
+
+    Args:
+        calibration: What is shown.
+        sites: Which.
+        path: Where to write the picture.
+        curve: From probabilities of the truths and points to what is drawn at these points.
+        words: Of the x-axis and the y-axis.
+        level: Whether uniform numbers give a level line, the diagonal being subtracted.
+    """
     target = destination(path)
     known = calibration.by_site
     chosen = _worst(calibration) if sites is None else list(sites)
@@ -166,17 +148,16 @@ def _by_site(
     limits = band(len(calibration.numbers))
     figure, axes = panels(len(chosen), height=1.1)
     for axis, name in zip(axes, chosen, strict=True):
-        band_of(axis, limits)
+        _band(axis, limits, level=level)
         wrong = [label for label in known[name] if verdicts[label] != CALIBRATED]
+        width = 1.2 if len(known[name]) <= _FEW else 0.7
         # What is wrong lies above what is not.
         for label in sorted(known[name], key=wrong.__contains__):
-            draw(axis, known[name][label], limits, _WRONG if label in wrong else _FINE)
-        if len(known[name]) > _FEW:
-            for line in axis.lines:
-                line.set_linewidth(0.7)
+            x, y = _ends(curve(known[name][label], limits.points), limits, level=level)
+            axis.plot(x, y, color=_WRONG if label in wrong else _FINE, lw=width)
         _title(axis, name, calibration.verdict.sites[name], len(wrong), len(known[name]))
-    figure.supxlabel(x_label, fontsize=9, color=INK)
-    figure.supylabel(y_label, fontsize=9, color=INK)
+    figure.supxlabel(words[0], fontsize=9, color=INK)
+    figure.supylabel(words[1], fontsize=9, color=INK)
     _headline(figure, calibration)
     return save(figure, target)
 
@@ -188,21 +169,18 @@ def _worst(calibration: Calibration) -> list[str]:
     return [name for name in p if name in kept]
 
 
-def _diagonal(axis: Axes, limits: Band) -> None:
-    x, low = _ends(limits.low, limits)
-    _, high = _ends(limits.high, limits)
-    axis.fill_between(x, low, high, color=GREY, alpha=0.6, lw=0, label=_BAND_WORDS)
-    axis.plot([0, 1], [0, 1], color=INK, lw=0.6)
+def _band(axis: Axes, limits: Band, *, level: bool) -> None:
+    """Where curves of a calibrated guide lie, and the one of uniform numbers."""
+    less = limits.points if level else 0.0
+    x, low = _ends(limits.low - less, limits, level=level)
+    _, high = _ends(limits.high - less, limits, level=level)
+    axis.fill_between(x, low, high, color=GREY, alpha=0.6, lw=0, label="95 % band, if calibrated")
+    axis.plot([0, 1], [0, 0 if level else 1], color=INK, lw=0.6)
 
 
-def _steps(values: np.ndarray, limits: Band) -> tuple[np.ndarray, np.ndarray]:
-    """Differences of ECDFs, which are zero at both ends."""
-    return np.r_[0.0, limits.points, 1.0], np.r_[0.0, values, 0.0]
-
-
-def _ends(values: np.ndarray, limits: Band) -> tuple[np.ndarray, np.ndarray]:
-    """ECDFs, which go from zero to one."""
-    return np.r_[0.0, limits.points, 1.0], np.r_[0.0, values, 1.0]
+def _ends(values: np.ndarray, limits: Band, *, level: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A curve with its ends, at zero and at one, or at zero where the diagonal is subtracted."""
+    return np.r_[0.0, limits.points, 1.0], np.r_[0.0, values, 0.0 if level else 1.0]
 
 
 def _title(axis: Axes, name: str, verdict: str, wrong: int, count: int) -> None:

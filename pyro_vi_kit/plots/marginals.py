@@ -92,19 +92,20 @@ def _chosen(
     pairs: Mapping[str, Paired], sites: Sequence[str] | None, most: int
 ) -> tuple[list[str], int]:
     """Labels to show in the model's order, and how many there were to choose from."""
-    worst: dict[str, float] = {}
-    known: set[str] = set()
-    for paired in pairs.values():
-        known |= {*paired.sites, *paired.labels}
-        errors = error_table(paired)
-        size = np.max([np.abs(errors[name]) for name in _QUANTILE_ERRORS], 0)
-        varying = varies(paired.truth.reshape(-1, len(paired.labels)))
-        for i, (label, site) in enumerate(zip(paired.labels, paired.sites, strict=True)):
-            if varying[i] and (sites is None or site in sites or label in sites):
-                worst[label] = max(worst.get(label, 0.0), float(size[i]))
+    known = {site for paired in pairs.values() for site in paired.sites}
+    labels = {label for paired in pairs.values() for label in paired.labels}
     for name in sites or ():
-        if name not in known:
-            raise UnknownNameError("site", name, {s for p in pairs.values() for s in p.sites})
+        if name not in known | labels:
+            raise UnknownNameError("site", name, known)
+    worst: dict[str, float] = {}
+    for paired in pairs.values():
+        errors = error_table(paired)
+        sizes = np.max([np.abs(errors[name]) for name in _QUANTILE_ERRORS], 0)
+        varying = varies(paired.truth.reshape(-1, len(paired.labels)))
+        for i in np.flatnonzero(varying):
+            label = paired.labels[i]
+            if sites is None or paired.sites[i] in sites or label in sites:
+                worst[label] = max(worst.get(label, 0.0), float(sizes[i]))
     if not worst:
         raise ModelError("nothing to plot: every parameter is a constant in the reference")
     kept = set(sorted(worst, key=lambda label: -worst[label])[:most])

@@ -49,11 +49,7 @@ def destination(path: str | Path | None) -> Path | None:
 
 
 def panels(count: int, *, height: float = 1.0) -> tuple[Figure, list[Axes]]:
-    """An empty figure with ``count`` panels in a grid.
-
-    Args:
-        count: Panels.
-        height: Of a panel, relative to the usual one.
+    """An empty figure with ``count`` panels in a grid, of a height relative to the usual one.
 
     Raises:
         MissingDependencyError: If matplotlib is not installed.

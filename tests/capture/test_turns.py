@@ -78,11 +78,11 @@ def test_one_at_a_time(cache: Path) -> None:
 
 def test_not_where_there_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     one = made()
-    monkeypatch.setattr(turns.os, "getloadavg", lambda: (turns._processors() + 0.1, 0.0, 0.0))
+    monkeypatch.setattr(turns.os, "getloadavg", lambda: (turns.processors() + 0.1, 0.0, 0.0))
     assert "busy" in turns.busy()
     one.start()
     assert not one.at_work
-    monkeypatch.setattr(turns.os, "getloadavg", lambda: (turns._processors() - 0.1, 0.0, 0.0))
+    monkeypatch.setattr(turns.os, "getloadavg", lambda: (turns.processors() - 0.1, 0.0, 0.0))
     assert turns.busy() == ""
     monkeypatch.setenv(turns.SIDE_BY_SIDE, "1")
     one.start()

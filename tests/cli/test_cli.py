@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 from toys import MODELS
 
-import pyro_vi_kit.fitting.fit
+import pyro_vi_kit as vi
 from pyro_vi_kit.cli import main
 from pyro_vi_kit.cli.options import options_of
 from pyro_vi_kit.cli.output import in_options
@@ -289,7 +289,7 @@ def fail_with(monkeypatch, error):
     def fit(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(pyro_vi_kit.fitting.fit, "fit", fit)
+    monkeypatch.setattr(vi, "fit", fit)
 
 
 def test_the_unexpected(monkeypatch):

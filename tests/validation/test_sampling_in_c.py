@@ -18,7 +18,7 @@ import models.eight_schools
 import pyro_vi_kit as vi
 from pyro_vi_kit.capture.in_c import library
 from pyro_vi_kit.core.errors import ModelError
-from pyro_vi_kit.validation.nuts import SamplerWarning, by_address, nuts
+from pyro_vi_kit.validation.nuts import SamplerWarning, nuts, with_nutpie
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pyro_vi_kit.validation.nuts.SamplerWarning"),
@@ -39,15 +39,15 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def models_made(monkeypatch):
-    """What `by_address.by_address` gave nutpie, call by call."""
+    """What `with_nutpie.by_address` gave nutpie, call by call."""
     made = []
-    original = by_address.by_address
+    original = with_nutpie.by_address
 
     def model(*arguments):
         made.append(original(*arguments))
         return made[-1]
 
-    monkeypatch.setattr(by_address, "by_address", model)
+    monkeypatch.setattr(with_nutpie, "by_address", model)
     return made
 
 
@@ -60,8 +60,8 @@ def test_all_ways_have_the_same_posterior(models_made, monkeypatch):
     assert by_its_address.attrs["engine"] == "c"
     assert models_made[-1] is not None
     made = len(models_made)
-    monkeypatch.setattr(by_address, "_found", {})
-    monkeypatch.setattr(by_address, "_RELEASES", ("0.15.0",))
+    monkeypatch.setattr(with_nutpie, "_found", {})
+    monkeypatch.setattr(with_nutpie, "_RELEASES", ("0.15.0",))
     through_python = nuts(EIGHT, **LONG)
     assert len(models_made) == made
     assert through_python.attrs["engine"].startswith("c (called through Python: nutpie 0.16.")
@@ -150,25 +150,25 @@ def test_short_runs_do_without():
 def test_a_nutpie_that_does_otherwise_is_called_through_python(broken, monkeypatch):
     """Whatever it does otherwise, the draws are those of its public interface, and it is said."""
     expected = nuts(EIGHT, **LONG)
-    made = by_address.by_address
+    made = with_nutpie.by_address
 
     def other(nutpie, dim, density, start):
         if broken == "raises":
             raise TypeError("another signature")
         return made(nutpie, dim, density, lambda seed: start(seed) + 0.1)
 
-    monkeypatch.setattr(by_address, "_found", {})
+    monkeypatch.setattr(with_nutpie, "_found", {})
     if broken == "signature":
-        changed = by_address._SIGNATURES | {"LogpFunc": "(ptr)"}
-        monkeypatch.setattr(by_address, "_SIGNATURES", changed)
+        changed = with_nutpie._SIGNATURES | {"LogpFunc": "(ptr)"}
+        monkeypatch.setattr(with_nutpie, "_SIGNATURES", changed)
     elif broken == "sampler":
         model = importlib.import_module("nutpie").compiled_pyfunc.PyFuncModel
         monkeypatch.setattr(model, "_make_sampler", lambda self, a, b, cores, more: None)
-        monkeypatch.setattr(by_address, "_differs", lambda *arguments: "")
-        assert "makes samplers otherwise" in by_address._unknown(importlib.import_module("nutpie"))
+        monkeypatch.setattr(with_nutpie, "_differs", lambda *arguments: "")
+        assert "makes samplers otherwise" in with_nutpie._unknown(importlib.import_module("nutpie"))
         return
     else:
-        monkeypatch.setattr(by_address, "by_address", other)
+        monkeypatch.setattr(with_nutpie, "by_address", other)
     found = nuts(EIGHT, **LONG)
     assert "called through Python" in found.attrs["engine"]
     assert np.array_equal(values(found), values(expected))

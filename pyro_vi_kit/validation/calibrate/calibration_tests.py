@@ -44,11 +44,7 @@ class Tested(NamedTuple):
         return min(1.0, _TESTS * min(self.p_bias, self.p_dispersion, self.p_uniform))
 
     def directions(self, level: float) -> list[str]:
-        """What is wrong, supposing that something is; the surest first.
-
-        Args:
-            level: Of the three tests together.
-        """
+        """What is wrong at a level of all tests, supposing that something is; the surest first."""
         found = [
             (self.p_dispersion, "too narrow" if self.dispersion > 1 else "too wide"),
             (self.p_bias, "biased up" if self.bias > 0 else "biased down"),
@@ -179,12 +175,7 @@ def ecdf(values: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def band(count: int, prob: float = 0.95) -> Band:
-    """Simultaneous bands for the ECDF of ``count`` independent uniform values.
-
-    Args:
-        count: N.
-        prob: Probability that all of the ECDF lies inside.
-    """
+    """Simultaneous bands, of this probability, for the ECDF of ``count`` independent uniform values."""
     inside, outside = -40.0, 0.0  # of the logarithm of the pointwise level
     for _ in range(_BISECTIONS):
         middle = 0.5 * (inside + outside)
@@ -197,11 +188,7 @@ def band(count: int, prob: float = 0.95) -> Band:
 
 
 def uniformity(values: np.ndarray) -> float:
-    """The p-value of the ECDF test: how likely uniform values leave a band that these just touch.
-
-    Args:
-        values: `[N]`, in [0, 1], independent.
-    """
+    """The p-value of the ECDF test: how likely uniform values leave a band that these just touch."""
     from scipy.stats import binom
 
     count = len(values)
@@ -231,14 +218,10 @@ def _limits(count: int, level: float) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=4096)
 def probability_inside(count: int, level: float) -> float:
-    """The probability that the ECDF of uniform values stays inside the band of a pointwise level.
+    """The probability that the ECDF of uniform values stays inside a band of this pointwise level.
 
     The values are a Poisson process that has ``count`` of them in all (Khmaladze & Shinjikashvili 2001),
     so that counts between one point and the next are independent.
-
-    Args:
-        count: N.
-        level: Probability to be outside at a single point, at the most.
     """
     from scipy.stats import poisson
 

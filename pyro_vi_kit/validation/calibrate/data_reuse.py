@@ -214,10 +214,10 @@ def _require_one_use(
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     for position, leaf in enumerate(tensors):
         site = sites.get(leaf)
-        used = _reaches_more(density, held, position)
-        if site is not None:
-            used = used or _matters(held, position)
-        else:
+        # A site's own values are data; so are numbers that an observed value is made of.
+        data = torch.ones_like(held.data[position], dtype=torch.bool)
+        used = _matters(held, position, data if site else _reaching(density, position))
+        if site is None:
             site = _copied(density, leaves[leaf])
             used = used or site is not None
         if used:
@@ -230,43 +230,38 @@ def _require_one_use(
             )
 
 
-def _reaches_more(density: Density, held: Density, position: int) -> bool:
-    """Whether numbers of an argument that reach an observed value also reach the rest of the model.
-
-    By derivatives: of the observed values, and of the log joint where these are held.
-    """
-
-    def total(data: list[Tensor]) -> Tensor:
-        values = density.observations(data, attached=True).values()
-        return sum((v.sum() for v in values if v.is_floating_point()), torch.zeros(()))
-
-    def log_joint(data: list[Tensor]) -> Tensor:
-        return held.log_prob(_point(held), data=data).sum()
-
-    observed = _influence(total, density.data, position)
-    return bool((observed & _influence(log_joint, held.data, position)).any())
-
-
-def _influence(
-    function: Callable[[list[Tensor]], Tensor], data: list[Tensor], position: int
-) -> Tensor:
-    """Which numbers of one of the data tensors have a derivative."""
-    leaf = data[position].detach().clone()
+def _reaching(density: Density, position: int) -> Tensor:
+    """Which numbers of an argument an observed value is made of, by derivatives; of integers none."""
+    leaf = density.data[position].detach().clone()
     nothing = torch.zeros(leaf.shape, dtype=torch.bool, device=leaf.device)
     if not leaf.is_floating_point():
         return nothing
+    data = [*density.data[:position], leaf.requires_grad_(), *density.data[position + 1 :]]
     with torch.enable_grad():
-        value = function([*data[:position], leaf.requires_grad_(), *data[position + 1 :]])
-        if not value.requires_grad:
+        values = density.observations(data, attached=True).values()
+        total = sum((v.sum() for v in values if v.is_floating_point()), torch.zeros(()))
+        if not total.requires_grad:
             return nothing
-        (slope,) = torch.autograd.grad(value, leaf, allow_unused=True)
+        (slope,) = torch.autograd.grad(total, leaf, allow_unused=True)
     return nothing if slope is None else slope != 0
 
 
-def _matters(held: Density, position: int) -> bool:
-    """Whether other numbers in an argument change the log joint though the observed values are held."""
-    data = [*held.data[:position], _turned(held.data[position]), *held.data[position + 1 :]]
-    z = _point(held)
+def _matters(held: Density, position: int, entries: Tensor) -> bool:
+    """Whether others of these numbers change the log joint though the observed values are held.
+
+    They are values of the same kind, each second one twice and in the opposite order, so that neither
+    their mean nor their signs are the same; continuous ones move besides, since all may be zero.
+    """
+    if not bool(entries.any()):
+        return False
+    leaf = held.data[position]
+    own = leaf[entries]
+    other = own[torch.arange(len(own), device=own.device) // 2].flip(0)
+    changed = leaf.clone()
+    changed[entries] = 0.9 * other + 0.05 if own.is_floating_point() else other
+    with RandomStream(20265):
+        z = held.cast(0.3 * torch.randn(1, held.dim, dtype=held.dtype, device="cpu"))
+    data = [*held.data[:position], changed, *held.data[position + 1 :]]
     with torch.no_grad():
         return not torch.equal(held.log_prob(z), held.log_prob(z, data=data))
 
@@ -274,11 +269,6 @@ def _matters(held: Density, position: int) -> bool:
 def _turned(values: Tensor) -> Tensor:
     """Other data of the same kind: the values in the opposite order."""
     return values.flatten().flip(0).reshape(values.shape)
-
-
-def _point(density: Density) -> Tensor:
-    with RandomStream(20265):
-        return density.cast(0.3 * torch.randn(1, density.dim, dtype=density.dtype, device="cpu"))
 
 
 def _copied(density: Density, leaf: Tensor) -> str | None:

@@ -251,14 +251,7 @@ class Calibration:
 
 
 def collected(density: Density, guide: str, run: Run, seconds: float) -> Calibration:
-    """The calibration that single results make.
-
-    Args:
-        density: The model.
-        guide: What was fitted.
-        run: The results; some are missing where the user interrupted.
-        seconds: Wall time.
-    """
+    """The calibration that these results make; some are missing where the user interrupted."""
     done = dict(sorted(run.results.items()))
     ranked = {i: result for i, result in done.items() if result.ranks is not None}
     draws, seed = run.simulation.draws, run.simulation.seed

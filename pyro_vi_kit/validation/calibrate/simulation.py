@@ -65,11 +65,6 @@ class DataSets:
 def simulate(density: Density, count: int, seed: int) -> tuple[DataSets, Tensor]:
     """Draw latents from the prior, and all observed sites given them.
 
-    Args:
-        density: The model, one that `require_generative` lets pass.
-        count: N.
-        seed: The same seed gives the same draws.
-
     Returns:
         The data sets, and units for distances between their truths, `[D]`.
 

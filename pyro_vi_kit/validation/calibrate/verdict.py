@@ -51,11 +51,7 @@ class CalibrationVerdict:
 
 
 def adjusted(numbers: Mapping[str, Mapping[str, Tested]]) -> dict[str, float]:
-    """p-value of each site: Bonferroni over its numbers, then Holm over the sites.
-
-    Args:
-        numbers: By label, by site.
-    """
+    """p-value of each site: Bonferroni over its numbers, then Holm over the sites."""
     least = [min(1.0, len(own) * min(n.p for n in own.values())) for own in numbers.values()]
     return dict(zip(numbers, holm(np.array(least)).tolist(), strict=True))
 
@@ -102,14 +98,7 @@ def judge(
 
 
 def in_words(site: str, number: Tested, count: int, p_site: float) -> str:
-    """``calibrated``, or what is wrong with a number.
-
-    Args:
-        site: Its site.
-        number: It.
-        count: Testeds of its site.
-        p_site: The site's adjusted p-value.
-    """
+    """``calibrated``, or what is wrong with one of the ``count`` numbers of a site."""
     wrong = p_site <= LEVEL and count * number.p <= LEVEL
     return _directions(site, number) if wrong else CALIBRATED
 

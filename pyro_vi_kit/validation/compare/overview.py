@@ -47,12 +47,7 @@ def overview(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def format_overview(frame: pd.DataFrame, title: str = "") -> str:
-    """The overview as plain text for a terminal, with headings, units and what to know of it.
-
-    Args:
-        frame: What `compare` or `overview` returned.
-        title: The first line, left out where empty.
-    """
+    """The table of `compare`, or its overview, as plain text with headings, units and notes."""
     table = overview(frame) if "parameter" in frame else frame
     null = _shared_null(table)
     name = table.attrs.get("reference", "the reference")

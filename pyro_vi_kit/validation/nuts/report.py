@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -54,16 +54,6 @@ class SamplerReport:
     problems: tuple[str, ...]
 
 
-class _Numbers(NamedTuple):
-    """All numbers of a posterior: names ``beta[0, 1]`` `[n]`, and draws `[chain, draw, n]`."""
-
-    labels: np.ndarray
-    values: np.ndarray
-
-    def where(self, kept: np.ndarray) -> _Numbers:
-        return _Numbers(self.labels[kept], self.values[..., kept])
-
-
 def diagnose(tree: Tree) -> SamplerReport:
     """Judge the MCMC draws of an ArviZ object, of `nuts` or anyone else's.
 
@@ -74,31 +64,34 @@ def diagnose(tree: Tree) -> SamplerReport:
         ModelError: If there is no posterior with the dims chain and draw, or fewer than 4 draws.
     """
     groups = datasets(tree)
-    numbers, constant = _numbers(groups.get("posterior"))
-    chains, draws, _ = numbers.values.shape
-    finite = np.all(np.isfinite(numbers.values), (0, 1))
-    varying = numbers.where(finite & ~constant)
-    rhat, bulk, tail = _diagnostics(varying.values)
+    labels, values, constant = _numbers(groups.get("posterior"))
+    chains, draws, _ = values.shape
+    finite = np.isfinite(values).all((0, 1))
+    kept = finite & ~constant
+    varying = labels[kept]
+    rhat, bulk, tail = _diagnostics(values[..., kept])
     problems = [
-        *_unusable(numbers, finite, varying),
-        *_apart(varying, rhat),
+        *_unusable(labels[~finite], varying, chains),
+        *(_apart(varying, rhat) if chains > 1 else ()),
         *_too_few(varying, bulk, "means", chains),
         *_too_few(varying, tail, "tails", chains),
     ]
-    divergences = _divergences(groups.get("sample_stats"))
+    stats = groups.get("sample_stats", {})
+    divergences = int(stats["diverging"].sum()) if "diverging" in stats else None
     share = (divergences or 0) / (chains * draws)
+    none = np.full(1, np.nan)
     return SamplerReport(
-        max_rhat=_extreme(rhat, np.argmax),
-        min_ess_bulk=_extreme(bulk, np.argmin),
-        min_ess_tail=_extreme(tail, np.argmin),
+        max_rhat=float(np.max(rhat if rhat.size else none)),
+        min_ess_bulk=float(np.min(bulk if bulk.size else none)),
+        min_ess_tail=float(np.min(tail if tail.size else none)),
         divergences=divergences,
         converged=not problems and share <= MAX_DIVERGENT_SHARE,
         problems=(*problems, *_divergent(divergences, chains * draws)),
     )
 
 
-def _numbers(posterior: xr.Dataset | None) -> tuple[_Numbers, np.ndarray]:
-    """The numbers of a posterior, and which of them are constants `[n]`."""
+def _numbers(posterior: xr.Dataset | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of all numbers of a posterior labels `[n]`, draws `[chain, draw, n]`, and which are constants."""
     if posterior is None or not {"chain", "draw"} <= set(posterior.sizes):
         raise ModelError("no draws to diagnose: the object has no posterior with dims chain, draw")
     if posterior.sizes["draw"] < 4:
@@ -116,7 +109,7 @@ def _numbers(posterior: xr.Dataset | None) -> tuple[_Numbers, np.ndarray]:
         constant.append(_constant(columns[-1], array.dtype))
     if not labels:
         raise ModelError("no draws to diagnose: the posterior holds no numbers")
-    return _Numbers(np.array(labels), np.concatenate(columns, -1)), np.concatenate(constant)
+    return np.array(labels), np.concatenate(columns, -1), np.concatenate(constant)
 
 
 def _constant(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -142,48 +135,37 @@ def _diagnostics(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return rhat, bulk, tail
 
 
-def _divergences(stats: xr.Dataset | None) -> int | None:
-    """Divergent transitions, where the sampler recorded them."""
-    return None if stats is None or "diverging" not in stats else int(stats["diverging"].sum())
-
-
-def _extreme(values: np.ndarray, which: Callable[[np.ndarray], np.intp]) -> float:
-    """The largest or smallest value; NaN where one is, or where there are none."""
-    return float(values[which(values)]) if values.size else float("nan")
-
-
-def _unusable(numbers: _Numbers, finite: np.ndarray, varying: _Numbers) -> Iterator[str]:
-    if not finite.all():
-        label = numbers.labels[~finite][0]
+def _unusable(broken: np.ndarray, varying: np.ndarray, chains: int) -> Iterator[str]:
+    if broken.size:
         yield (
-            f"{label} is not finite in every draw: look for overflow in the model, or run it in "
+            f"{broken[0]} is not finite in every draw: look for overflow in the model, or run it in "
             "float64"
         )
-    if not varying.labels.size:
+    if not varying.size:
         yield (
             "every number is the same in all draws, so the sampler is stuck: look for an overflow "
             "in the model's gradient"
         )
-    elif len(numbers.values) == 1:
+    elif chains == 1:
         yield "one chain cannot show whether chains agree: run 4 with chains=4"
 
 
-def _apart(numbers: _Numbers, rhat: np.ndarray) -> Iterator[str]:
-    if len(numbers.values) > 1 and rhat.size and not rhat.max() < MAX_RHAT:
+def _apart(labels: np.ndarray, rhat: np.ndarray) -> Iterator[str]:
+    if rhat.size and not rhat.max() < MAX_RHAT:
         worst = int(np.argmax(rhat))
         yield (
-            f"R-hat is {rhat[worst]:.3f} at {numbers.labels[worst]}, {MAX_RHAT} or more: the "
+            f"R-hat is {rhat[worst]:.3f} at {labels[worst]}, {MAX_RHAT} or more: the "
             "chains do not agree. Raise tune= and draws=; if it stays, the posterior has several "
             "modes or a scale that wants a non-centred form"
         )
 
 
-def _too_few(numbers: _Numbers, ess: np.ndarray, use: str, chains: int) -> Iterator[str]:
+def _too_few(labels: np.ndarray, ess: np.ndarray, use: str, chains: int) -> Iterator[str]:
     needed = MIN_ESS_PER_CHAIN * chains
     if ess.size and not ess.min() >= needed:
         worst = int(np.argmin(ess))
         yield (
-            f"the effective sample size for {use} is {ess[worst]:.0f} at {numbers.labels[worst]}, "
+            f"the effective sample size for {use} is {ess[worst]:.0f} at {labels[worst]}, "
             f"less than {needed}: raise draws="
         )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.capture.turns import processors
 from pyro_vi_kit.core.errors import MissingDependencyError, OptionError
 from pyro_vi_kit.core.export import Group, Tree, to_arviz
 from pyro_vi_kit.core.options import (
@@ -136,7 +136,7 @@ def nuts(
         density = Density(model, dtype=torch.float64, device="cpu", init=where)
         require_names(density)
         target = Target(density, params)
-        threads = target.threads(total, _processors())
+        threads = target.threads(total, processors())
         if cores is None:
             plan = replace(plan, cores=min(chains, threads))
         before = time.perf_counter()
@@ -161,19 +161,17 @@ def nuts(
     }
     groups = _groups(target, plan, result)
     judged = {"posterior": _sampled_group(target, groups), "sample_stats": groups["sample_stats"]}
-    judging = to_arviz(judged, coords_of(model, groups))
-    report = _with_domain(diagnose(judging), target, result)
+    report = diagnose(to_arviz(judged, coords_of(model, groups)))
+    report = _with_domain(report, target, result)
     if result.interrupted:
-        report = _interrupted(report, asked, plan)
+        words = (
+            f"interrupted: there are {made} of {asked.chains} chains, of {length:,} of "
+            f"{asked.draws:,} draws"
+        )
+        report = replace(report, converged=False, problems=(words, *report.problems))
     for problem in report.problems:
         warnings.warn(problem, SamplerWarning, stacklevel=2)
     return to_arviz(groups, coords_of(model, groups), facts | _verdict(report))
-
-
-def _processors() -> int:
-    """How many processors this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
 def _choose(sampler: str) -> str:
@@ -210,15 +208,6 @@ def _sampled_group(target: Target, groups: Mapping[str, Group]) -> Group:
     variables = groups["posterior"].variables
     kept = {name: values for name, values in variables.items() if name not in discrete}
     return replace(groups["posterior"], variables=kept)
-
-
-def _interrupted(report: SamplerReport, asked: Plan, plan: Plan) -> SamplerReport:
-    """The report of draws that are fewer than those that were asked for."""
-    words = (
-        f"interrupted: there are {plan.chains} of {asked.chains} chains, of {plan.draws:,} of "
-        f"{asked.draws:,} draws"
-    )
-    return replace(report, converged=False, problems=(words, *report.problems))
 
 
 def _with_domain(report: SamplerReport, target: Target, result: Draws) -> SamplerReport:

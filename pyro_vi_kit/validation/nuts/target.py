@@ -164,13 +164,9 @@ class Target:
             ) from self.error
 
     def threads(self, draws: int, processors: int) -> int:
-        """How many chains had better run at once.
+        """How many of the processors had better run a chain at once, for so many draws in all.
 
         Captures gradients, at a point most densities like, and has them compiled where that pays.
-
-        Args:
-            draws: How many are to be made, each of which takes several gradients.
-            processors: How many there are.
         """
         point = np.full(self.density.dim, 0.1)
         if self.density.start is not None:
