@@ -337,6 +337,7 @@ def test_work_is_counted_with_its_gradient():
 def test_a_slow_density_is_weighed_on_fewer_draws(monkeypatch, worth, draws):
     posterior = against_gaussian()
     monkeypatch.setattr(posterior.density, "batching", "loop")
+    monkeypatch.setattr(posterior.approximation, "cost", 100_000)
 
     def weigh(points):
         return posterior.approximation.draw_and_weigh(points, 0)

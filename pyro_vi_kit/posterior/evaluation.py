@@ -150,9 +150,7 @@ def _first(approximation: Approximation) -> int:
     """How many draws are made in any case."""
     numbers = max(approximation.cost, 1)
     draws = min(_MAX_DRAWS, max(_MIN_DRAWS, _NUMBERS // numbers))
-    density = approximation.density
-    one_by_one = density is not None and density.batching == "loop"
-    if approximation.point or not (one_by_one or numbers > _MAY_BE_SLOW):
+    if approximation.point or numbers <= _MAY_BE_SLOW:
         return draws
     work = marginal_work(lambda points: approximation.draw_and_weigh(points, _seed(0)))
     return min(draws, max(_MIN_DRAWS, _FIRST_WORK // work))

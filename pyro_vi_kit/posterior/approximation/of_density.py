@@ -53,7 +53,8 @@ class GuideApproximation:
         self.params = {k: self.density.cast(v.detach()).clone() for k, v in params.items()}
         _on_their_own(guide)
         self._width = width_of(self.density)
-        self.cost = self._width
+        # A run of the model for each draw takes about a millisecond whatever its size.
+        self.cost = max(self._width, 100_000 if self.density.batching == "loop" else 0)
         if self.density.streamed is not None and self.density.model.stream is not None:
             self.cost = self.density.streamed.rows * self.density.model.stream.numbers
 
