@@ -181,21 +181,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = words.parse_args(argv)
     if reason := references.missing():
         sys.exit(reason)
-    cells = _cells(asked)
-    records = Records(asked.out, NAME, asked.resume)
-    rows = []
-    for i, (name, guide, seed) in enumerate(cells, 1):
-        key = {"posterior": name, "guide": guide, "seed": seed, "draws": asked.draws}
-        arguments = {"name": name, "guide": guide, "seed": seed, "draws": asked.draws}
-        row = records.measure(key, "benchmarks.accuracy:one", arguments, cap=asked.cap or 900.0)
-        rows.append(row)
-        faults = "; ".join(shortcomings(row)) or "as required"
-        options.say(f"[{i}/{len(cells)}] {name}, {guide}, seed {seed}: {faults}")
+    rows = Records(asked.out, NAME, asked.resume).measure_all(
+        "benchmarks.accuracy:one",
+        _cells(asked),
+        lambda row: "; ".join(shortcomings(row)) or "as required",
+        cap=asked.cap or 900.0,
+    )
     options.publish(asked.out, NAME, report(rows, asked.draws))
     return 0
 
 
-def _cells(asked: argparse.Namespace) -> list[tuple[str, str, int]]:
+def _cells(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """What is to be fitted: the flow on both eight schools only, unless its posteriors are named."""
     # Here, and not above: `--help` need not wait for torch.
     from pyro_vi_kit import guides
@@ -207,7 +203,7 @@ def _cells(asked: argparse.Namespace) -> list[tuple[str, str, int]]:
     wanted = [guide for guide in known if guide != "low_rank"] if asked.quick else known
     chosen = options.chosen(asked.guides, known, "guide") if asked.guides else wanted
     return [
-        (name, guide, seed)
+        {"posterior": name, "guide": guide, "seed": seed, "draws": asked.draws}
         for guide in chosen
         for name in posteriors
         for seed in asked.seeds

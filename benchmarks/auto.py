@@ -141,23 +141,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = words.parse_args(argv)
     if reason := references.missing():
         sys.exit(reason)
-    rows, cells = [], _cells(asked)
-    records = Records(asked.out, NAME, asked.resume)
-    for i, (name, seed) in enumerate(cells, 1):
-        key = {"posterior": name, "seed": seed, "budget": asked.budget}
-        arguments = {"name": name, "seed": seed, "budget": asked.budget}
-        row = records.measure(key, "benchmarks.auto:one", arguments, cap=2 * asked.budget)
-        rows.append(row)
-        options.say(f"[{i}/{len(cells)}] {name}, seed {seed}: {row['error'] or row['ladder']}")
+    rows = Records(asked.out, NAME, asked.resume).measure_all(
+        "benchmarks.auto:one", _cells(asked), lambda row: row["ladder"], cap=2 * asked.budget
+    )
     options.publish(asked.out, NAME, report(rows, asked.budget))
     return 0
 
 
-def _cells(asked: argparse.Namespace) -> list[tuple[str, int]]:
+def _cells(asked: argparse.Namespace) -> list[dict[str, Any]]:
     quick = list(references.QUICK) if asked.quick else references.names()
     named = asked.posteriors
     posteriors = options.chosen(named, references.names(), "posterior") if named else quick
-    return [(name, seed) for name in posteriors for seed in asked.seeds]
+    return [
+        {"posterior": name, "seed": seed, "budget": asked.budget}
+        for name in posteriors
+        for seed in asked.seeds
+    ]
 
 
 if __name__ == "__main__":

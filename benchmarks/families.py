@@ -152,21 +152,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = words.parse_args(argv)
     if reason := references.missing():
         sys.exit(reason)
-    cells = _cells(asked)
-    records = Records(asked.out, NAME, asked.resume)
-    rows = []
-    for i, (name, guide, seed) in enumerate(cells, 1):
-        key = {"posterior": name, "guide": guide, "seed": seed, "draws": asked.draws}
-        arguments = {"name": name, "guide": guide, "seed": seed, "draws": asked.draws}
-        row = records.measure(key, "benchmarks.families:one", arguments, cap=asked.cap or 900.0)
-        rows.append(row)
-        said = row["error"] or f"KL {row['kl']:.4f} nats in {row['seconds']:.1f} s"
-        options.say(f"[{i}/{len(cells)}] {name}, {guide}, seed {seed}: {said}")
+    rows = Records(asked.out, NAME, asked.resume).measure_all(
+        "benchmarks.families:one",
+        _cells(asked),
+        lambda row: f"KL {row['kl']:.4f} nats in {row['seconds']:.1f} s",
+        cap=asked.cap or 900.0,
+    )
     options.publish(asked.out, NAME, report(rows, asked.draws))
     return 0
 
 
-def _cells(asked: argparse.Namespace) -> list[tuple[str, str, int]]:
+def _cells(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """What is to be fitted."""
     known = (*LADDER, *FLOWS, *OTHERS)
     names = references.names()
@@ -175,7 +171,12 @@ def _cells(asked: argparse.Namespace) -> list[tuple[str, str, int]]:
     posteriors = options.chosen(asked.posteriors, names, "posterior") if asked.posteriors else every
     wanted = QUICK if asked.quick else known
     chosen = options.chosen(asked.guides, known, "guide") if asked.guides else wanted
-    return [(name, guide, seed) for name in posteriors for guide in chosen for seed in asked.seeds]
+    return [
+        {"posterior": name, "guide": guide, "seed": seed, "draws": asked.draws}
+        for name in posteriors
+        for guide in chosen
+        for seed in asked.seeds
+    ]
 
 
 if __name__ == "__main__":

@@ -113,15 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if asked.guides:
         guides = options.chosen(asked.guides, FLOWS, "guide")
     seeds = asked.seeds or (SEEDS[:1] if asked.quick else SEEDS)
-    records = Records(asked.out, NAME, asked.resume)
-    rows = []
-    for seed in seeds:
-        for guide in guides:
-            key = {"guide": guide, "seed": seed, "draws": asked.draws}
-            row = records.measure(key, "benchmarks.funnel:one", key, cap=asked.cap or 600.0)
-            rows.append(row)
-            said = row["error"] or f"log evidence {row['log_z']:+.4f} in {row['seconds']:.1f} s"
-            options.say(f"{guide}, seed {seed}: {said}")
+    cells = [{"guide": g, "seed": s, "draws": asked.draws} for s in seeds for g in guides]
+    rows = Records(asked.out, NAME, asked.resume).measure_all(
+        "benchmarks.funnel:one",
+        cells,
+        lambda row: f"log evidence {row['log_z']:+.4f} in {row['seconds']:.1f} s",
+        cap=asked.cap or 600.0,
+    )
     options.publish(asked.out, NAME, report(rows, asked.draws))
     return 0
 

@@ -186,14 +186,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = options.parser(__doc__, cap=300.0)
     words.add_argument("--seed", type=int, default=0)
     asked = words.parse_args(argv)
-    records = Records(asked.out, NAME, asked.resume)
-    rows = []
-    for optimum in OPTIMA:
-        key = {"optimum": optimum, "particles": PARTICLES[asked.quick], "seed": asked.seed}
-        row = records.measure(key, "benchmarks.kl_direction:one", key, cap=asked.cap or 300.0)
-        rows.append(row)
-        found = row["error"] or ("within 1e-3" if within(row) else "not within 1e-3")
-        options.say(f"{optimum}: {found}")
+    common = {"particles": PARTICLES[asked.quick], "seed": asked.seed}
+    rows = Records(asked.out, NAME, asked.resume).measure_all(
+        "benchmarks.kl_direction:one",
+        [{"optimum": optimum, **common} for optimum in OPTIMA],
+        lambda row: "within 1e-3" if within(row) else "not within 1e-3",
+        cap=asked.cap or 300.0,
+    )
     picture = asked.out / f"{NAME}.png"
     if plot(rows, picture):
         options.say(f"written: {picture}")

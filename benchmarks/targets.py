@@ -181,14 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = options.parser(__doc__, cap=600.0)
     words.add_argument("--seeds", type=options.integers, default=None, help="0 to 4 by default")
     asked = words.parse_args(argv)
-    records = Records(asked.out, NAME, asked.resume)
-    seeds = asked.seeds or list(range(5))
-    wanted, rows = cells(seeds, quick=asked.quick), []
-    for i, cell in enumerate(wanted, 1):
-        row = records.measure(cell, "benchmarks.targets:one", cell, cap=asked.cap or 600.0)
-        rows.append(row)
-        said = row["error"] or f"KL {row['kl']:.3f} nats in {row['cpu']:.0f} CPU seconds"
-        options.say(f"[{i}/{len(wanted)}] {cell}: {said}")
+    rows = Records(asked.out, NAME, asked.resume).measure_all(
+        "benchmarks.targets:one",
+        cells(asked.seeds or list(range(5)), quick=asked.quick),
+        lambda row: f"KL {row['kl']:.3f} nats in {row['cpu']:.0f} CPU seconds",
+        cap=asked.cap or 600.0,
+    )
     picture = asked.out / f"{NAME}.png"
     if plot(rows, picture):
         options.say(f"written: {picture}")

@@ -182,21 +182,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = words.parse_args(argv)
     if reason := references.missing():
         sys.exit(reason)
-    cells = _cells(asked)
-    records = Records(asked.out, NAME, asked.resume)
-    rows = []
-    for i, (name, guide, seed) in enumerate(cells, 1):
-        key = {"posterior": name, "guide": guide, "seed": seed, "draws": asked.draws}
-        arguments = {"name": name, "guide": guide, "seed": seed, "draws": asked.draws}
-        row = records.measure(key, "benchmarks.verdicts:one", arguments, cap=asked.cap or 900.0)
-        rows.append(row)
-        told = row["error"] or f"{row['verdict']}, {truth(row, asked.draws)}"
-        options.say(f"[{i}/{len(cells)}] {name}, {guide}, seed {seed}: {told}")
+    rows = Records(asked.out, NAME, asked.resume).measure_all(
+        "benchmarks.verdicts:one",
+        _cells(asked),
+        lambda row: f"{row['verdict']}, {truth(row, asked.draws)}",
+        cap=asked.cap or 900.0,
+    )
     options.publish(asked.out, NAME, report(rows, asked.draws))
     return 0
 
 
-def _cells(asked: argparse.Namespace) -> list[tuple[str, str, int]]:
+def _cells(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """What is to be fitted."""
     few = [0, 1]
     seeds = asked.seeds or (few if asked.quick else list(range(10)))
@@ -208,7 +204,7 @@ def _cells(asked: argparse.Namespace) -> list[tuple[str, str, int]]:
     else:
         names = list(references.QUICK) if asked.quick else references.names()
     return [
-        (name, guide, seed)
+        {"posterior": name, "guide": guide, "seed": seed, "draws": asked.draws}
         for guide in guides
         for name in names
         for seed in (flow_seeds if guide == FLOW else seeds)

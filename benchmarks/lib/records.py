@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.options import say
 from benchmarks.lib.processes import call
 
 
@@ -55,6 +56,30 @@ class Records:
             done = call(target, arguments, cap=cap)
             row = self.add({**key, **(done.value or {}), "error": done.error})
         return row
+
+    def measure_all(
+        self,
+        target: str,
+        cells: Sequence[Mapping[str, Any]],
+        told: Callable[[dict[str, Any]], str],
+        *,
+        cap: float,
+    ) -> list[dict[str, Any]]:
+        """The rows of these keys in turn, each told of on stderr as soon as it is there.
+
+        Args:
+            target: What to call, with a key as its arguments; a posterior is its ``name``.
+            cells: What each row is of.
+            told: What is said of a row that did not fail.
+            cap: Seconds that each may take.
+        """
+        rows = []
+        for i, cell in enumerate(cells, 1):
+            arguments = {"name" if k == "posterior" else k: v for k, v in cell.items()}
+            rows.append(self.measure(cell, target, arguments, cap=cap))
+            of = ", ".join(f"{k} {v}" for k, v in cell.items())
+            say(f"[{i}/{len(cells)}] {of}: {rows[-1]['error'] or told(rows[-1])}")
+        return rows
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write a row, all of whose values JSON can hold."""

@@ -107,8 +107,8 @@ def calibrate(
     }
     # All options are seen to be usable before anything is run.
     seed = checked(model, seed=fresh_seed() if seed is None else seed, **options).seed
-    own = spec is not None and spec.name == "amortized"
-    density = Density(model, dtype=default_dtype() if own else torch.float64)
+    encodes = spec is not None and spec.encodes
+    density = Density(model, dtype=default_dtype() if encodes else torch.float64)
     require_names(density)
     simulated = require_generative(density)
     if spec is not None:
@@ -143,13 +143,13 @@ def _spec(guide: object, fitter: object) -> GuideSpec | None:
 
 def _require_spread(spec: GuideSpec, density: Density) -> None:
     """Refuse a guide that does not fit the model or has no spread, before anything is simulated."""
-    with RandomStream(0):
-        built = spec.build(density)
-    if built.point:
+    if spec.point:
         raise OptionError(
             f"guide {spec.name!r} is a point and has no draws to rank the truth among: use a guide with "
             "spread, such as 'full_rank'"
         )
+    with RandomStream(0):
+        spec.build(density)
 
 
 def _ranked(density: Density, sites: Sequence[str] | None) -> list[str]:
