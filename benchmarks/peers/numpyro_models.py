@@ -1,7 +1,8 @@
 """The open posteriors once more, for NumPyro: `MODELS[name](data)` gives a model and its arguments.
 
 Each has the sites, the transforms and the density of the Pyro model of the same name, so that its
-unconstrained parameters are that model's (tests/test_benchmarks.py holds both to the same log joint).
+unconstrained parameters are that model's (tests/benchmarks/test_benchmarks.py holds both to the same
+log joint).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.pyro_examples import table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 SCRIPT = """
 import argparse

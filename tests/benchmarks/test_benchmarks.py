@@ -41,7 +41,7 @@ from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.model import Model
 from pyro_vi_kit.model.modelfile import load_model_file
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = (
     "accuracy",
     "amortization",

@@ -20,7 +20,7 @@ from pyro_vi_kit.model.log_density import Density
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-FILES = Path(__file__).parents[1] / "benchmarks" / "posteriordb"
+FILES = Path(__file__).parents[2] / "benchmarks" / "posteriordb"
 NAMES = sorted(path.stem for path in FILES.glob("[a-z]*.py"))
 K = 3  # prime, and the size of no data
 

@@ -14,7 +14,7 @@ import pytest
 import pyro_vi_kit as vi
 from benchmarks.accuracy import NEAR_GAUSSIAN
 
-FILES = Path(__file__).parents[1] / "benchmarks" / "posteriordb"
+FILES = Path(__file__).parents[2] / "benchmarks" / "posteriordb"
 CENTRED = "eight_schools_eight_schools_centered"
 LYNXES = "hudson_lynx_hare_lotka_volterra"
 HARD = (CENTRED, "eight_schools_eight_schools_noncentered", LYNXES)
