@@ -111,9 +111,7 @@ def _gradients(
         table.rows[:, :dims] = 0.5 * x + offset
         table.rows[:, dims:] = 0.5 * math.log(variance)
     goal = objectives.make(objective, particles=particles)
-    _, loss = surrogate(
-        guide, goal, particles, None, None, share=goal.multi_sample, estimator=estimator
-    )
+    _, loss = surrogate(guide, goal, particles, share=goal.multi_sample, estimator=estimator)
     (gradient,) = torch.autograd.grad(-loss, [table.rows])
     return gradient[:, :dims]
 

@@ -8,7 +8,7 @@ import pytest
 from pyro_vi_kit import guides
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.psis import Psis
-from pyro_vi_kit.posterior.diagnostics.advice import RICHER, Cure
+from pyro_vi_kit.posterior.diagnostics.advice import Cure
 from pyro_vi_kit.posterior.diagnostics.shifts import Shifts, by_weights, flattened, scale_of
 from pyro_vi_kit.posterior.diagnostics.verdict import Findings, is_close, judge, needs_chains
 from pyro_vi_kit.posterior.evaluation import gap_of, smooth
@@ -269,10 +269,11 @@ def test_a_call_is_close_where_khat_counts_and_may_be_on_either_side():
 
 def test_richer_guides_are_guides():
     names = guides.names()
-    assert set(RICHER) | set(RICHER.values()) <= set(names)
+    richer = {name: cls.richer for name, cls in guides.REGISTRY.items() if cls.richer}
+    assert set(richer) | set(richer.values()) <= set(names)
     # From every guide the climb ends.
-    for name in RICHER:
+    for name in richer:
         seen = [name]
-        while seen[-1] in RICHER:
-            seen.append(RICHER[seen[-1]])
+        while seen[-1] in richer:
+            seen.append(richer[seen[-1]])
             assert len(seen) <= len(names)

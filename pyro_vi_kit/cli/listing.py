@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.cli.options import common_options, json_option
+from pyro_vi_kit.cli.options import common_options, import_option, json_option
 from pyro_vi_kit.cli.output import print_json
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ _GAP = "  "
 
 
 @click.command("guides")
+@import_option
 @json_option
 @common_options
 def guides_command(as_json: bool) -> None:
@@ -32,6 +33,7 @@ def guides_command(as_json: bool) -> None:
 
 
 @click.command("objectives")
+@import_option
 @json_option
 @common_options
 def objectives_command(as_json: bool) -> None:

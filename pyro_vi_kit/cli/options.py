@@ -73,6 +73,23 @@ init_option = click.option(
     help="Where to start: auto, or a function of Pyro's, median, mean, sample, feasible, uniform; fit "
     "also takes origin.",
 )
+
+
+def _run_files(ctx: click.Context, parameter: click.Parameter, names: Sequence[str]) -> None:
+    from pyro_vi_kit.model.modelfile import run_file
+
+    for name in names:
+        run_file(name)
+
+
+import_option = click.option(
+    "--import",
+    metavar="FILE.py",
+    multiple=True,
+    expose_value=False,
+    callback=_run_files,
+    help="A file, or a module, that registers guides or objectives; may be repeated.",
+)
 guides_option = click.option(
     "--guides",
     metavar="A,B,...",
@@ -83,6 +100,7 @@ objective_option = click.option(
     "--objective", show_default=_DEFAULTS["objective"], help="See vi-kit objectives."
 )
 part_options = all_of(
+    import_option,
     click.option(
         "--guide-option",
         "guide_options",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -28,6 +29,25 @@ class LogWeights(NamedTuple):
         for plate, rows in self.local.items():
             total = total + self.scale[plate] * rows.sum(-1)
         return total
+
+
+class Batch(NamedTuple):
+    """What an evaluation sees beside the latents.
+
+    Attributes:
+        index: Rows `[B]` by plate, of data in memory; all rows of a plate that is not named.
+        data: Tensors in the place of the density's own, where data are streamed.
+        params: Unconstrained learned parameters of the model; its first values when None.
+        updates: Steps taken so far, a scalar, for what changes with them; None where nothing is trained.
+    """
+
+    index: Mapping[str, Tensor] = MappingProxyType({})  # pyright: ignore[reportIncompatibleMethodOverride]
+    data: Sequence[Tensor] | None = None
+    params: Mapping[str, Tensor] | None = None
+    updates: Tensor | None = None
+
+
+ALL_DATA = Batch()
 
 
 Reason = Literal["converged", "budget", "interrupted", "failed", "diverged", "not converged"]

@@ -91,6 +91,10 @@ class OtherDataWarning(UserWarning):
     """A posterior was read beside a model of other data than those it was fitted to."""
 
 
+class RegistrationWarning(UserWarning):
+    """An installed package offers a guide or an objective that cannot be used, and is left out."""
+
+
 class MissingDependencyError(ViError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

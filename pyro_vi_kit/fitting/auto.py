@@ -33,15 +33,8 @@ from pyro_vi_kit.core.stopping import fit_error
 from pyro_vi_kit.core.undefined import ERRORS, is_undefined
 from pyro_vi_kit.fitting.initialise import starting_point
 from pyro_vi_kit.fitting.request import Request
-from pyro_vi_kit.guides import (
-    AffineCoupling,
-    FullRank,
-    Guide,
-    GuideSpec,
-    LowRank,
-    MeanField,
-    Mixture,
-)
+from pyro_vi_kit.guides import FullRank, Guide, GuideSpec, MeanField
+from pyro_vi_kit.guides.spec import coming_after
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo
 from pyro_vi_kit.optimize.deterministic import fixed_draws, mixtures
@@ -64,10 +57,6 @@ _RESERVE = 0.03
 # Gradient steps, of as many particles, below which a flow, and a mixture, is hardly worth beginning.
 _LEAST_STEPS, _LEAST_OF_MIXTURE = 300, 100
 _PARTICLES = 64
-_MAX_COMPONENTS = 8
-# A full covariance for each component becomes dear; flows hold a dense one.
-_MANY_DIMS = 200
-_LARGER_FLOW = AffineCoupling(layers=16, hidden=(64,))
 _ORDER = {"reject": 0, "resample": 1, "good": 2}
 
 Fit = Callable[[Request, GuideSpec, Density], Posterior]
@@ -184,7 +173,8 @@ def climb(request: Request, density: Density, fit: Fit) -> Posterior:
 def _ascend(climb: _Climb) -> None:
     """Rung after rung until it is enough."""
     dim = climb.density.dim
-    _try(climb, FullRank() if dim <= fixed_draws.MAX_DIM else MeanField(), share=0.5)
+    first = FullRank() if dim <= fixed_draws.MAX_DIM else MeanField()
+    _try(climb, first, share=0.5)
     modes = climb.tried[0][1].status.modes or 1
     if modes > 1 and not climb.interrupted:
         # Looked for once, from more points, for every rung to start from or to be held against.
@@ -193,30 +183,40 @@ def _ascend(climb: _Climb) -> None:
             climb.density, given.seed, given.budget, starting_point(given, climb.density)
         )
         climb.request = dataclasses.replace(given, found=found)
-    above = _above(dim, modes)
+    above = _above(first.name, dim, modes)
     for i, spec in enumerate(above):
         if climb.interrupted or _enough(climb):
             return
-        least = _LEAST_OF_MIXTURE if isinstance(spec, Mixture) else _LEAST_STEPS
-        needed, left = least * _work_per_step(climb, spec), climb.left
-        if needed > left:
-            reason = f"not tried: needs about {needed:.0f} s, and {max(left, 0.0):.0f} s were left"
-            climb.rungs.append((Rung(_words(spec), None, None, "", 0.0, reason), None))
+        reason = _in_the_way(climb, spec)
+        if reason is not None:
+            rung = Rung(_words(spec), None, None, "", 0.0, f"not tried: {reason}")
+            climb.rungs.append((rung, None))
             continue
         _try(climb, spec, share=_SHARE if i + 1 < len(above) else 1.0)
 
 
-def _above(dim: int, modes: int) -> list[GuideSpec]:
-    """What comes above the Gaussian, richer and dearer from step to step."""
-    if dim > fixed_draws.MAX_DIM:
-        return [LowRank()]
-    covariance = "full" if dim <= _MANY_DIMS else "diagonal"
-    mixture = Mixture(covariance=covariance)
-    if modes > 1:
-        larger: GuideSpec = Mixture(components=_MAX_COMPONENTS, covariance=covariance)
-        return [mixture, larger, *([AffineCoupling()] if dim > 1 else [])]
-    # With one dimension there is nothing to couple. The mixture is far cheaper than the larger flow.
-    return [AffineCoupling(), mixture, _LARGER_FLOW] if dim > 1 else [mixture]
+def _above(first: str, dim: int, modes: int) -> list[GuideSpec]:
+    """What comes above the Gaussian, richer and dearer from step to step.
+
+    The smallest of each guide before any larger one; but of several modes, all that can cover them.
+    """
+    ranked = [
+        (modes > 1 and not cls.covers_modes, size, spec)
+        for cls in coming_after(first)
+        for size, spec in enumerate(cls.candidates(dim, modes))
+    ]
+    return [spec for *_, spec in sorted(ranked, key=lambda each: each[:2])]
+
+
+def _in_the_way(climb: _Climb, spec: GuideSpec) -> str | None:
+    """Why a guide is left out: it cannot be had for this model, or takes more than is left."""
+    try:
+        per_step = _work_per_step(climb, spec)
+    except OptionError as error:
+        return str(error)
+    least = _LEAST_OF_MIXTURE if spec.covers_modes else _LEAST_STEPS
+    needed, left = least * per_step, max(climb.left, 0.0)
+    return f"needs about {needed:.0f} s, and {left:.0f} s were left" if needed > left else None
 
 
 def _enough(climb: _Climb) -> bool:
@@ -254,8 +254,8 @@ def _try(climb: _Climb, spec: GuideSpec, *, share: float) -> None:
 def _below(climb: _Climb, spec: GuideSpec) -> Guide | None:
     """The guide to start from: a smaller flow, or the Gaussian. Mixtures look for modes beside it."""
     wanted: tuple[type, ...] = (FullRank, MeanField)
-    if isinstance(spec, AffineCoupling):
-        wanted = (AffineCoupling, *wanted)
+    if spec.extends:
+        wanted = (type(spec), *wanted)
     for kind in wanted:
         for _, posterior in reversed(climb.tried):
             finite = posterior.elbo is not None and math.isfinite(posterior.elbo)

@@ -305,7 +305,7 @@ def _trainee(
         return request, guide, guide, _density_or_none(request)
     spec = guides.specify("full_rank" if guide is None else guide)  # type: ignore[arg-type]
     if dtype is None:
-        dtype = default_dtype() if spec.name == "amortized" else torch.float64
+        dtype = default_dtype() if spec.encodes else torch.float64
     drawn = guides.drawn_of(spec)
     init = initialise.site_values(request)
     density = Density(request.model, dtype=dtype, device=request.device, drawn=drawn, init=init)

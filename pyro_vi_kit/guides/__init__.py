@@ -11,6 +11,7 @@ from pyro_vi_kit.core.errors import UnknownNameError
 from pyro_vi_kit.core.options import SEED, checks, optional
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.core.runtime import RandomStream, a_dtype, default_dtype
+from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.flows.affine_coupling import AffineCoupling
 from pyro_vi_kit.guides.flows.autoregressive import Autoregressive
 from pyro_vi_kit.guides.flows.neural_spline import NeuralSpline
@@ -30,7 +31,7 @@ from pyro_vi_kit.guides.local.local import LocalFlow, LocalMixture
 from pyro_vi_kit.guides.local.per_datum import per_datum, tabulated
 from pyro_vi_kit.guides.mixtures.gaussian_mixture import Mixture
 from pyro_vi_kit.guides.pyro_guide import Draw, Guide
-from pyro_vi_kit.guides.spec import REGISTRY, GuideSpec
+from pyro_vi_kit.guides.spec import AUTO, REGISTRY, GuideSpec
 from pyro_vi_kit.guides.supports.mixed import Relaxed
 from pyro_vi_kit.model.log_density import Density, Drawn
 from pyro_vi_kit.model.model import Model, a_model
@@ -53,8 +54,6 @@ REGISTRY.add(
     Amortized,
 )
 
-# Not a guide, but a choice among them that `vi.fit` makes: see `fitting/auto.py`.
-AUTO = "auto"
 _ABOUT_AUTO = About(
     does="what the richest of the guides tried can",
     cost="work worth two minutes at most, unless budget= says otherwise",
@@ -68,12 +67,15 @@ _AUTO_LINE = (
 __all__ = [
     "AUTO",
     "REGISTRY",
+    "About",
     "AffineCoupling",
     "Amortized",
     "Autoregressive",
     "Delta",
     "Draw",
+    "Family",
     "FullRank",
+    "GaussianFamily",
     "Guide",
     "GuideSpec",
     "Laplace",
@@ -98,10 +100,23 @@ __all__ = [
     "mean_of_globals",
     "names",
     "per_datum",
+    "register",
     "require_choice",
     "specify",
     "tabulated",
 ]
+
+
+def register(spec: type[GuideSpec]) -> type[GuideSpec]:
+    """Make a guide of your own known by its name, as the package's are; see docs/EXTENDING.md.
+
+    Args:
+        spec: A frozen dataclass and subclass of `GuideSpec`. Also a decorator of it.
+
+    Raises:
+        OptionError: If it is none, lacks something, or its name is taken.
+    """
+    return REGISTRY.register(spec)
 
 
 def names() -> list[str]:

@@ -7,13 +7,39 @@ distribution for all; with a context `[B, F]` it is one distribution per row (am
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.distributions.util import detach
 from torch import Tensor, nn
+
+
+class Table(nn.Module):
+    """The numbers of each datum, as they are: one row of a table `[N, p]`.
+
+    Args:
+        numbers: `[N, p]`.
+
+    Attributes:
+        held: Rows `[B, p]` that stand in for those of a minibatch, while an engine holds them.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(numbers.clone())
+        self.held: Tensor | None = None
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        """The numbers themselves."""
+        return numbers
+
+    def pick(self, index: Tensor | None) -> Tensor:
+        """The rows of a minibatch, `[B, p]`; all when None."""
+        if self.held is not None:
+            return self.held
+        return self.rows if index is None else self.rows[index]
 
 
 class Family(nn.Module, ABC):
@@ -23,15 +49,31 @@ class Family(nn.Module, ABC):
         reparameterised: Whether draws are differentiable in the parameters; one that is not is trained
             by the score function alone.
         searched: Whether a fit finds it by a search of the log density, and not by steps on a bound.
+        gaussian: Which Gaussians its members are, where they are all Gaussians of one kind: L-BFGS on
+            fixed draws then finds the best of them, and hands it over by `GaussianFamily.start_from`.
+        scored: Whether some latents are discrete and trained by the score function.
+        relaxed: Whether some are discrete, and softened while training.
+        conditioned: Whether it sees the draws of the globals.
+        kept: Sites that are normal in unconstrained space because no family fits their support.
     """
 
     reparameterised: bool = True
     searched: ClassVar[bool] = False
+    gaussian: ClassVar[Literal["diagonal", "dense", "low_rank", "blocks"] | None] = None
+    scored: bool = False
+    relaxed: bool = False
+    conditioned: bool = False
+    kept: tuple[str, ...] = ()
 
     @property
     def strata(self) -> int:
         """Components of a mixture, each of which has draws of its own; 0 for no mixture."""
         return 0
+
+    @property
+    def table(self) -> Table | None:
+        """The table, where each datum has numbers of its own."""
+        return None
 
     @abstractmethod
     def forward(self, context: Tensor | None = None) -> TorchDistribution:
@@ -100,6 +142,19 @@ class GaussianFamily(Family):
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Become the member nearest to N(loc, scale_tril scale_tril^T); `[D]`, `[D, D]`."""
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean `[D]` and Cholesky factor of the covariance `[D, D]`, where it is a Gaussian."""
+        q: Any = self()
+        return q.mean, q.stddev.diag() if self.gaussian == "diagonal" else q.scale_tril
+
+    @torch.no_grad()
+    def take_over(self, known: Family) -> bool:
+        """Become what the simpler family of an earlier fit is; whether that can be said."""
+        if not isinstance(known, GaussianFamily) or known.gaussian != "dense":
+            return False
+        self.start_from(*known.moments())
+        return True
+
     @abstractmethod
     def centre_on(self, loc: Tensor) -> None:
         """Move the mean of an untrained member to `loc`, `[D]`."""
@@ -123,6 +178,8 @@ class DiagonalNormal(GaussianFamily):
     The frame (`centre`, `unit`) is what the family was started from. Parameters are measured in it, so
     one optimiser step means the same whether a latent lives on the scale of 0.001 or 1,000.
     """
+
+    gaussian = "diagonal"
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__()
@@ -161,6 +218,8 @@ class DenseNormal(GaussianFamily):
     The frame (`centre`, `unit`, a lower triangle) is what the family was started from: in its units a
     strongly correlated, badly scaled posterior is round.
     """
+
+    gaussian = "dense"
 
     def __init__(self, dim: int, scale: float) -> None:
         super().__init__()

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from pyro_vi_kit.core.contracts import LogWeights
 from pyro_vi_kit.core.errors import OptionError
-from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.local.local import LocalFamily, Table
+from pyro_vi_kit.guides.families import Family, Table
 from pyro_vi_kit.model.log_density import Block, Density, Plate, Site, rows_apart
 
 # Of training, in the order in which a fit prefers them.
@@ -108,6 +107,48 @@ class Guide(nn.Module):
         self._pyro_name = f"{name}_{next(_SERIAL)}"
         self.to(density.device, density.dtype)
 
+    # -- what it is made of -------------------------------------------------------------------
+
+    @property
+    def family(self) -> Family | None:
+        """The family of all latents, where they are one block; None where there are several."""
+        single = len(self.blocks) == 1 and self.blocks[0].plate is None
+        return self.family_of(self.blocks[0]) if single else None
+
+    @property
+    def shared_block(self) -> Block | None:
+        """The block of the latents that all data share; None where there are none."""
+        return next((block for block in self.blocks if block.plate is None), None)
+
+    @property
+    def local_blocks(self) -> list[tuple[Block, Plate]]:
+        """The blocks that hold a distribution for each row of a plate, with that plate."""
+        return [(block, block.plate) for block in self.blocks if block.plate is not None]
+
+    def family_of(self, block: Block) -> Family:
+        """The family of a block."""
+        return self.families[block.name]  # type: ignore[return-value]
+
+    @property
+    def reparameterised(self) -> bool:
+        """Whether all draws are differentiable in the parameters."""
+        return all(self.family_of(block).reparameterised for block in self.blocks)
+
+    @property
+    def scored(self) -> bool:
+        """Whether it draws discrete sites that are trained by the score function."""
+        return any(self.family_of(block).scored for block in self.blocks)
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether it draws discrete sites that are softened while training."""
+        return any(self.family_of(block).relaxed for block in self.blocks)
+
+    def mixture(self) -> Block | None:
+        """The one block whose family is a mixture; None where there is none, or more than one."""
+        found = [block for block in self.blocks if self.family_of(block).strata]
+        return found[0] if len(found) == 1 else None
+
     # -- batched draws, for the Density -------------------------------------------------------
 
     def draw(
@@ -192,11 +233,6 @@ class Guide(nn.Module):
             flats[block.name] = flat
         return Draw(values, shared, local, flats, scored, strata)
 
-    def mixture(self) -> Block | None:
-        """The one block whose family is a mixture; None where there is none, or more than one."""
-        found = [block for block in self.blocks if self.families[block.name].strata]
-        return found[0] if len(found) == 1 else None
-
     def _stratified(
         self,
         block: Block,
@@ -217,7 +253,7 @@ class Guide(nn.Module):
 
     def _global(self, flats: Mapping[str, Tensor]) -> Tensor:
         """What was drawn of the globals, `[K, D]`."""
-        return flats[next(block.name for block in self.blocks if block.plate is None)]
+        return flats[self.shared_block.name]  # type: ignore[union-attr]
 
     @staticmethod
     def _beside(common: Tensor, rows: Tensor, particles: int) -> tuple[tuple[int, ...], Tensor]:
@@ -325,8 +361,7 @@ class Guide(nn.Module):
 
     def table(self, block: Block) -> Table | None:
         """The table of a block, where each datum has numbers of its own."""
-        family = self.families[block.name]
-        return family.table if isinstance(family, LocalFamily) else None
+        return self.family_of(block).table
 
     def context(self, block: Block) -> Tensor:
         """What the encoder of a local block sees: its plate's observations, `[N, F]`."""

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-from pyro_vi_kit.core.errors import OptionError
-from pyro_vi_kit.core.registry import About, Registry
-from pyro_vi_kit.guides.discrete import Discrete, arranged, by_plate, drawing, drawn, head_of
+from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.registry import Registered, Registry
+from pyro_vi_kit.guides.discrete import (
+    Discrete,
+    arranged,
+    by_plate,
+    drawing,
+    drawn,
+    head_of,
+    require_discrete,
+)
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.local.local import HeadSpec, LocalFamily, Table, local_name
-from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.guides.options import require_positive
+from pyro_vi_kit.guides.pyro_guide import METHODS, Guide
 from pyro_vi_kit.model.log_density import Block, Density, Drawn, Plate, Site
 
+# Not a guide, but a choice among them that `vi.fit` makes: see `fitting/auto.py`.
+AUTO = "auto"
 
-class GuideSpec(ABC):
+
+class GuideSpec(Registered):
     """A guide family with its options: subclasses are frozen dataclasses, whose fields are the options.
 
     A subclass has a `name`, an `about` and a `family`, or a `build` of its own where it has to know the
-    sites. Whatever else the package wants to know of a guide, it asks here or of the family.
+    sites. Whatever else the package wants to know of a guide, it asks here or of the family. See
+    docs/EXTENDING.md for one of your own.
 
     Attributes:
         name: What ``guide=`` calls it.
@@ -28,6 +40,7 @@ class GuideSpec(ABC):
             ``"moments"``, ``"stochastic"`` and ``"cavi"``.
         after: The guide that ``guide="auto"`` tries before this one; None where it never tries it.
         richer: The guide to try where this one is not good enough; None where nothing is.
+        extends: Whether a larger one goes on from what a smaller one came to.
         covers_modes: Whether it can cover several modes at once.
         per_datum: Its form for the latents of a single datum, as ``local=`` of `Amortized` takes it;
             None where there is none.
@@ -37,11 +50,10 @@ class GuideSpec(ABC):
         discrete: Discrete sites that are not summed out, and how they are trained.
     """
 
-    name: ClassVar[str]
-    about: ClassVar[About]
     methods: ClassVar[tuple[str, ...]] = ("stochastic",)
     after: ClassVar[str | None] = None
     richer: ClassVar[str | None] = None
+    extends: ClassVar[bool] = False
     covers_modes: ClassVar[bool] = False
     per_datum: ClassVar[str | HeadSpec | None] = None
     encodes: ClassVar[bool] = False
@@ -49,6 +61,21 @@ class GuideSpec(ABC):
 
     init_scale: float = 0.1
     discrete: Discrete | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(self.name, "init_scale", self.init_scale)
+        if self.discrete is not None:
+            require_discrete(self.name, self.discrete)
+
+    @classmethod
+    def candidates(cls, dim: int, modes: int) -> Sequence[GuideSpec]:
+        """What ``guide="auto"`` tries of it, the cheapest first; by default the one with no options.
+
+        Args:
+            dim: D, unconstrained dimensions of the model.
+            modes: Modes of the posterior that searches have found.
+        """
+        return (cls(),)
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`; weights from torch's random state.
@@ -99,10 +126,38 @@ class GuideSpec(ABC):
             blocks[block] = LocalFamily(Table(numbers), head)
         return self.of_families(density, blocks)
 
+    @classmethod
+    def flaw(cls) -> str | None:
+        """See `Registered.flaw`."""
+        if cls.family is GuideSpec.family and cls.build is GuideSpec.build:
+            return f"{cls.__name__} needs a family(self, dim), or a build(self, density)"
+        if not cls.methods or not set(cls.methods) <= set(METHODS):
+            return (
+                f"{cls.__name__}.methods are some of {', '.join(METHODS)}, got {told(cls.methods)}"
+            )
+        for option in ("after", "richer"):
+            if not isinstance(getattr(cls, option), str | None):
+                return (
+                    f"{cls.__name__}.{option} is a guide's name, got {told(getattr(cls, option))}"
+                )
+        return None
+
     def drawn(self) -> Drawn | None:
         """The discrete latents that it holds itself; None where it holds none."""
         return drawn(self.discrete)
 
 
 # What can be named as ``guide=``; the package's own are added in `guides/__init__.py`.
-REGISTRY = Registry("guide", GuideSpec, example="vi.guides.AffineCoupling(layers=4)")
+REGISTRY = Registry(
+    "guide", GuideSpec, example="vi.guides.AffineCoupling(layers=4)", reserved=[AUTO]
+)
+
+
+def coming_after(name: str) -> list[type[GuideSpec]]:
+    """The guides that ``guide="auto"`` tries after this one, those that come after them behind each."""
+    found: list[type[GuideSpec]] = []
+    # What was registered last is nearest to the guide that it names.
+    for cls in reversed(list(REGISTRY.values())):
+        if cls.after == name:
+            found += [cls, *coming_after(cls.name)]
+    return found

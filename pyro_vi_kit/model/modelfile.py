@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import importlib
 import importlib.util
 import os
 import sys
@@ -47,6 +48,27 @@ def load_model_file(path: str | os.PathLike[str]) -> Model:
     return model
 
 
+def run_file(name: str) -> ModuleType:
+    """Run a Python file, or import a module by its dotted name, for what it registers.
+
+    Args:
+        name: A file, ``my_guides.py``, or a module, ``my_package.guides``, from the working folder.
+
+    Raises:
+        FileError: If there is no such file.
+        ModelError: If it does not import.
+    """
+    if name.endswith(".py") or os.sep in name:
+        return _run(_existing(name, "file"))
+    with _neighbours(Path.cwd(), keep=True):
+        try:
+            return importlib.import_module(name)
+        except (Exception, SystemExit) as error:
+            raise ModelError(
+                f"module {name} does not import: {_words(error, Path(name))}"
+            ) from error
+
+
 def model_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Model files by name: files as they are, and for a folder the files in it.
 
@@ -74,7 +96,7 @@ def model_files(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
     return [path for path in found if unique.get(path.resolve()) is path]
 
 
-def _existing(path: str | os.PathLike[str]) -> Path:
+def _existing(path: str | os.PathLike[str], kind: str = "model file") -> Path:
     source = Path(path)
     if source.is_dir():
         raise FileError(f"{source} is a folder: name a model file in it (a .py with {_EXAMPLE})")
@@ -83,7 +105,7 @@ def _existing(path: str | os.PathLike[str]) -> Path:
         there = [p.name for p in folder.glob("*.py")] if folder.is_dir() else []
         nearest = difflib.get_close_matches(source.name, there, n=1)
         hint = f"did you mean {folder / nearest[0]}?" if nearest else "check the path"
-        raise FileError(f"no model file {source}: {hint}")
+        raise FileError(f"no {kind} {source}: {hint}")
     return source
 
 
@@ -107,8 +129,11 @@ def _run(source: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _neighbours(folder: Path) -> Iterator[None]:
-    """Let a file import its neighbours, which another folder's file may have under the same names."""
+def _neighbours(folder: Path, *, keep: bool = False) -> Iterator[None]:
+    """Let a file import its neighbours, which another folder's file may have under the same names.
+
+    They are forgotten behind it, unless they are to be kept.
+    """
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
@@ -116,7 +141,7 @@ def _neighbours(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):
             sys.path.remove(str(folder))
-        for name in set(sys.modules) - before:
+        for name in set() if keep else set(sys.modules) - before:
             file = getattr(sys.modules[name], "__file__", None)
             if (
                 file is not None

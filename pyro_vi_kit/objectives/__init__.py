@@ -37,6 +37,7 @@ __all__ = [
     "ESTIMATORS",
     "REGISTRY",
     "SCHEDULES",
+    "About",
     "Annealed",
     "Beta",
     "Bound",
@@ -56,8 +57,21 @@ __all__ = [
     "evaluate",
     "make",
     "names",
+    "register",
     "surrogate",
 ]
+
+
+def register(objective: type[Objective]) -> type[Objective]:
+    """Make an objective of your own known by its name, as the package's are; see docs/EXTENDING.md.
+
+    Args:
+        objective: A frozen dataclass and subclass of `Objective`. Also a decorator of it.
+
+    Raises:
+        OptionError: If it is none, lacks something, or its name is taken.
+    """
+    return REGISTRY.register(objective)
 
 
 def names() -> list[str]:

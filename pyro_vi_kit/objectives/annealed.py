@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.contracts import ALL_DATA, Batch, LogWeights
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.base import no_stock_loss, require_particles
+from pyro_vi_kit.guides.pyro_guide import Draw, Guide
+from pyro_vi_kit.objectives.base import no_stock_loss
 from pyro_vi_kit.objectives.elbo import Elbo
 
 # From the share of the warm-up that is over, a tensor in [0, 1], and the first power to the power now.
@@ -61,7 +61,7 @@ class Annealed(Elbo):
     steps: int = 8000
 
     def __post_init__(self) -> None:
-        require_particles(self.name, self.particles)
+        super().__post_init__()
         if not isinstance(self.schedule, str) or self.schedule not in SCHEDULES:
             raise UnknownNameError("schedule", self.schedule, list(SCHEDULES))
         number = isinstance(self.first, int | float) and not isinstance(self.first, bool)
@@ -85,21 +85,12 @@ class Annealed(Elbo):
         share = (updates / self.steps).clamp(0.0, 1.0)
         return SCHEDULES[self.schedule](share, float(self.first))
 
-    def weights(
-        self,
-        guide: Any,
-        draw: Any,
-        params: Mapping[str, Tensor] | None = None,
-        index: Mapping[str, Tensor] | None = None,
-        *,
-        data: Sequence[Tensor] | None = None,
-        updates: Tensor | None = None,
-    ) -> LogWeights:
-        """T log p(x, z) - log q(z), nats; ordinary log weights where ``updates`` is None."""
-        found = guide.weigh(draw, params, index, data=data)
-        if updates is None:
+    def weights(self, guide: Guide, draw: Draw, batch: Batch = ALL_DATA) -> LogWeights:
+        """T log p(x, z) - log q(z), nats; ordinary log weights without ``updates``."""
+        found = guide.weigh(draw, batch.params, batch.index, data=batch.data)
+        if batch.updates is None:
             return found
-        t = self.power(updates)
+        t = self.power(batch.updates)
         local = {
             plate: t * rows - (1.0 - t) * draw.local[plate] for plate, rows in found.local.items()
         }

@@ -3,9 +3,9 @@
 A bound is a function of log weights. Its gradient need not be: the forward KL is trained along
 ``sum_k w~_k grad log q(z_k)``, which is the gradient of no such function. So an objective also says
 
-- ``carrier``: what the loss differentiates: the bound, or for an upper bound the importance-weighted
-  one, along which the model's own parameters are to move;
-- ``path``: what `dreg` multiplies the carrier's gradient at each draw by;
+- ``surrogate_bound``: what the loss differentiates: the bound, or for an upper bound the
+  importance-weighted one, along which the model's own parameters are to move;
+- ``path``: what `dreg` multiplies its gradient at each draw by;
 - ``score``: what `score` multiplies ``grad log q(z_k)`` by;
 - ``look``: what a comparison of two fits maximises: the bound, or for an upper bound minus its gap.
 """
@@ -13,21 +13,24 @@ A bound is a function of log weights. Its gradient need not be: the forward KL i
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.contracts import ALL_DATA, Batch, LogWeights
 from pyro_vi_kit.core.errors import OptionError, told
-from pyro_vi_kit.core.registry import About
+from pyro_vi_kit.core.registry import Registered
+from pyro_vi_kit.guides.pyro_guide import Draw, Guide
 
 _MOST_PARTICLES = 10**6
+# Estimators of the gradient; see `objectives.estimators`.
+_ESTIMATORS = ("pathwise", "dreg", "score", "stratified")
 
 
-class Objective(ABC):
+class Objective(Registered):
     """A bound on the log evidence, a function of log weights, and how it is trained.
 
     Subclasses are frozen dataclasses, whose fields are the options; they have a `name`, an `about`,
@@ -41,11 +44,12 @@ class Objective(ABC):
         particles: K, draws of the guide per step.
     """
 
-    name: ClassVar[str]
-    about: ClassVar[About]
     matches_moments: ClassVar[bool] = False
 
     particles: int
+
+    def __post_init__(self) -> None:
+        require_particles(self.name, self.particles)
 
     @property
     def order(self) -> float | None:
@@ -84,21 +88,20 @@ class Objective(ABC):
         return None
 
     @property
-    def carried(self) -> bool:
-        """Whether the loss differentiates a `carrier` that is not the bound: that of an upper one."""
+    def has_surrogate(self) -> bool:
+        """Whether the loss differentiates a `surrogate_bound` of its own, as for an upper one."""
         return self.upper
 
     @property
     def estimators(self) -> tuple[str, ...]:
-        """Gradient estimators that are defined for it: ``stratified`` for a Rényi bound alone."""
-        everywhere = ("pathwise", "dreg", "score")
-        return everywhere if self.order is None else (*everywhere, "stratified")
+        """Gradient estimators that are defined for it: two for any bound, all for a Rényi bound."""
+        return ("pathwise", "score") if self.order is None else _ESTIMATORS
 
     @abstractmethod
     def bound(self, log_w: Tensor) -> Tensor:
         """The bound over the first dimension, `[K, ...] -> [...]`, nats."""
 
-    def carrier(self, log_w: Tensor) -> Tensor:
+    def surrogate_bound(self, log_w: Tensor) -> Tensor:
         """What the loss is minus of, and differentiates: the bound, `[K, ...] -> [...]`."""
         return self.bound(log_w)
 
@@ -124,34 +127,36 @@ class Objective(ABC):
         """
         return leave_one_out(self.bound, log_w) - slope_of(self.bound, log_w)
 
-    def weights(
-        self,
-        guide: Any,
-        draw: Any,
-        params: Mapping[str, Tensor] | None = None,
-        index: Mapping[str, Tensor] | None = None,
-        *,
-        data: Sequence[Tensor] | None = None,
-        updates: Tensor | None = None,
-    ) -> LogWeights:
+    def weights(self, guide: Guide, draw: Draw, batch: Batch = ALL_DATA) -> LogWeights:
         """The log weights that the bound is taken of, nats.
 
         Args:
-            guide: A `guides.Guide`.
+            guide: The guide.
             draw: Draws of it.
-            params: Unconstrained learned parameters of the model.
-            index: Rows of each local plate; all when None.
-            data: Tensors in the place of the density's own, where data are streamed.
-            updates: Steps taken so far, a scalar; None where the bound itself is asked for.
+            batch: What they are weighed on; without ``updates`` where the bound itself is asked for.
         """
-        return guide.weigh(draw, params, index, data=data)
+        return guide.weigh(draw, batch.params, batch.index, data=batch.data)
 
-    def require(self, guide: Any) -> None:  # noqa: B027 - most refuse none
+    def require(self, guide: Guide) -> None:
         """Refuse a guide that this objective is not defined for.
 
         Raises:
             OptionError: With the remedy.
         """
+
+    @classmethod
+    def flaw(cls) -> str | None:
+        """See `Registered.flaw`."""
+        made = cls()
+        if not isinstance(getattr(made, "particles", None), int):
+            return f"{cls.__name__} needs an option particles: int, K, draws of the guide per step"
+        unknown = sorted(set(made.estimators) - set(_ESTIMATORS))
+        if unknown or not made.estimators:
+            return (
+                f"{cls.__name__}.estimators are some of {', '.join(_ESTIMATORS)}, got "
+                f"{told(made.estimators)}"
+            )
+        return None
 
     def stock_loss(self, *, vectorize: bool = False) -> Any:
         """The `pyro.infer` loss that is minus this bound.
@@ -235,9 +240,3 @@ def leave_one_out_mean(log_w: Tensor) -> Tensor:
     """`leave_one_out` of a mean, `[K, ...]`, without a table of K by K."""
     count = len(log_w)
     return (log_w - log_w.mean(0)) / (count - 1)
-
-
-def draws_discrete(guide: Any) -> bool:
-    """Whether a guide draws discrete sites itself, by the score function or relaxed."""
-    families = guide.families.values()
-    return any(getattr(f, "scored", False) or getattr(f, "relaxed", False) for f in families)

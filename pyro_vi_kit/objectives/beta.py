@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
-from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.contracts import ALL_DATA, Batch, LogWeights
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.registry import About
+from pyro_vi_kit.guides.pyro_guide import Draw, Guide
 from pyro_vi_kit.objectives.base import (
     Objective,
     leave_one_out_mean,
     no_stock_loss,
-    require_particles,
 )
 
 
@@ -48,7 +46,7 @@ class Beta(Objective):
     particles: int = 10
 
     def __post_init__(self) -> None:
-        require_particles(self.name, self.particles)
+        super().__post_init__()
         number = isinstance(self.beta, int | float) and not isinstance(self.beta, bool)
         if not number or not 0.0 < self.beta < inf:
             raise OptionError(f"beta: beta must be a positive number, got {told(self.beta)}")
@@ -66,22 +64,13 @@ class Beta(Objective):
         """As for the ELBO, `[K, ...]`."""
         return leave_one_out_mean(log_w)
 
-    def weights(
-        self,
-        guide: Any,
-        draw: Any,
-        params: Mapping[str, Tensor] | None = None,
-        index: Mapping[str, Tensor] | None = None,
-        *,
-        data: Sequence[Tensor] | None = None,
-        updates: Tensor | None = None,
-    ) -> LogWeights:
+    def weights(self, guide: Guide, draw: Draw, batch: Batch = ALL_DATA) -> LogWeights:
         """Log p(x | z) + beta (log p(z) - log q(z)), nats."""
-        found = guide.weigh(draw, params, index, data=data, power=1.0 / self.beta)
+        found = guide.weigh(draw, batch.params, batch.index, data=batch.data, power=1.0 / self.beta)
         local = {plate: self.beta * rows for plate, rows in found.local.items()}
         return LogWeights(self.beta * found.shared, local, found.scale)
 
-    def require(self, guide: Any) -> None:
+    def require(self, guide: Guide) -> None:
         """Refuse models whose likelihood cannot be told from their prior."""
         if guide.density.discrete:
             raise OptionError(
@@ -89,8 +78,7 @@ class Beta(Objective):
                 f"the discrete site {guide.density.discrete[0].name!r}: use objective='elbo', or "
                 "'annealed'"
             )
-        local = any(block.plate is not None for block in guide.blocks)
-        if guide.density.streamed is not None and not local:
+        if guide.density.streamed is not None and not guide.local_blocks:
             raise OptionError(
                 "objective 'beta' on streamed data needs latents in their plate: use objective='elbo', "
                 "or pass tensors, vi.Model(fn, x, y)"

@@ -8,7 +8,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import Tensor
 
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.base import Objective, leave_one_out_mean, require_particles
+from pyro_vi_kit.objectives.base import Objective, leave_one_out_mean
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,6 @@ class Elbo(Objective):
     )
 
     particles: int = 10
-
-    def __post_init__(self) -> None:
-        require_particles(self.name, self.particles)
 
     @property
     def is_elbo(self) -> bool:

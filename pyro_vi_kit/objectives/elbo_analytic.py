@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,10 @@ from pyro.distributions import Independent, LowRankMultivariateNormal, Multivari
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.contracts import ALL_DATA, Batch, LogWeights
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.registry import About
+from pyro_vi_kit.guides.pyro_guide import Draw, Guide
 from pyro_vi_kit.objectives.base import no_stock_loss
 from pyro_vi_kit.objectives.elbo import Elbo
 from pyro_vi_kit.objectives.priors import normal_priors
@@ -49,20 +49,11 @@ class ElboAnalytic(Elbo):
         """Not ``dreg``: there is no log q of draws to leave out."""
         return ("pathwise", "score")
 
-    def weights(
-        self,
-        guide: Any,
-        draw: Any,
-        params: Mapping[str, Tensor] | None = None,
-        index: Mapping[str, Tensor] | None = None,
-        *,
-        data: Sequence[Tensor] | None = None,
-        updates: Tensor | None = None,
-    ) -> LogWeights:
+    def weights(self, guide: Guide, draw: Draw, batch: Batch = ALL_DATA) -> LogWeights:
         """Log weights in which log q and normal priors stand as their expectations, nats."""
-        found = guide.weigh(draw, params, index, data=data)
-        block = next(block for block in guide.blocks if block.plate is None)
-        q = guide.families[block.name]()
+        found = guide.weigh(draw, batch.params, batch.index, data=batch.data)
+        block: Any = guide.shared_block
+        q: Any = guide.family_of(block)()
         mean, root = q.mean, _root(q)
         # `found` has log p(z_k) - log q(z_k): take out what is known in the mean, and put the mean.
         shared = found.shared + draw.shared + q.entropy()
@@ -71,20 +62,19 @@ class ElboAnalytic(Elbo):
             shared = shared + prior.expected(mean, root) - prior.log_prob(flat)
         return LogWeights(shared, found.local, found.scale)
 
-    def require(self, guide: Any) -> None:
+    def require(self, guide: Guide) -> None:
         """Refuse guides that are no normal, and models without a normal prior."""
-        blocks = [block for block in guide.blocks if block.plate is None]
-        family = guide.families[blocks[0].name] if len(blocks) == 1 else None
+        block = guide.shared_block
         with torch.no_grad():
-            normal = family is not None and not guide.point and _is_normal(family())
-        if not normal or guide.density.streamed is not None:
+            normal = block and not guide.point and _is_normal(guide.family_of(block)())
+        if block is None or not normal or guide.density.streamed is not None:
             raise OptionError(
                 "objective 'elbo_analytic' needs one normal for the latents that all data share, and "
                 f"data in memory; guide {guide.name!r} has none here: use guide='mean_field', "
                 "'low_rank' or 'full_rank', or objective='elbo'"
             )
         priors, reasons = normal_priors(guide.density)
-        names = {site.name for site in blocks[0].sites}
+        names = {site.name for site in block.sites}
         if not any(prior.site in names for prior in priors) or len(guide.blocks) > 1:
             why = "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
             why = why or "the guide holds latents of a data plate apart"

@@ -28,13 +28,13 @@ beside any of these: ``pathwise`` and ``dreg`` are then of the other latents.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.core.contracts import LogWeights
+from pyro_vi_kit.core.contracts import ALL_DATA, Batch, LogWeights
 from pyro_vi_kit.core.registry import About
+from pyro_vi_kit.guides.pyro_guide import Guide
 from pyro_vi_kit.objectives import stratified
 from pyro_vi_kit.objectives.base import Objective, evaluate, reduced
 
@@ -67,68 +67,15 @@ ABOUT = {
 NAMES = ("auto", *ABOUT)
 
 
-class Drawable(Protocol):
-    """What an estimator needs of a guide; see `guides.Guide`."""
-
-    blocks: list[Any]
-    families: Any
-    density: Any
-    point: bool
-
-    def draw(
-        self,
-        particles: int,
-        index: Mapping[str, Tensor] | None = None,
-        *,
-        data: Sequence[Tensor] | None = None,
-        share: bool = False,
-        detached: bool = False,
-        mirrored: bool = False,
-        relaxed: bool = False,
-        updates: Tensor | None = None,
-    ) -> Any:
-        """K reparameterised draws and their log density."""
-        ...
-
-    def rows_apart(self) -> bool:
-        """Whether each row's latents enter the terms of that row alone, given the globals."""
-        ...
-
-    def weigh(
-        self,
-        draw: Any,
-        params: Mapping[str, Tensor] | None = None,
-        index: Mapping[str, Tensor] | None = None,
-        *,
-        data: Sequence[Tensor] | None = None,
-        power: float = 1.0,
-    ) -> LogWeights:
-        """The log weights of these draws."""
-        ...
-
-    def log_q(
-        self,
-        draw: Any,
-        index: Mapping[str, Tensor] | None = None,
-        *,
-        data: Sequence[Tensor] | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Log q at draws that are held fixed."""
-        ...
-
-
 def surrogate(
-    guide: Drawable,
+    guide: Guide,
     objective: Objective,
     particles: int,
-    params: Mapping[str, Tensor] | None,
-    index: Mapping[str, Tensor] | None,
+    batch: Batch = ALL_DATA,
     *,
     share: bool,
     estimator: str,
     mirrored: bool = False,
-    data: Sequence[Tensor] | None = None,
-    updates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One estimate of the bound, and a loss whose gradient estimates minus the bound's gradient.
 
@@ -139,47 +86,38 @@ def surrogate(
         guide: What is trained.
         objective: The bound; an upper one is brought down.
         particles: K; of each component where ``stratified``.
-        params: Unconstrained learned parameters of the model.
-        index: Rows of each local plate; all when None.
+        batch: What draws are weighed on.
         share: Give all particles the same draw of the globals, as a bound per datum needs.
         estimator: One of `NAMES` but ``auto``, for which there is no `obstacle`.
         mirrored: Draw in pairs of mirror images; for bounds that are means over particles.
-        data: Tensors in the place of the density's own, where data are streamed.
-        updates: Steps taken so far, a scalar, for an objective that changes with them.
 
     Returns:
         The bound, detached, and the loss: scalars in nats, the loss for its gradient only.
     """
     if estimator == "score":
-        return _score(guide, objective, particles, params, index, share, data, updates)
+        return _score(guide, objective, particles, batch, share)
     if estimator == "stratified":
         weights, control = stratified.gain_of(
-            guide,
-            objective,
-            particles,
-            params,
-            index,
-            share=share,
-            mirrored=mirrored,
-            data=data,
-            updates=updates,
+            guide, objective, particles, batch, share=share, mirrored=mirrored
         )
         bound = evaluate(objective, weights)
         return bound.detach(), -(bound + control)
     detached = estimator == "dreg"
     draw = guide.draw(
         particles,
-        index,
-        data=data,
+        batch.index,
+        data=batch.data,
         share=share,
         detached=detached,
         mirrored=mirrored,
         relaxed=True,
-        updates=updates,
+        updates=batch.updates,
     )
-    weights = objective.weights(guide, draw, params, index, data=data, updates=updates)
+    weights = objective.weights(guide, draw, batch)
     bound = evaluate(objective, weights)
-    carrier = reduced(objective.carrier, weights) if objective.carried else bound
+    surrogate_bound = (
+        reduced(objective.surrogate_bound, weights) if objective.has_surrogate else bound
+    )
     if detached:
         for block in guide.blocks:
             # Given the globals, the bound is per datum: of its particles' common globals it is the
@@ -188,40 +126,27 @@ def surrogate(
                 _scale_gradient(draw.flat[block.name], objective, weights.shared)
             elif block.plate is not None:
                 _scale_gradient(draw.flat[block.name], objective, weights.local[block.plate.name])
-    return bound.detach(), -_with_scores(carrier, guide, objective, weights, draw.scored)
+    return bound.detach(), -_with_scores(surrogate_bound, guide, objective, weights, draw.scored)
 
 
-def obstacle(guide: Drawable, objective: Objective, estimator: str) -> str | None:
+def obstacle(guide: Guide, objective: Objective, estimator: str) -> str | None:
     """Why an estimator is not defined for this guide and objective, with the remedy, or None."""
     defined = objective.estimators
     if estimator not in defined:
         return f"objective {objective.name!r} is trained by {_either(defined)}"
     if estimator == "stratified":
         return stratified.obstacle(guide, objective)
-    missing = _missing(guide, objective, estimator)
-    if missing is not None:
-        return missing
-    fixed = any(not getattr(f, "reparameterised", True) for f in guide.families.values())
-    if fixed and estimator != "score":
+    found = _of_discrete_sites(guide, objective, estimator) or _of_rows(guide, objective, estimator)
+    if found is not None:
+        return found
+    if not guide.reparameterised and estimator != "score":
         return "draws of this guide have no derivative in its parameters: use estimator='score'"
-    if estimator == "pathwise":
-        return None
-    if guide.point:
+    if guide.point and estimator != "pathwise":
         return "a point has no log density: use estimator='pathwise'"
-    if estimator == "dreg":
-        return None
-    if objective.particles < 2:
-        return "draws are compared with others of the same step: give the objective particles=2"
-    plates = [block.plate for block in guide.blocks]
-    if objective.multi_sample and None in plates and any(plates):
-        return (
-            "all particles share one draw of the globals, which has no other to be compared with: use "
-            f"objective='elbo', or {_either(tuple(n for n in defined if n != 'score'))}"
-        )
-    return None
+    return _of_scores(guide, objective) if estimator == "score" else None
 
 
-def chosen(guide: Drawable, objective: Objective) -> str:
+def chosen(guide: Guide, objective: Objective) -> str:
     """The estimator of the least variance that is defined: ``dreg``, ``pathwise`` or ``score``."""
     for name in ("dreg", "pathwise"):
         if obstacle(guide, objective, name) is None:
@@ -230,23 +155,20 @@ def chosen(guide: Drawable, objective: Objective) -> str:
 
 
 def _score(
-    guide: Drawable,
+    guide: Guide,
     objective: Objective,
     particles: int,
-    params: Mapping[str, Tensor] | None,
-    index: Mapping[str, Tensor] | None,
+    batch: Batch,
     share: bool,
-    data: Sequence[Tensor] | None,
-    updates: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The bound and the loss of the score function: see `surrogate`."""
     with torch.no_grad():
-        draw = guide.draw(particles, index, data=data, share=share)
-    shared, local = guide.log_q(draw, index, data=data)
-    weights = objective.weights(guide, draw, params, index, data=data, updates=updates)
-    gain = reduced(objective.carrier, weights)
+        draw = guide.draw(particles, batch.index, data=batch.data, share=share)
+    shared, local = guide.log_q(draw, batch.index, data=batch.data)
+    weights = objective.weights(guide, draw, batch)
+    gain = reduced(objective.surrogate_bound, weights)
     joint = objective.score(weights.joint().detach())
-    if any(block.plate is None for block in guide.blocks):
+    if guide.shared_block is not None:
         gain = gain + (joint * shared).sum()
     gain = _with_scores(gain, guide, objective, weights, local)
     return evaluate(objective, weights).detach(), -gain
@@ -254,7 +176,7 @@ def _score(
 
 def _with_scores(
     gain: Tensor,
-    guide: Drawable,
+    guide: Guide,
     objective: Objective,
     weights: LogWeights,
     local: Mapping[str, Tensor],
@@ -279,25 +201,40 @@ def _with_scores(
     return gain
 
 
-def _missing(guide: Drawable, objective: Objective, estimator: str) -> str | None:
-    """What local latents without a derivative, or with that of another bound, stand in the way of."""
-    scored = any(getattr(family, "scored", False) for family in guide.families.values())
-    relaxed = any(getattr(family, "relaxed", False) for family in guide.families.values())
-    if relaxed and estimator == "score":
+def _of_discrete_sites(guide: Guide, objective: Objective, estimator: str) -> str | None:
+    """What discrete sites that the guide draws itself stand in the way of."""
+    if guide.relaxed and estimator == "score":
         return "relaxed draws have a derivative, which it does not use: give discrete='score'"
-    if relaxed and estimator == "dreg" and objective.order != 1.0:
+    if guide.relaxed and estimator == "dreg" and objective.order != 1.0:
         pathwise = "pathwise" in objective.estimators
         remedy = "estimator='pathwise'" if pathwise else "discrete='score'"
         return f"relaxed draws are those of no density, and have no weights to correct by: use {remedy}"
-    if scored and objective.particles < 2:
+    if guide.scored and objective.particles < 2:
         return "discrete='score' compares draws of the same step: give the objective particles=2"
-    local = estimator == "score" and any(block.plate is not None for block in guide.blocks)
+    return None
+
+
+def _of_rows(guide: Guide, objective: Objective, estimator: str) -> str | None:
+    """What rows that depend on each other stand in the way of: a score row by row."""
+    by_row = guide.scored or (estimator == "score" and guide.local_blocks)
     # Asked before steps are recorded, for which it is a constant.
-    apart = guide.rows_apart() if scored or local else True
-    if objective.multi_sample and not apart:
+    if by_row and not guide.rows_apart() and objective.multi_sample:
         return (
             "what is drawn for one row of a data plate changes the terms of others, so that there is no "
             "bound per datum: use objective='elbo'"
+        )
+    return None
+
+
+def _of_scores(guide: Guide, objective: Objective) -> str | None:
+    """What stands in the way of comparing draws."""
+    if objective.particles < 2:
+        return "draws are compared with others of the same step: give the objective particles=2"
+    if objective.multi_sample and guide.shared_block is not None and guide.local_blocks:
+        others = tuple(name for name in objective.estimators if name != "score")
+        return (
+            "all particles share one draw of the globals, which has no other to be compared with: use "
+            f"objective='elbo', or {_either(others)}"
         )
     return None
 

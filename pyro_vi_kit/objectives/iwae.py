@@ -8,7 +8,7 @@ from pyro.infer import ELBO, RenyiELBO
 from torch import Tensor
 
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.base import Objective, log_mean_exp, require_particles
+from pyro_vi_kit.objectives.base import Objective, log_mean_exp
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,6 @@ class Iwae(Objective):
     )
 
     particles: int = 10
-
-    def __post_init__(self) -> None:
-        require_particles(self.name, self.particles)
 
     @property
     def order(self) -> float:

@@ -16,7 +16,6 @@ from pyro_vi_kit.objectives.base import (
     leave_one_out_mean,
     log_mean_exp,
     no_stock_loss,
-    require_particles,
 )
 
 
@@ -48,7 +47,7 @@ class Renyi(Objective):
     particles: int = 10
 
     def __post_init__(self) -> None:
-        require_particles(self.name, self.particles)
+        super().__post_init__()
         if not (is_finite(self.alpha) or (is_number(self.alpha) and self.alpha == -inf)):
             raise OptionError(
                 f"renyi: alpha must be a finite number, or -inf for VR-max, got {told(self.alpha)}"
@@ -61,13 +60,8 @@ class Renyi(Objective):
 
     @property
     def order(self) -> float | None:
-        """Alpha; None for VR-max, which the formula of ``dreg`` has no limit for."""
+        """Alpha; None for VR-max, for which ``dreg`` has no limit, as equal weights change places."""
         return None if self.alpha == -inf else float(self.alpha)
-
-    @property
-    def estimators(self) -> tuple[str, ...]:
-        """All; but ``dreg`` not for VR-max, whose draws change places where their weights are equal."""
-        return ("pathwise", "score") if self.order is None else super().estimators
 
     def bound(self, log_w: Tensor) -> Tensor:
         """The Rényi bound over the first dimension, `[K, ...] -> [...]`, nats."""

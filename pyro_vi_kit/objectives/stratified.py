@@ -19,27 +19,24 @@ less noise in the means of large components, and in those of multi-sample bounds
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.core.contracts import LogWeights
-from pyro_vi_kit.objectives.base import Objective, draws_discrete
+from pyro_vi_kit.core.contracts import Batch, LogWeights
+from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.objectives.base import Objective
 
 
 def gain_of(
-    guide: Any,
+    guide: Guide,
     objective: Objective,
     particles: int,
-    params: Mapping[str, Tensor] | None,
-    index: Mapping[str, Tensor] | None,
+    batch: Batch,
     *,
     share: bool,
     mirrored: bool = False,
-    data: Sequence[Tensor] | None = None,
-    updates: Tensor | None = None,
 ) -> tuple[LogWeights, Tensor | float]:
     """Log weights that the bound is taken of, and what is added to it for its gradient alone.
 
@@ -47,27 +44,24 @@ def gain_of(
         guide: One for which there is no `obstacle`.
         objective: A bound of the Rényi family.
         particles: T, draws of each component.
-        params: Unconstrained learned parameters of the model.
-        index: Rows of each local plate; all when None.
+        batch: What draws are weighed on.
         share: Give all particles the same draw of the globals.
         mirrored: Draw each component in pairs of mirror images.
-        data: Tensors in the place of the density's own, where data are streamed.
-        updates: Steps taken so far, a scalar, for an objective that changes with them.
 
     Returns:
         Log weights `[T]`, `[T, B]` by plate, nats; and a scalar of mean zero.
     """
     draw = guide.draw(
         particles,
-        index,
-        data=data,
+        batch.index,
+        data=batch.data,
         share=share,
         detached=True,
         mirrored=mirrored,
         stratified=True,
     )
-    weights = objective.weights(guide, draw, params, index, data=data, updates=updates)
-    strata = draw.strata
+    weights = objective.weights(guide, draw, batch)
+    strata: Any = draw.strata
     if not objective.multi_sample:
         return combined(objective, weights, strata), 0.0
     own = strata.q.log_prob(draw.flat[strata.block].detach())
@@ -98,10 +92,9 @@ def combined(objective: Objective, weights: LogWeights, strata: Any) -> LogWeigh
     return LogWeights(weights.shared.unflatten(0, (-1, count)).mean(1), local, weights.scale)
 
 
-def obstacle(guide: Any, objective: Objective) -> str | None:
+def obstacle(guide: Guide, objective: Objective) -> str | None:
     """Why it is not defined for this guide and objective, with the remedy, or None."""
-    families = list(guide.families.values())
-    mixtures = sum(bool(family.strata) for family in families)
+    mixtures = sum(guide.family_of(block).strata > 0 for block in guide.blocks)
     if mixtures != 1:
         found = (
             "no mixture"
@@ -109,9 +102,9 @@ def obstacle(guide: Any, objective: Objective) -> str | None:
             else f"{mixtures} mixtures, whose components it would cross"
         )
         return f"the guide has {found}: use guide='mixture', or leave estimator= out"
-    block = guide.mixture()
-    if draws_discrete(guide):
+    if guide.scored or guide.relaxed:
         return "the guide draws discrete sites too: leave estimator= out"
+    block: Any = guide.mixture()
     if block.plate is None:
         if objective.multi_sample and len(guide.blocks) > 1:
             return (
@@ -119,7 +112,7 @@ def obstacle(guide: Any, objective: Objective) -> str | None:
                 "objective='elbo', or leave estimator= out"
             )
         return None
-    if guide.families[block.name].conditioned:
+    if guide.family_of(block).conditioned:
         return (
             "each draw of the globals has a mixture of its own for each datum: leave conditioned= out, "
             "or estimator="

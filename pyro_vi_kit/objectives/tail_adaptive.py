@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 import torch
 from pyro.infer import ELBO
@@ -13,7 +12,8 @@ from torch import Tensor
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.options import is_finite
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.objectives.base import Objective, draws_discrete, log_mean_exp
+from pyro_vi_kit.guides.pyro_guide import Guide
+from pyro_vi_kit.objectives.base import Objective, log_mean_exp
 from pyro_vi_kit.objectives.upper import require_apart, require_several
 
 
@@ -58,7 +58,7 @@ class TailAdaptive(Objective):
             )
 
     @property
-    def carried(self) -> bool:
+    def has_surrogate(self) -> bool:
         """The loss differentiates the mean log weight."""
         return True
 
@@ -74,12 +74,12 @@ class TailAdaptive(Objective):
         # As of the ELBO: a draw where the posterior has no density.
         return torch.where(log_w.amin(0) == -inf, -inf, found)
 
-    def carrier(self, log_w: Tensor) -> Tensor:
+    def surrogate_bound(self, log_w: Tensor) -> Tensor:
         """Mean log weight, `[K, ...] -> [...]`, nats."""
         return log_w.mean(0)
 
     def path(self, log_w: Tensor) -> Tensor:
-        """K gamma_k, normalised, `[K, ...]`: the carrier has 1 / K for each draw."""
+        """K gamma_k, normalised, `[K, ...]`: the surrogate_bound has 1 / K for each draw."""
         rows = log_w.movedim(0, -1).contiguous()
         below = torch.searchsorted(rows.sort(-1).values, rows).movedim(-1, 0)
         gamma = (1.0 - below.to(log_w) / len(log_w)) ** self.beta
@@ -108,10 +108,9 @@ class TailAdaptive(Objective):
         above = rest * ((-low).exp() - (-high).exp()) - (count - ranks) * (high - low)
         return (gamma * (below + above)).sum(0) / (count * scale)
 
-    def require(self, guide: Any) -> None:
+    def require(self, guide: Guide) -> None:
         """Refuse draws without a derivative, and globals that meet local latents."""
-        fixed = any(not getattr(f, "reparameterised", True) for f in guide.families.values())
-        if fixed or draws_discrete(guide):
+        if not guide.reparameterised or guide.scored or guide.relaxed:
             raise OptionError(
                 "objective 'tail_adaptive' goes along the derivatives of draws, which some of this "
                 "guide's do not have: use objective='forward_kl', or leave discrete= out"

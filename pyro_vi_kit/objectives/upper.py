@@ -6,13 +6,12 @@ weighted draws of q (Bornschein & Bengio 2015; Gu, Ghahramani & Turner 2015; Tuc
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
 from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.guides.pyro_guide import Guide
 from pyro_vi_kit.objectives.base import Objective, log_mean_exp, no_stock_loss, require_particles
 
 
@@ -45,7 +44,7 @@ class UpperBound(Objective):
         """Those that are a reparameterisation of each other."""
         return ("dreg", "score")
 
-    def carrier(self, log_w: Tensor) -> Tensor:
+    def surrogate_bound(self, log_w: Tensor) -> Tensor:
         """The importance-weighted bound, `[K, ...] -> [...]`, nats."""
         return log_mean_exp(log_w)
 
@@ -57,7 +56,7 @@ class UpperBound(Objective):
         return 2.0 * log_mean_exp(log_w) - self.bound(log_w)
 
     def path(self, log_w: Tensor) -> Tensor:
-        """What the carrier's gradient at each draw lacks, `[K, ...]`."""
+        """What the surrogate_bound's gradient at each draw lacks, `[K, ...]`."""
         n = self.power
         rest = 1.0 - torch.softmax(n * log_w, 0)
         if n == 1.0:
@@ -70,7 +69,7 @@ class UpperBound(Objective):
         """Self-normalised weights less their mean, `[K, ...]`."""
         return self._rate * (torch.softmax(self.power * log_w, 0) - 1.0 / len(log_w))
 
-    def require(self, guide: Any) -> None:
+    def require(self, guide: Guide) -> None:
         """Refuse a guide whose globals meet local latents."""
         require_apart(self.name, guide)
 
@@ -89,10 +88,10 @@ class UpperBound(Objective):
         return 1.0 if n == 1.0 else (n - 1.0) / n
 
 
-def require_apart(name: str, guide: Any) -> None:
+def require_apart(name: str, guide: Guide) -> None:
     """Refuse a guide whose globals meet local latents: draws are weighed against each other."""
-    local = [block.plate.name for block in guide.blocks if block.plate is not None]
-    if local and len(local) < len(guide.blocks):
+    local = [plate.name for _, plate in guide.local_blocks]
+    if local and guide.shared_block is not None:
         raise OptionError(
             f"objective {name!r} weighs draws against each other, and all draws of plate "
             f"{local[0]!r} share one draw of the globals: use objective='iwae', or a guide with one "

@@ -182,13 +182,14 @@ def _restored(
 
 def tables_of(guide: Guide) -> list[str]:
     """The plates whose rows have numbers of their own, other than tables that `build` makes itself."""
-    blocks = [
-        block
-        for block in guide.blocks
+    spec = guides.REGISTRY.get(guide.name)
+    encodes = spec is not None and spec.encodes
+    return [
+        plate.name
+        for block, plate in guide.local_blocks
         if guide.table(block) is not None
-        and (guide.name == guides.Amortized.name or not all(site.states for site in block.sites))
+        and (encodes or not all(site.states for site in block.sites))
     ]
-    return [block.plate.name for block in blocks if block.plate is not None]
 
 
 def _built(spec: GuideSpec, density: Density, tables: Sequence[str]) -> Guide:
@@ -197,7 +198,7 @@ def _built(spec: GuideSpec, density: Density, tables: Sequence[str]) -> Guide:
     with RandomStream(0):
         if not plates:
             return spec.build(density)
-        if isinstance(spec, guides.Amortized):
+        if spec.encodes:
             return guides.tabulated(spec.build(density), plates)
         return guides.per_datum(spec, density, plates)
 
@@ -261,7 +262,7 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], Record]:
         history = {
             name.removeprefix(_HISTORY): column for name, column in told.items() if name != "losses"
         }
-        record = _record(header, told["losses"], history)
+        record = _record(path, header, told["losses"], history)
     except ViError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
@@ -334,9 +335,17 @@ def _from_plain(value: Any) -> Any:
     """What `_plain` wrote."""
     if isinstance(value, list):
         return tuple(value)
-    if isinstance(value, dict) and value.get("class") in guides.__all__:
+    if isinstance(value, dict) and "class" in value:
+        # By name from these alone: a file cannot say what is called.
+        parts = (*guides.REGISTRY.values(), guides.LocalMixture, guides.LocalFlow, guides.Relaxed)
+        known = {cls.__name__: cls for cls in parts}
+        if value["class"] not in known:
+            raise OptionError(
+                f"an option of the guide is a {value['class']}, which is not registered: import "
+                "the file that defines it, or pass the guide configured, vi.load(path, model, guide=...)"
+            )
         options = {key: _from_plain(part) for key, part in value["options"].items()}
-        return getattr(guides, value["class"])(**options)
+        return known[value["class"]](**options)
     if isinstance(value, dict):
         return {key: _from_plain(part) for key, part in value.items()}
     return value
@@ -348,14 +357,33 @@ def _spec(path: str | Path, header: Mapping[str, Any]) -> GuideSpec:
             f"the guide in {path} has an option that a file cannot hold (an encoder module): pass the "
             f"configured guide, vi.load(path, model, guide=...) of kind {header['guide']!r}"
         )
+    _require_registered("guide", header["guide"], guides.REGISTRY, path)
     options = {key: _from_plain(value) for key, value in header["options"].items()}
     return guides.specify(header["guide"], **options)
 
 
+def _require_registered(
+    kind: str, name: str, registry: Mapping[str, Any], path: str | Path
+) -> None:
+    """Refuse a file whose guide or objective nobody knows here."""
+    if name not in registry:
+        remedy = (
+            ", or pass it configured, vi.load(path, model, guide=...)" if kind == "guide" else ""
+        )
+        raise OptionError(
+            f"{path} has {kind} {name!r}, which is not registered: import the file that defines it, "
+            f"with @vi.{kind}s.register (vi-kit: --import FILE.py){remedy}"
+        )
+
+
 def _record(
-    header: Mapping[str, Any], losses: np.ndarray, history: Mapping[str, np.ndarray]
+    path: str | Path,
+    header: Mapping[str, Any],
+    losses: np.ndarray,
+    history: Mapping[str, np.ndarray],
 ) -> Record:
     name, options = header["objective"]
+    _require_registered("objective", name, objectives.REGISTRY, path)
     return Record(
         objective=objectives.make(name, **options),
         status=Status.of(header["status"]),

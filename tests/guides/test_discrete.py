@@ -11,6 +11,7 @@ from toys import traced_log_weight
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.core.errors import ModelError, OptionError, UnknownNameError
 from pyro_vi_kit.guides import Amortized, FullRank, LowRank, MeanField, Relaxed
 from pyro_vi_kit.model.log_density import Density, Drawn
@@ -194,7 +195,7 @@ def test_a_minibatch_has_the_gradient_of_all_rows_on_average():
         torch.manual_seed(0)
         found = []
         for _ in range(repeats):
-            _, loss = surrogate(guide, Elbo(20), 20, None, index, share=False, estimator="dreg")
+            _, loss = surrogate(guide, Elbo(20), 20, Batch(index), share=False, estimator="dreg")
             found.append(torch.autograd.grad(loss, table)[0])
         return torch.stack(found).mean(0), torch.stack(found).std(0) / repeats**0.5
 

@@ -423,7 +423,7 @@ def test_gradients_of_conditioned_blocks_are_unbiased(local, objective):
         for estimator in ("dreg", "pathwise"):
             torch.set_rng_state(state)
             _, loss = surrogate(
-                guide, objective, 3, None, None, share=objective.multi_sample, estimator=estimator
+                guide, objective, 3, share=objective.multi_sample, estimator=estimator
             )
             gradients = torch.autograd.grad(
                 loss, list(named.values()), allow_unused=True, materialize_grads=True

@@ -12,6 +12,7 @@ from toys import local_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import SCHEDULES, Annealed, evaluate
@@ -38,7 +39,7 @@ def test_it_is_the_joint_density_that_is_tempered():
     objective = Annealed(schedule="linear", first=0.2, steps=10)
     draw = guide.draw(3)
     log_p = guide.weigh(draw).shared + draw.shared
-    found = objective.weights(guide, draw, updates=torch.tensor(5.0)).shared
+    found = objective.weights(guide, draw, Batch(updates=torch.tensor(5.0))).shared
     torch.testing.assert_close(found, 0.6 * log_p - draw.shared)
     assert torch.equal(objective.weights(guide, draw).shared, guide.weigh(draw).shared)
 
@@ -47,7 +48,7 @@ def test_local_latents_are_tempered_row_by_row():
     guide = perturb(guides.make("amortized", local_model(n=4), hidden=4))
     objective = Annealed(schedule="linear", first=0.2, steps=10)
     draw = guide.draw(3)
-    found = evaluate(objective, objective.weights(guide, draw, updates=torch.tensor(5.0)))
+    found = evaluate(objective, objective.weights(guide, draw, Batch(updates=torch.tensor(5.0))))
     log_q = draw.local["datum"].sum(-1).mean()
     expected = 0.6 * (evaluate(Elbo(), guide.weigh(draw)) + log_q) - log_q
     torch.testing.assert_close(found, expected)

@@ -10,6 +10,7 @@ from toys import load, local_and_global_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.objectives import Beta, Elbo, evaluate
 
@@ -42,7 +43,7 @@ def test_beta_one_is_the_elbo_also_on_minibatches():
     guide = perturb(guides.make("amortized", local_and_global_model(), hidden=4))
     index = {"datum": torch.tensor([0, 3])}
     draw = guide.draw(5, index)
-    found = Beta(beta=1.0).weights(guide, draw, None, index)
+    found = Beta(beta=1.0).weights(guide, draw, Batch(index))
     expected = guide.weigh(draw, None, index)
     torch.testing.assert_close(evaluate(Beta(), found), evaluate(Elbo(), expected))
 

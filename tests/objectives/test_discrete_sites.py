@@ -10,6 +10,7 @@ from toys import perturb
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.objectives import Annealed, Elbo, Iwae
 from pyro_vi_kit.objectives.estimators import chosen, obstacle, surrogate
@@ -27,11 +28,9 @@ def gradient(guide, objective, estimator, updates=None):
         guide,
         objective,
         objective.particles,
-        None,
-        None,
+        Batch(updates=updates),
         share=objective.multi_sample,
         estimator=estimator,
-        updates=updates,
     )
     return flat_gradient(guide, -loss)
 

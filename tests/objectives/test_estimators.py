@@ -18,6 +18,7 @@ from toys import (
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.guides import REGISTRY
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae, Renyi, evaluate
@@ -38,8 +39,7 @@ def gradient(guide, objective, estimator, *, params=None, index=None, of=None):
         guide,
         objective,
         objective.particles,
-        params,
-        index,
+        Batch(index or {}, params=params),
         share=local and objective.multi_sample,
         estimator=estimator,
     )
@@ -109,7 +109,7 @@ def test_the_bound_is_the_same_and_pathwise_is_its_gradient(name, objective):
     bounds = []
     for estimator in ("pathwise", "dreg"):
         torch.manual_seed(2)
-        bound, _ = surrogate(guide, objective, 3, None, None, share=share, estimator=estimator)
+        bound, _ = surrogate(guide, objective, 3, share=share, estimator=estimator)
         assert not bound.requires_grad
         bounds.append(bound)
     torch.manual_seed(2)

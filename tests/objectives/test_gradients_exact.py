@@ -10,6 +10,7 @@ from torch import nn
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.objectives import REGISTRY, Annealed, Beta, ChiSquare, Renyi
 from pyro_vi_kit.objectives.estimators import surrogate
 
@@ -132,11 +133,9 @@ def one_gradient(guide, objective, estimator, of, particles=2):
         guide,
         objective,
         particles,
-        None,
-        None,
+        Batch(updates=torch.tensor(UPDATES)),
         share=objective.multi_sample and guide.blocks[0].plate is not None,
         estimator=estimator,
-        updates=torch.tensor(UPDATES),
     )
     return torch.cat([g.reshape(-1) for g in torch.autograd.grad(-loss, of)])
 

@@ -8,6 +8,7 @@ from torch.distributions import constraints
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import estimators
 
@@ -51,7 +52,7 @@ def test_the_gradient_is_that_of_the_bound(model, guide, objective, estimator):
         params = {n: (v.detach() + move).requires_grad_() for n, v in density.params.items()}
         torch.manual_seed(3)
         found, loss = estimators.surrogate(
-            trained, bound, 4, params, None, share=share, estimator=estimator
+            trained, bound, 4, Batch(params=params), share=share, estimator=estimator
         )
         return float(found), -float(torch.autograd.grad(loss, [params["s"]])[0])
 

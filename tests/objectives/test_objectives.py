@@ -27,6 +27,18 @@ from pyro_vi_kit.objectives import REGISTRY, Elbo, Iwae, LogWeights, Objective, 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 
 ALPHAS = (0.0, 0.5, 1.0, 2.0, -1.0, -math.inf)
+# Of the package's own, in `by_hand`.
+FORMULAS = (
+    "elbo",
+    "elbo_analytic",
+    "iwae",
+    "renyi",
+    "forward_kl",
+    "chi_square",
+    "tail_adaptive",
+    "beta",
+    "annealed",
+)
 NEED_SEVERAL = ("forward_kl", "chi_square", "tail_adaptive")
 
 
@@ -155,7 +167,7 @@ def by_hand(objective, w):
     return (logsumexp((1 - alpha) * w, axis=0) - np.log(K)) / (1 - alpha)
 
 
-@each_objective
+@pytest.mark.parametrize("objective", [o for o in EACH if o.name in FORMULAS], ids=repr)
 def test_the_formula(objective, log_w):
     w = log_w[: objective.particles]
     np.testing.assert_allclose(

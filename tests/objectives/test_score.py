@@ -11,6 +11,7 @@ from toys import gaussian, guide_for, local_and_global_model, local_model, pertu
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.guides import REGISTRY, Guide
 from pyro_vi_kit.guides.families import Family
@@ -30,8 +31,7 @@ def gradient(guide, objective, estimator, **options):
         guide,
         objective,
         objective.particles,
-        None,
-        options.pop("index", None),
+        Batch(options.pop("index", {})),
         share=local and objective.multi_sample,
         estimator=estimator,
         **options,

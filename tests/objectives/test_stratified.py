@@ -11,6 +11,7 @@ from toys import local_and_global_model, local_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides, objectives
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.guides import Guide, Mixture
 from pyro_vi_kit.guides.local.local import LocalFamily, Table
@@ -79,11 +80,9 @@ def estimate(guide, of, objective, estimator, *, particles=None, seed=0):
         guide,
         objective,
         particles or objective.particles,
-        None,
-        None,
+        Batch(updates=torch.tensor(UPDATES)),
         share=objective.multi_sample and guide.blocks[0].plate is not None,
         estimator=estimator,
-        updates=torch.tensor(UPDATES),
     )
     return bound, torch.autograd.grad(-loss, of, allow_unused=True, materialize_grads=True)
 

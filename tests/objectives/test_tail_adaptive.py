@@ -24,9 +24,7 @@ def gradient(guide, objective, seed=0):
     """The bound, and the gradient upwards as one vector."""
     torch.manual_seed(seed)
     share = objective.multi_sample and guide.blocks[0].plate is not None
-    bound, loss = surrogate(
-        guide, objective, objective.particles, None, None, share=share, estimator="dreg"
-    )
+    bound, loss = surrogate(guide, objective, objective.particles, share=share, estimator="dreg")
     parts = torch.autograd.grad(-loss, [*guide.parameters()], materialize_grads=True)
     return bound, torch.cat([part.reshape(-1) for part in parts])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,7 +16,6 @@ from pyro_vi_kit.guides.options import (
     require_count,
     require_dense,
     require_one_of,
-    require_positive,
     require_widths,
 )
 from pyro_vi_kit.guides.spec import GuideSpec
@@ -47,6 +47,7 @@ class AffineCoupling(GuideSpec):
         paper="Dinh, Sohl-Dickstein & Bengio 2017",
     )
     after = "full_rank"
+    extends = True
     per_datum = "affine_coupling"
 
     layers: int = 8
@@ -55,10 +56,17 @@ class AffineCoupling(GuideSpec):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         require_count(self.name, "layers", self.layers)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
         require_one_of(self.name, "permutations", self.permutations, get_args(Permutations))
+
+    @classmethod
+    def candidates(cls, dim: int, modes: int) -> Sequence[GuideSpec]:
+        """See `GuideSpec.candidates`; with one dimension there is nothing to couple."""
+        if dim == 1:
+            return ()
+        return (cls(),) if modes > 1 else (cls(), cls(layers=16, hidden=(64,)))
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

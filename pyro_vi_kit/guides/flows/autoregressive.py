@@ -17,7 +17,6 @@ from pyro_vi_kit.guides.flows.flows import OUTPUT_UNIT, Layer, LayeredFlow, Step
 from pyro_vi_kit.guides.options import (
     require_count,
     require_dense,
-    require_positive,
     require_widths,
 )
 from pyro_vi_kit.guides.spec import GuideSpec
@@ -50,7 +49,7 @@ class Autoregressive(GuideSpec):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         require_count(self.name, "layers", self.layers)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows.coupling_layers import (
     MAX_LOG_SCALE,
     Step,
@@ -115,6 +116,13 @@ class CouplingFlow(Flow):
         """Weights and biases of all layers' networks, the last in its unit."""
         weights = [*self.weights[:-1], self.weights[-1] * self.unit]
         return weights, [*self.biases[:-1], self.biases[-1] * self.unit]
+
+    def take_over(self, known: Family) -> bool:
+        """See `GaussianFamily.take_over`; a flow of fewer layers is extended."""
+        if not isinstance(known, CouplingFlow):
+            return super().take_over(known)
+        self.extend(known)
+        return True
 
     @torch.no_grad()
     def extend(self, smaller: CouplingFlow) -> None:

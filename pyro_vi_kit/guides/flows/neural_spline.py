@@ -27,7 +27,6 @@ from pyro_vi_kit.guides.flows.spline_layers import (
 from pyro_vi_kit.guides.options import (
     require_count,
     require_dense,
-    require_positive,
     require_widths,
 )
 from pyro_vi_kit.guides.spec import GuideSpec
@@ -63,7 +62,7 @@ class NeuralSpline(GuideSpec):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         require_count(self.name, "layers", self.layers)
         require_count(self.name, "bins", self.bins)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))

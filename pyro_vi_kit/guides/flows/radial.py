@@ -14,7 +14,7 @@ from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows.flows import Layer, LayeredFlow, Step
 from pyro_vi_kit.guides.flows.planar import ONE
-from pyro_vi_kit.guides.options import require_count, require_dense, require_positive
+from pyro_vi_kit.guides.options import require_count, require_dense
 from pyro_vi_kit.guides.spec import GuideSpec
 
 _TINY = 1e-30
@@ -46,7 +46,7 @@ class Radial(GuideSpec):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         require_count(self.name, "layers", self.layers)
 
     def family(self, dim: int) -> Family:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.discrete import Discrete, require_discrete
+from pyro_vi_kit.guides.discrete import Discrete
 from pyro_vi_kit.guides.families import DenseNormal, Family
-from pyro_vi_kit.guides.options import require_dense, require_positive
+from pyro_vi_kit.guides.options import require_dense
 from pyro_vi_kit.guides.spec import GuideSpec
 
 
@@ -38,10 +38,6 @@ class FullRank(GuideSpec):
 
     init_scale: float = 0.1
     discrete: Discrete | None = None
-
-    def __post_init__(self) -> None:
-        require_discrete(self.name, self.discrete)
-        require_positive(self.name, "init_scale", self.init_scale)
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

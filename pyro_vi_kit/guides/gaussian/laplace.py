@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import DenseNormal, Family
-from pyro_vi_kit.guides.options import require_dense, require_positive
+from pyro_vi_kit.guides.options import require_dense
 from pyro_vi_kit.guides.spec import GuideSpec
 
 
@@ -35,9 +35,6 @@ class Laplace(GuideSpec):
     richer = "full_rank"
 
     init_scale: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_positive(self.name, "init_scale", self.init_scale)
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.discrete import Discrete, require_discrete
+from pyro_vi_kit.guides.discrete import Discrete
 from pyro_vi_kit.guides.families import Family, GaussianFamily
-from pyro_vi_kit.guides.options import require_positive
 from pyro_vi_kit.guides.spec import GuideSpec
 
 
@@ -51,8 +51,7 @@ class LowRank(GuideSpec):
     discrete: Discrete | None = None
 
     def __post_init__(self) -> None:
-        require_discrete(self.name, self.discrete)
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         whole = isinstance(self.rank, int) and not isinstance(self.rank, bool) and self.rank > 0
         if self.rank is not None and not whole:
             raise OptionError(
@@ -92,6 +91,8 @@ class LowRankNormal(GaussianFamily):
         scale: Initial standard deviation.
     """
 
+    gaussian = "low_rank"
+
     def __init__(self, dim: int, rank: int, scale: float) -> None:
         super().__init__()
         self.centre: Tensor
@@ -126,6 +127,17 @@ class LowRankNormal(GaussianFamily):
         self.loc.zero_()
         self.log_diagonal.zero_()
         self.factor.copy_(factor / sd[:, None])
+
+    @torch.no_grad()
+    def take_over(self, known: Family) -> bool:
+        """See `GaussianFamily.take_over`; independent normals are of rank zero."""
+        if not isinstance(known, GaussianFamily) or known.gaussian != "diagonal":
+            return super().take_over(known)
+        now: Any = known()
+        # Not zero, which is a saddle: the columns have to part.
+        columns = 0.1 * torch.randn_like(self.factor) / self.factor.shape[1] ** 0.5
+        self.become(now.mean, now.stddev, now.stddev[:, None] * columns)
+        return True
 
     @torch.no_grad()
     def centre_on(self, loc: Tensor) -> None:

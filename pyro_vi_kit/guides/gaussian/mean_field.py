@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.discrete import Discrete, require_discrete
+from pyro_vi_kit.guides.discrete import Discrete
 from pyro_vi_kit.guides.families import DiagonalNormal, Family
-from pyro_vi_kit.guides.options import require_one_of, require_positive
+from pyro_vi_kit.guides.options import require_one_of
 from pyro_vi_kit.guides.pyro_guide import METHODS, Guide
 from pyro_vi_kit.guides.spec import GuideSpec
 from pyro_vi_kit.guides.supports.support_family import SupportFamily
@@ -53,8 +53,7 @@ class MeanField(GuideSpec):
     discrete: Discrete | None = None
 
     def __post_init__(self) -> None:
-        require_discrete(self.name, self.discrete)
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         require_one_of(self.name, "families", self.families, get_args(Families))
         if self.families == "support" and self.discrete is not None:
             raise OptionError(

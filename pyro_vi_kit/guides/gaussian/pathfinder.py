@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.mixtures.normal_mixture import NormalMixture
-from pyro_vi_kit.guides.options import require_count, require_dense, require_positive
+from pyro_vi_kit.guides.options import require_count, require_dense
 from pyro_vi_kit.guides.spec import GuideSpec
 
 
@@ -48,7 +48,7 @@ class Pathfinder(GuideSpec):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         require_count(self.name, "paths", self.paths)
         require_count(self.name, "history", self.history)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import GaussianFamily
-from pyro_vi_kit.guides.options import require_dense, require_one_of, require_positive
+from pyro_vi_kit.guides.options import require_dense, require_one_of
 from pyro_vi_kit.guides.pyro_guide import Guide
 from pyro_vi_kit.guides.spec import GuideSpec
 from pyro_vi_kit.model.log_density import Density
@@ -54,7 +54,7 @@ class Structured(GuideSpec):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         require_one_of(self.name, "between", self.between, get_args(Between))
         object.__setattr__(self, "blocks", _require_blocks(self.name, self.blocks))
         named = [site for block in self.blocks for site in block]
@@ -218,6 +218,8 @@ class BlockNormal(GaussianFamily):
         layout: Which numbers are free.
         scale: Initial standard deviation.
     """
+
+    gaussian = "blocks"
 
     def __init__(self, layout: Layout, scale: float) -> None:
         super().__init__()

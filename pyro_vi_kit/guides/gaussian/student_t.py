@@ -49,7 +49,7 @@ class StudentT(GuideSpec):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         if self.df is None:
             return
         require_positive(self.name, "df", self.df)

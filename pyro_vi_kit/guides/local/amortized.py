@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
 from pyro_vi_kit.core.registry import About, has_option
-from pyro_vi_kit.guides.discrete import Discrete, arranged, drawing, head_of, require_discrete
+from pyro_vi_kit.guides.discrete import Discrete, arranged, drawing, head_of
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.local.encoder import Standardised, custom_encoder
 from pyro_vi_kit.guides.local.local import HeadSpec, LocalFamily, head_for, local_name
-from pyro_vi_kit.guides.options import require_positive, require_widths
+from pyro_vi_kit.guides.options import require_widths
 from pyro_vi_kit.guides.pyro_guide import Guide, encoder_inputs
 from pyro_vi_kit.guides.spec import REGISTRY, GuideSpec
 from pyro_vi_kit.model.log_density import Block, Density, Plate, Site
@@ -65,13 +65,12 @@ class Amortized(GuideSpec):
     discrete: Discrete | None = None
 
     def __post_init__(self) -> None:
-        require_discrete(self.name, self.discrete)
+        super().__post_init__()
         if self.discrete is not None and self.conditioned:
             raise OptionError(
                 f"{self.name}: discrete= draws each datum's sites by what is known of the datum alone: "
                 "leave conditioned= out"
             )
-        require_positive(self.name, "init_scale", self.init_scale)
         object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
         modules = self.encoder.values() if isinstance(self.encoder, Mapping) else [self.encoder]
         for encoder in modules:

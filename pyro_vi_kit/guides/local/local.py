@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
-from pyro_vi_kit.guides.families import Family
+from pyro_vi_kit.guides.families import Family, Table
 from pyro_vi_kit.guides.local.conditional import CouplingHead
 from pyro_vi_kit.guides.local.heads import DenseHead, Head, NormalHead, PointHead
 from pyro_vi_kit.guides.mixtures.mixture import MixtureHead
@@ -116,32 +116,6 @@ def local_name(plate: Plate, plates: int) -> str:
     return "local" if plates == 1 else f"local_{plate.name.replace('.', '_')}"
 
 
-class Table(nn.Module):
-    """The numbers of each datum, as they are: one row of a table `[N, p]`.
-
-    Args:
-        numbers: `[N, p]`.
-
-    Attributes:
-        held: Rows `[B, p]` that stand in for those of a minibatch, while an engine holds them.
-    """
-
-    def __init__(self, numbers: Tensor) -> None:
-        super().__init__()
-        self.rows = nn.Parameter(numbers.clone())
-        self.held: Tensor | None = None
-
-    def forward(self, numbers: Tensor) -> Tensor:
-        """The numbers themselves."""
-        return numbers
-
-    def pick(self, index: Tensor | None) -> Tensor:
-        """The rows of a minibatch, `[B, p]`; all when None."""
-        if self.held is not None:
-            return self.held
-        return self.rows if index is None else self.rows[index]
-
-
 class LocalFamily(Family):
     """One distribution per datum.
 
@@ -157,16 +131,7 @@ class LocalFamily(Family):
         self.source = source
         self.head = head
         self.conditioned = conditioned
-
-    @property
-    def scored(self) -> bool:
-        """Whether some of the latents are discrete and trained by the score function."""
-        return self.head.scored
-
-    @property
-    def relaxed(self) -> bool:
-        """Whether some are discrete, and softened while training."""
-        return self.head.relaxed
+        self.scored, self.relaxed = head.scored, head.relaxed
 
     @property
     def strata(self) -> int:

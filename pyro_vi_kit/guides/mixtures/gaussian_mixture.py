@@ -8,7 +8,8 @@ the ELBO hold one set of draws for each component, weighted by its weight (Morni
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -18,12 +19,14 @@ from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.mixtures.normal_mixture import NormalMixture
-from pyro_vi_kit.guides.options import require_count, require_one_of, require_positive
+from pyro_vi_kit.guides.options import require_count, require_one_of
 from pyro_vi_kit.guides.spec import GuideSpec
 
 Covariance = Literal["full", "diagonal"]
 
 _COMPONENTS = 4
+# As `auto` takes it: of components, and dimensions above which full covariances of each are too dear.
+_MANY, _MANY_DIMS = 8, 200
 # The Jacobian of a draw takes C D^2 numbers with full covariances, and D^2 with diagonal ones.
 _MAX_DIM = {"full": 200, "diagonal": 1000}
 # How far apart the parts of a Gaussian are put, in its sds: the mixture still looks like one.
@@ -61,10 +64,16 @@ class Mixture(GuideSpec):
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
-        require_positive(self.name, "init_scale", self.init_scale)
+        super().__post_init__()
         if self.components is not None:
             require_count(self.name, "components", self.components)
         require_one_of(self.name, "covariance", self.covariance, get_args(Covariance))
+
+    @classmethod
+    def candidates(cls, dim: int, modes: int) -> Sequence[GuideSpec]:
+        """See `GuideSpec.candidates`; several modes may be more than searches have found."""
+        mixture = cls(covariance="full" if dim <= _MANY_DIMS else "diagonal")
+        return (mixture,) if modes == 1 else (mixture, replace(mixture, components=_MANY))
 
     def family(self, dim: int) -> Family:
         """The family over `[D]`.

@@ -69,6 +69,7 @@ class SupportFamily(GaussianFamily):
         for i, (_, columns, places) in enumerate(self._groups):
             self.register_buffer(f"_columns_{i}", columns, persistent=False)
             self.register_buffer(f"_spreads_{i}", places, persistent=False)
+        self.kept = tuple(place.site.name for place in self.places if place.kept)
         for place in self.places:
             self.log_base[place.spreads] = math.log(_spread_at_origin(place))
 
@@ -76,11 +77,6 @@ class SupportFamily(GaussianFamily):
     def kinds(self) -> dict[str, str]:
         """The family of each site: ``normal``, ``gamma``, ``beta``, ``dirichlet`` or ``von_mises``."""
         return {place.site.name: place.kind for place in self.places}
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """Sites that are normal in unconstrained space because no family fits their support."""
-        return tuple(place.site.name for place in self.places if place.kept)
 
     def numbers(self) -> tuple[Tensor, Tensor]:
         """The place of each number, `[D]`, and the logarithms of the spreads, `[S]`."""

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.core.errors import OptionError, told
 from pyro_vi_kit.model.log_density import Plate
 
 _CPU = torch.device("cpu")
-
-
-class Batch(NamedTuple):
-    """What one step sees of the data.
-
-    Attributes:
-        index: Rows `[B]` by plate, of data in memory.
-        data: Tensors in the place of the density's own, where data are streamed.
-    """
-
-    index: dict[str, Tensor]  # pyright: ignore[reportIncompatibleMethodOverride]
-    data: list[Tensor] | None = None
 
 
 class BatchSource(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class CapturedEngine(EagerEngine):
         self.note = program.note
         return self._told(bounds, average)
 
-    def _put(self, index: dict[str, Tensor], parts: Sequence[Tensor]) -> None:
+    def _put(self, index: Mapping[str, Tensor], parts: Sequence[Tensor]) -> None:
         """Write the tables' rows back, of which each has five parts."""
         for table, moved in zip(self.tables, _rows_of(parts), strict=True):
             table.put(index, moved)

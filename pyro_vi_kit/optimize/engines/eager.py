@@ -167,20 +167,18 @@ class EagerEngine:
         Returns:
             The bound, the gradient `[P]`, and one `[B, p]` for each table.
         """
-        index, data = Batch({}) if batch is None else batch
+        updates = self.adam.updates if updates is None else updates
+        batch = (batch or Batch())._replace(params=self.params, updates=updates)
         held = [row.detach().requires_grad_() for row in rows]
         with self._holding(held), self._mixed_precision():
             bound, loss = surrogate(
                 self.guide,
                 self.objective,
                 self.particles,
-                self.params,
-                index,
+                batch,
                 share=self.share,
                 estimator=self.estimator,
                 mirrored=self.mirrored,
-                data=data,
-                updates=self.adam.updates if updates is None else updates,
             )
             wanted = [*self.trained.values(), *held]
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
@@ -356,7 +354,8 @@ class EagerEngine:
         """The objective's log weights of fresh draws."""
         stratified = self.estimator == "stratified"
         draw = self.guide.draw(draws, index, data=data, share=share, stratified=stratified)
-        found = self.objective.weights(self.guide, draw, self.params, index, data=data)
+        batch = Batch(index or {}, data, self.params)
+        found = self.objective.weights(self.guide, draw, batch)
         return combined(self.objective, found, draw.strata) if stratified else found
 
 

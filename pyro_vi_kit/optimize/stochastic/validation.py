@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.core.contracts import Batch
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.guides import Guide
@@ -102,7 +103,7 @@ class Validation:
                 rows = torch.arange(start, min(start + _ROWS, plate.size))
                 index = {plate.name: rows}
                 draw = self._guide.draw(particles, index, share=multi)
-                weights = self._objective.weights(self._guide, draw, params, index)
+                weights = self._objective.weights(self._guide, draw, Batch(index, params=params))
                 parts.append(self._objective.look(weights.local[plate.name]))
         return torch.cat(parts)
 

@@ -6,19 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pyro_vi_kit.core.contracts import Status
-
-RICHER = {
-    "delta": "mean_field",
-    "laplace": "full_rank",
-    "pathfinder": "full_rank",
-    "mean_field": "full_rank",
-    "structured": "full_rank",
-    "low_rank": "full_rank",
-    "full_rank": "affine_coupling",
-    "student_t": "affine_coupling",
-    "planar": "affine_coupling",
-    "radial": "affine_coupling",
-}
+from pyro_vi_kit.guides import REGISTRY
 
 
 class Cure(NamedTuple):
@@ -63,6 +51,7 @@ def advice(
     """
     if level == "good":
         return ""
+    spec = REGISTRY.get(guide)
     steps = [] if status.converged else [status.advice]
     if level == "resample":
         steps.append("Use posterior.resample() instead of posterior.sample().")
@@ -71,7 +60,7 @@ def advice(
     if missed:
         steps.append(
             "A guide with one mode cannot cover several: try "
-            + ("more components=" if guide == "mixture" else "guide='mixture'")
+            + ("more components=" if spec and spec.covers_modes else "guide='mixture'")
             + ", or a prior that says which mode is meant."
         )
         return " ".join(steps)
@@ -80,15 +69,14 @@ def advice(
     if named:
         words = str(named[0])
         steps.append(f"{words[0].upper()}{words[1:]}.")
-    if guide == "amortized":
+    if spec and spec.encodes:
         steps.append(
             "The weights are of all rows jointly, and many rows make them uneven: look at "
             "posterior.per_datum() for single rows, or try a larger encoder."
         )
-    elif guide in RICHER:
+    elif spec and spec.richer:
         steps.append(
-            f"Try guide={RICHER[guide]!r}"
-            + ("." if level == "resample" else ", or vi.nuts(model).")
+            f"Try guide={spec.richer!r}" + ("." if level == "resample" else ", or vi.nuts(model).")
         )
     elif level == "reject":
         other = "" if named else "a reparameterisation of the model, or "
@@ -102,11 +90,12 @@ def advice_on_rows(level: str, guide: str, status: Status) -> str:
         return ""
     steps = [] if status.converged else [status.advice]
     steps.append("posterior.per_datum() says which rows.")
-    if guide == "amortized":
+    spec = REGISTRY.get(guide)
+    if spec and spec.encodes:
         steps.append(
             "Try posterior.refine(), which gives each row numbers of its own, a larger encoder, or a "
             "richer local=."
         )
-    elif guide in RICHER:
-        steps.append(f"Try guide={RICHER[guide]!r}.")
+    elif spec and spec.richer:
+        steps.append(f"Try guide={spec.richer!r}.")
     return " ".join(steps)
