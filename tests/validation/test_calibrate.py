@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -28,7 +29,7 @@ from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.validation.calibrate import workers
 from pyro_vi_kit.validation.calibrate.calibration_tests import uniformity
 from pyro_vi_kit.validation.calibrate.data_reuse import require_generative
-from pyro_vi_kit.validation.calibrate.simulation import distances
+from pyro_vi_kit.validation.calibrate.simulation import Simulation, distances, simulate
 
 ROWS, DRAWS = 12, 199
 
@@ -188,6 +189,35 @@ def test_what_cannot_be_sent_is_done_here(monkeypatch):
         found = calibrated(fitter=Unsendable(), simulations=20, jobs=2)
     assert found.jobs == 1
     assert len(found.numbers) == 20
+
+
+GUIDE = """
+from pyro_vi_kit.guides import MeanField
+
+class OwnGuide(MeanField):
+    pass
+"""
+
+
+def test_a_guide_of_a_file_is_sent_whole(tmp_path, monkeypatch):
+    """In another process there is no module of the name that the file has here."""
+    path = tmp_path / "own_guide.py"
+    path.write_text(GUIDE)
+    spec = importlib.util.spec_from_file_location("own_guide", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "own_guide", module)
+    spec.loader.exec_module(module)
+    density = Density(MODEL)
+    drawn, units = simulate(density, 3, seed=0)
+    simulation = Simulation(
+        require_generative(density), density.dtype, module.OwnGuide(), None,
+        {"objective": "elbo"}, DRAWS, ["beta"], units, seed=0,
+    )  # fmt: skip
+    payload = workers._pickled(simulation)
+    monkeypatch.delitem(sys.modules, "own_guide")
+    result = workers._loaded(payload).run(drawn, 1)
+    assert result.error == ""
+    assert result.ranks.below["beta"].shape == (2,)
 
 
 def test_failures_are_counted():

@@ -185,12 +185,13 @@ def _cores() -> int:
 
 
 def _pickled(simulation: Simulation) -> bytes:
-    """The simulation, with functions of a module that others cannot import whole, as ``__main__``'s."""
+    """The simulation; what is of a module that others cannot import is sent whole, as ``__main__``'s."""
     import cloudpickle
 
+    users = (simulation.simulated.model.fn, simulation.fitter, simulation.guide)
     with contextlib.ExitStack() as stack:
-        for fn in (simulation.simulated.model.fn, simulation.fitter):
-            module = sys.modules.get(getattr(fn, "__module__", None) or type(fn).__module__)
+        for part in (*users, simulation.options["objective"]):
+            module = sys.modules.get(getattr(part, "__module__", None) or type(part).__module__)
             if module is not None and not _importable(module):
                 cloudpickle.register_pickle_by_value(module)
                 stack.callback(cloudpickle.unregister_pickle_by_value, module)
