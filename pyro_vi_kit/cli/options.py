@@ -203,8 +203,6 @@ def options_of(kind: str, names: Sequence[str], pairs: Sequence[str]) -> dict[st
         UnknownNameError: If one is for a part that is not named.
         OptionError: If one is not of this form, or is for ``auto``.
     """
-    registry: Any = vi.guides.REGISTRY if kind == "guide" else vi.objectives.REGISTRY
-    known = {n: {f.name for f in dataclasses.fields(registry[n])} for n in names if n in registry}
     if kind == "objective":
         pairs = [*pairs, *click.get_current_context().meta.get(f"{_META}.objective", ())]
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
@@ -213,7 +211,7 @@ def options_of(kind: str, names: Sequence[str], pairs: Sequence[str]) -> dict[st
         if part and part not in names:
             raise UnknownNameError(kind, part, names)
         # What none has is given to all, and refused by the first.
-        takers = [part] if part else [n for n in names if option in known.get(n, ())] or names
+        takers = [part] if part else [n for n in names if _has(kind, n, option)] or names
         if takers[0] == vi.guides.AUTO:
             raise OptionError(
                 f"--guide auto tries several guides and takes no --guide-option {option}: name the "
@@ -222,6 +220,13 @@ def options_of(kind: str, names: Sequence[str], pairs: Sequence[str]) -> dict[st
         for name in takers:
             found[name][option] = value
     return found
+
+
+def _has(kind: str, name: str, option: str) -> bool:
+    """Whether a guide or an objective has an option of this name."""
+    registry: Any = vi.guides.REGISTRY if kind == "guide" else vi.objectives.REGISTRY
+    fields = dataclasses.fields(registry[name]) if name in registry else ()
+    return any(field.name == option for field in fields)
 
 
 def key_values(option: str, pairs: Sequence[str]) -> dict[str, Any]:

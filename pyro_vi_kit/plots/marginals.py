@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,19 +97,24 @@ def _chosen(
     for name in sites or ():
         if name not in known | labels:
             raise UnknownNameError("site", name, known)
+    errors = _quantile_errors(pairs, known | labels if sites is None else sites)
+    if not errors:
+        raise ModelError("nothing to plot: every parameter is a constant in the reference")
+    kept = set(sorted(errors, key=lambda label: -errors[label])[:most])
+    return [label for label in errors if label in kept], len(errors)
+
+
+def _quantile_errors(pairs: Mapping[str, Paired], wanted: Container[str]) -> dict[str, float]:
+    """The largest error of any fit in a quantile of each number that varies, by label."""
     worst: dict[str, float] = {}
     for paired in pairs.values():
         errors = error_table(paired)
         sizes = np.max([np.abs(errors[name]) for name in _QUANTILE_ERRORS], 0)
-        varying = varies(paired.truth.reshape(-1, len(paired.labels)))
-        for i in np.flatnonzero(varying):
+        for i in np.flatnonzero(varies(paired.truth.reshape(-1, len(paired.labels)))):
             label = paired.labels[i]
-            if sites is None or paired.sites[i] in sites or label in sites:
+            if paired.sites[i] in wanted or label in wanted:
                 worst[label] = max(worst.get(label, 0.0), float(sizes[i]))
-    if not worst:
-        raise ModelError("nothing to plot: every parameter is a constant in the reference")
-    kept = set(sorted(worst, key=lambda label: -worst[label])[:most])
-    return [label for label in worst if label in kept], len(worst)
+    return worst
 
 
 def _panel(axis: Axes, label: str, pairs: Mapping[str, Paired]) -> None:
