@@ -1,4 +1,8 @@
-"""Fits beside a reference posterior: how wrong each is, and how much faster."""
+"""Fits beside a reference posterior: how wrong each is, and how much faster.
+
+Draws are lined up by name (`alignment`), measured (`measures`), and told as a table (`table`,
+`overview`). Whether the reference itself has converged is `nuts.report`'s to say.
+"""
 
 from pyro_vi_kit.validation.compare.alignment import Paired, Reference, by_name, pair
 from pyro_vi_kit.validation.compare.measures import error_table

@@ -1,4 +1,8 @@
-"""Many fits beside their references, one after another: models x guides x objectives."""
+"""Many fits beside their references, one after another: models x guides x objectives.
+
+`cells` says what is run and what is recorded of each, `runner` runs it, `table` puts it in words.
+How fits and references are made and compared is elsewhere.
+"""
 
 from pyro_vi_kit.validation.suite.cells import (
     COLUMNS,
