@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -19,7 +21,7 @@ class Armed:
     """A model with a funnel, whose verdict asks chains, that can be told to raise once."""
 
     def __init__(self):
-        self.raises = None
+        self.raises: Any = None
 
     def __call__(self, y):
         raises, self.raises = self.raises, None
@@ -106,7 +108,7 @@ def test_a_loop_over_points_says_why(tmp_path):
 def test_a_model_of_other_numbers_all_at_once_says_so():
     def model(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        wrapped = torch._C._functorch.is_batchedtensor(mu)
+        wrapped = torch._C._functorch.is_batchedtensor(mu)  # type: ignore[attr-defined]
         pyro.sample("y", dist.Normal(mu, 2.0 if wrapped else 1.0), obs=y)
 
     (note,) = Density(vi.Model(model, torch.tensor(0.4))).given_up

@@ -17,8 +17,7 @@ from models import eight_schools_centered, hmm, missing_data
 from pyro_vi_kit.core.errors import ModelError, OptionError, UnknownNameError
 from pyro_vi_kit.core.export import arviz_major, import_arviz
 from pyro_vi_kit.core.psis import psis
-from pyro_vi_kit.posterior.diagnostics.loo import LooWarning
-from pyro_vi_kit.posterior.diagnostics.loo.elpd import leave_one_out
+from pyro_vi_kit.posterior.diagnostics.loo import LooWarning, leave_one_out
 
 pytestmark = pytest.mark.usefixtures("float64")
 PRIOR, NOISE, N = 2.0, 0.7, 24

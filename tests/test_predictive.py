@@ -13,7 +13,7 @@ import torch
 import pyro_vi_kit as vi
 from models import eight_schools, missing_data
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError
-from pyro_vi_kit.posterior.diagnostics.observations import kind_of, observations
+from pyro_vi_kit.posterior.diagnostics.observations import data_kind_of, observations
 from pyro_vi_kit.posterior.diagnostics.predictive import Comparison, replicate
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -238,9 +238,9 @@ def test_kinds_of_data_have_statistics_of_their_own():
         "binary": dist.Bernoulli(0.3).expand([3]).to_event(1).mask(True),
         "category": dist.OrderedLogistic(torch.tensor(0.0), torch.tensor([0.0, 1.0])),
     }
-    assert {kind: kind_of(fn) for kind, fn in kinds.items()} == {kind: kind for kind in kinds}
-    assert kind_of(dist.Binomial(5, 0.2)) == "count"
-    assert kind_of(dist.Uniform(0.0, 1.0)) == "real"
+    assert {kind: data_kind_of(fn) for kind, fn in kinds.items()} == {kind: kind for kind in kinds}
+    assert data_kind_of(dist.Binomial(5, 0.2)) == "count"
+    assert data_kind_of(dist.Uniform(0.0, 1.0)) == "real"
 
     def many(y, c, b, v):
         m = pyro.sample("m", dist.Normal(0.0, 1.0))

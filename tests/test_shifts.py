@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from pyro_vi_kit.core.psis import psis
-from pyro_vi_kit.posterior.diagnostics.shifts import by_chains, by_weights, flattened
-from pyro_vi_kit.posterior.diagnostics.site_khats import smoothed_khats
+from pyro_vi_kit.posterior.diagnostics.shifts import (
+    by_chains,
+    by_weights,
+    flattened,
+    smoothed_khats,
+)
 
 S = 2000
 

@@ -10,8 +10,7 @@ import torch
 
 import pyro_vi_kit as vi
 from pyro_vi_kit.core.psis import psis
-from pyro_vi_kit.posterior.diagnostics.shifts import by_chains, by_weights
-from pyro_vi_kit.posterior.diagnostics.states import Columns
+from pyro_vi_kit.posterior.diagnostics.shifts import Columns, by_chains, by_weights
 
 S = 4000
 

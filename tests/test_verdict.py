@@ -8,9 +8,10 @@ import pytest
 from pyro_vi_kit import guides
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.psis import Psis
-from pyro_vi_kit.posterior.diagnostics.advice import Cure
+from pyro_vi_kit.posterior.diagnostics.findings import Findings, is_close, needs_chains
 from pyro_vi_kit.posterior.diagnostics.shifts import Shifts, by_weights, flattened, scale_of
-from pyro_vi_kit.posterior.diagnostics.verdict import Findings, is_close, judge, needs_chains
+from pyro_vi_kit.posterior.diagnostics.verdict import judge
+from pyro_vi_kit.posterior.diagnostics.wording import Cure
 from pyro_vi_kit.posterior.evaluation import gap_of, smooth
 
 CONVERGED = Status(True, "converged", "Done.")

@@ -282,7 +282,7 @@ def _nuts_report(tree: Tree) -> str:
 def _draws_summary(tree: Tree) -> Any:
     """ArviZ's summary: mean, sd, interval, Monte Carlo errors, ESS and R-hat of each number."""
     from pyro_vi_kit.core.export import datasets, import_arviz
-    from pyro_vi_kit.posterior.summary import labels_in
+    from pyro_vi_kit.posterior.labels import labels_in
 
     frame = import_arviz().summary(tree, round_to="none")
     labels = [label for site in datasets(tree)["posterior"].values() for label in labels_in(site)]

@@ -24,7 +24,7 @@ from pyro_vi_kit.objectives import Objective
 from pyro_vi_kit.posterior import Posterior, load
 from pyro_vi_kit.posterior.approximation import GuideApproximation
 from pyro_vi_kit.posterior.record import Record
-from pyro_vi_kit.posterior.storage import latents_of, words
+from pyro_vi_kit.posterior.storage import latents_in_words, latents_of
 
 
 def earlier_fit(
@@ -194,6 +194,6 @@ def _shapes(params: dict[str, Any]) -> list[list[Any]]:
 def _require_same(what: str, before: list[list[Any]], now: list[list[Any]]) -> None:
     if before != now:
         raise ModelError(
-            f"resume= is a fit of {what} {words(before) or 'none'}; this model has "
-            f"{words(now) or 'none'}: go on with the model and data that it was fitted to"
+            f"resume= is a fit of {what} {latents_in_words(before) or 'none'}; this model has "
+            f"{latents_in_words(now) or 'none'}: go on with the model and data that it was fitted to"
         )

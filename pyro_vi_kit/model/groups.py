@@ -26,6 +26,17 @@ _CHUNK_NUMBERS = 4_000_000
 GIVEN_DRAWS = "given draws"
 
 
+def chunks_of(total: int, width: int) -> list[int]:
+    """How many of so many points are evaluated at a time, so that memory stays bounded.
+
+    Args:
+        total: How many there are.
+        width: Numbers that one point makes, roughly.
+    """
+    size = max(1, _CHUNK_NUMBERS // max(width, 1))
+    return [min(size, total - i) for i in range(0, total, size)]
+
+
 def in_chunks(function: Callable[[Values], Values], z: Mapping[str, Tensor], width: int) -> Values:
     """Apply ``function`` to K points a few at a time, so that memory stays bounded.
 
@@ -34,12 +45,9 @@ def in_chunks(function: Callable[[Values], Values], z: Mapping[str, Tensor], wid
         z: `{site: [K, ...]}`.
         width: Numbers that one point makes, roughly.
     """
-    total = next(iter(z.values())).shape[0]
-    size = max(1, min(total, _CHUNK_NUMBERS // max(width, 1)))
-    parts = [
-        function({name: value[i : i + size] for name, value in z.items()})
-        for i in range(0, total, size)
-    ]
+    sizes = chunks_of(len(next(iter(z.values()))), width)
+    pieces = zip(*(value.split(sizes) for value in z.values()), strict=True)
+    parts = [function(dict(zip(z, piece, strict=True))) for piece in pieces]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -13,8 +13,12 @@ from pyro_vi_kit.core.options import path as a_path
 from pyro_vi_kit.plots.density import density, support
 from pyro_vi_kit.plots.style import COLOURS, INK, destination, number, panels, quality, save
 from pyro_vi_kit.posterior import Posterior
-from pyro_vi_kit.posterior.diagnostics.predictive import Comparison, Replicated, comparisons
-from pyro_vi_kit.posterior.diagnostics.predictive.statistics import Function
+from pyro_vi_kit.posterior.diagnostics.predictive import (
+    Comparison,
+    Function,
+    Replicated,
+    comparisons,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from pyro_vi_kit.core.psis import Psis, psis, usable
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.core.work import marginal_work, work_of
 from pyro_vi_kit.posterior.approximation import Approximation
-from pyro_vi_kit.posterior.diagnostics.verdict import is_close
+from pyro_vi_kit.posterior.diagnostics.findings import is_close
 
 _MAX_DRAWS = 4000
 # Where the call is close, and the draws all together put out no more numbers than a second's worth.
@@ -57,46 +57,24 @@ class Evaluation:
             return float(self.log_weights.std(ddof=1) / np.sqrt(len(self.log_weights)))
 
     @property
-    def khat(self) -> float | None:
-        """Pareto k-hat of the weights."""
-        return None if self.smoothed is None else self.smoothed.khat
-
-    @property
-    def khat_se(self) -> float | None:
-        """Standard error of k-hat over repeated draws."""
-        return None if self.smoothed is None else self.smoothed.khat_se
-
-    @property
-    def ess(self) -> float | None:
-        """What the weighted draws are worth, as a number of independent draws of p."""
-        return None if self.smoothed is None else self.smoothed.ess
-
-    @property
     def gap(self) -> float:
         """Nats by which the ELBO falls short of the importance-weighted evidence: KL(q || p)."""
         return gap_of(self.log_weights, self.smoothed)
 
-    @property
-    def log_evidence(self) -> tuple[float, float] | None:
-        """Log mean weight and its standard error, nats."""
-        if self.smoothed is None:
-            return None
-        return self.smoothed.log_mean_weight, self.smoothed.log_mean_weight_se
-
     def attrs(self) -> dict[str, float]:
         """What an exported file says of it; nothing for a point estimate."""
-        if self.elbo is None or self.elbo_se is None or self.log_evidence is None:
+        smoothed = self.smoothed
+        if self.elbo is None or self.elbo_se is None or smoothed is None:
             return {}
-        evidence, se = self.log_evidence
         return {
-            "khat": float(self.khat or 0.0),
-            "khat_se": float(self.khat_se or 0.0),
-            "ess": float(self.ess or 0.0),
-            "ess_of_draws": len(self.log_weights) if self.log_weights is not None else 0,
+            "khat": smoothed.khat,
+            "khat_se": smoothed.khat_se,
+            "ess": smoothed.ess,
+            "ess_of_draws": len(smoothed.log_weights),
             "elbo": self.elbo,
             "elbo_se": self.elbo_se,
-            "log_evidence": evidence,
-            "log_evidence_se": se,
+            "log_evidence": smoothed.log_mean_weight,
+            "log_evidence_se": smoothed.log_mean_weight_se,
         }
 
 

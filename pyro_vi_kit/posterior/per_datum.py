@@ -12,7 +12,7 @@ from pyro_vi_kit.core.options import COUNT, DRAWS, SEED, checks, flag, optional,
 from pyro_vi_kit.core.runtime import fresh_seed
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.model import Model
-from pyro_vi_kit.posterior import amortization, refinement
+from pyro_vi_kit.posterior import refinement
 from pyro_vi_kit.posterior.approximation import GuideApproximation
 from pyro_vi_kit.posterior.base import Fitted
 from pyro_vi_kit.posterior.diagnostics import pointwise
@@ -190,7 +190,7 @@ class ByRow(Fitted):
         """
         target = self._on(args, kwargs)
         with target._few_threads(), torch.enable_grad():
-            return amortization.gaps(
+            return refinement.gaps(
                 target._of_this_package(),
                 target.model.coords,
                 plate=plate,

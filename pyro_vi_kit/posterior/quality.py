@@ -10,12 +10,12 @@ import numpy as np
 
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.options import checks, share
+from pyro_vi_kit.core.psis import Psis
 from pyro_vi_kit.posterior.approximation import GuideApproximation
 from pyro_vi_kit.posterior.base import Fitted
 from pyro_vi_kit.posterior.diagnostics import diagnosis
 from pyro_vi_kit.posterior.diagnostics.verdict import Verdict
 from pyro_vi_kit.posterior.evaluation import Evaluation, evaluate
-from pyro_vi_kit.posterior.summary import summarise
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,10 @@ class Judged(Fitted):
     def _evaluation(self) -> Evaluation:
         with self._few_threads():
             return evaluate(self.approximation, self._named)
+
+    @property
+    def _smoothed(self) -> Psis | None:
+        return self._evaluation.smoothed
 
     @property
     def elbo(self) -> float | None:
@@ -47,12 +51,12 @@ class Judged(Fitted):
     @property
     def khat(self) -> float | None:
         """Pareto k-hat of the joint importance ratios; None for a point estimate."""
-        return self._evaluation.khat
+        return None if self._smoothed is None else self._smoothed.khat
 
     @property
     def khat_se(self) -> float | None:
         """Standard error of `khat`: how far another set of draws would put it."""
-        return self._evaluation.khat_se
+        return None if self._smoothed is None else self._smoothed.khat_se
 
     @property
     def ess(self) -> float | None:
@@ -61,7 +65,7 @@ class Judged(Fitted):
         There are 4,000 of them, up to 64,000 where the verdict is a close call, fewer where a draw is
         large. None for a point estimate.
         """
-        return self._evaluation.ess
+        return None if self._smoothed is None else self._smoothed.ess
 
     @property
     def log_evidence(self) -> tuple[float, float] | None:
@@ -69,7 +73,10 @@ class Judged(Fitted):
 
         With improper priors or factors it is defined up to their constant.
         """
-        return self._evaluation.log_evidence
+        smoothed = self._smoothed
+        if smoothed is None:
+            return None
+        return smoothed.log_mean_weight, smoothed.log_mean_weight_se
 
     @functools.cached_property
     def _diagnosis(self) -> diagnosis.Diagnosis | None:
@@ -124,6 +131,8 @@ class Judged(Fitted):
         Args:
             prob: Mass of the equal-tailed interval.
         """
+        from pyro_vi_kit.posterior.summary import summarise
+
         levels = () if self._diagnosis is None else self._diagnosis.levels.tolist()
         verdict = "" if self.verdict is None else str(self.verdict)
         values, coords = self._evaluation.values, self.model.coords

@@ -96,11 +96,11 @@ class Record:
         Args:
             status: Its own, with what else was given up.
         """
-        told = {"ladder": " -> ".join(map(str, self.ladder))} if self.ladder else {}
+        facts = {"ladder": " -> ".join(map(str, self.ladder))} if self.ladder else {}
         if status.notes:
-            told["notes"] = "\n".join(status.notes)
+            facts["notes"] = "\n".join(status.notes)
         if self.correction:
-            told["correction"] = self.correction
+            facts["correction"] = self.correction
         return {
             "objective": self.objective.name,
             "method": self.method,
@@ -111,7 +111,7 @@ class Record:
             "advice": self.status.advice,
             "evaluations": self.evaluations,
             "seconds": self.seconds,
-        } | told
+        } | facts
 
 
 def ladder_frame(rungs: Sequence[Rung]) -> pd.DataFrame:

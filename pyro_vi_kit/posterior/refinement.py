@@ -1,14 +1,20 @@
-"""From an encoder's answer for each row to numbers of the row's own: semi-amortized inference.
+"""From an encoder's answer for each row to numbers of the row's own, and what the encoder loses.
 
-The encoder says where each row starts, and stochastic steps go on from there with its numbers alone
-(Kim, Wiseman, Miller, Sontag & Rush 2018; Marino, Yue & Mandt 2018). Whatever rows share is held: the
-globals' distribution, the layers of a flow, and the model's learned parameters.
+The encoder says where each row starts, and stochastic steps go on from there with its numbers alone:
+semi-amortized inference (Kim, Wiseman, Miller, Sontag & Rush 2018; Marino, Yue & Mandt 2018). Whatever
+rows share is held: the globals' distribution, a flow's layers, and the model's learned parameters.
+
+The best member of the family for a datum falls short of its log evidence by the approximation gap; the
+encoder, which has one answer for all data, falls short of that member by the amortization gap (Cremer,
+Li & Duvenaud 2018).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +22,7 @@ import torch
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import ModelError, OptionError, first_line
 from pyro_vi_kit.core.progress import Progress
+from pyro_vi_kit.core.psis import psis_rows
 from pyro_vi_kit.core.runtime import RandomStream, seed_of
 from pyro_vi_kit.guides import Guide, tabulated
 from pyro_vi_kit.guides.local.heads import Head
@@ -29,7 +36,17 @@ from pyro_vi_kit.optimize.engines import Batches, BatchSource, CapturedEngine
 from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.optimize.stochastic import stochastic
 from pyro_vi_kit.posterior.approximation import GuideApproximation
+from pyro_vi_kit.posterior.diagnostics.pointwise import (
+    PerDatum,
+    frame_of,
+    globals_words,
+    mean_and_se,
+    seen_per_datum,
+)
 from pyro_vi_kit.posterior.record import Record
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Nats a datum.
 TOLERANCE = 1e-3
@@ -41,6 +58,16 @@ _STRETCH = 100
 # Of each row, to see how wide it is.
 _DRAWS = 16
 _SEED = 40_312
+_NAMES = (
+    "elbo",
+    "elbo_refined",
+    "log_evidence",
+    "log_evidence_se",
+    "amortization",
+    "amortization_se",
+    "approximation",
+    "approximation_se",
+)
 
 
 def refine(
@@ -53,16 +80,9 @@ def refine(
     batch_size: int | None = None,
     progress: bool | None = False,
 ) -> tuple[GuideApproximation, Record]:
-    """Train numbers of each row, from what the encoders say of it.
+    """Train numbers of each row, from what the encoders say of it; see `Posterior.refine`.
 
-    Args:
-        approximation: A trained guide with local blocks, over the data to be refined.
-        objective: The bound; of the ELBO the particles are chosen here.
-        steps: The most steps.
-        tol: Nats a datum that the bound may fall short by, on average.
-        seed: Of the noise.
-        batch_size: Rows in a step; all, or as many as memory has room for, when None.
-        progress: Show progress on stderr; None shows it on a terminal only.
+    Of the ELBO the particles are chosen here.
 
     Returns:
         The guide with tables in the place of its encoders, and how they were trained.
@@ -172,3 +192,69 @@ def _about_rows(status: Status) -> Status:
     """The same status; what goes on with a refinement is another one."""
     advice = status.advice.replace("go on with resume=", "refine() the result once more")
     return dataclasses.replace(status, advice=advice)
+
+
+def gaps(
+    approximation: GuideApproximation,
+    coords: Mapping[str, Sequence[object]],
+    *,
+    plate: str | None,
+    draws: int,
+    seed: int,
+    steps: int | None,
+    tol: float = TOLERANCE,
+    progress: bool | None = False,
+) -> pd.DataFrame:
+    """Amortization and approximation gap of each datum; see `Posterior.amortization_gap`."""
+    before = seen_per_datum(approximation.guide, approximation.params, plate)
+    if before.guide.table(before.block) is not None:
+        raise OptionError(
+            f"each row of plate {before.plate.name!r} has numbers of its own already, so that there is "
+            "no amortization gap: ask the amortized posterior for it, or see posterior.per_datum()"
+        )
+    held = GuideApproximation(approximation.name, before.guide, approximation.params)
+    refined, record = refine(held, Elbo(1), steps=steps, tol=tol, seed=seed, progress=progress)
+    after = seen_per_datum(refined.guide, refined.params, plate)
+    columns = _compared(before, after, draws, seed_of(seed, "comparison"))
+    frame = frame_of(columns, before.plate, coords)
+    means = {name: float(columns[name].mean()) for name in ("amortization", "approximation")}
+    errors = {
+        f"{name}_se": float(np.sqrt((columns[f"{name}_se"] ** 2).sum()) / len(frame))
+        for name in means
+    }
+    frame.attrs |= {"plate": before.plate.name, "draws": draws, **means, **errors}
+    frame.attrs["globals"] = globals_words(before.guide)
+    frame.attrs["refinement"] = record.status.advice
+    frame.attrs["summary"] = (
+        f"{len(frame):,} rows: amortization gap {means['amortization']:.4f} nats a datum (s.e. "
+        f"{errors['amortization_se']:.2g}), approximation gap {means['approximation']:.4f} (s.e. "
+        f"{errors['approximation_se']:.2g})"
+    )
+    return frame
+
+
+def _compared(before: PerDatum, after: PerDatum, draws: int, seed: int) -> dict[str, np.ndarray]:
+    """The columns, `[N]` each; both guides are seen on common noise."""
+    parts = []
+    pairs = zip(before.weights(draws, seed), after.weights(draws, seed), strict=True)
+    for (_, own), (_, refined) in pairs:
+        smoothed = psis_rows(refined)
+        evidence, evidence_se = smoothed.log_mean_weight, smoothed.log_mean_weight_se
+        gap, gap_se = mean_and_se(refined - own)
+        elbo, _ = mean_and_se(refined)
+        # Delta method: the log mean weight moves with w / mean(w), the mean log weight with log w.
+        moved = np.exp(refined - evidence) - refined
+        parts.append(
+            (
+                mean_and_se(own)[0],
+                elbo,
+                evidence,
+                evidence_se,
+                gap,
+                gap_se,
+                evidence - elbo,
+                mean_and_se(moved)[1],
+            )
+        )
+    columns = map(np.concatenate, zip(*parts, strict=True))
+    return dict(zip(_NAMES, columns, strict=True))

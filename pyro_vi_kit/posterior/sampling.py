@@ -9,7 +9,7 @@ import numpy as np
 from pyro_vi_kit.core.errors import ModelError, OptionError, ViError
 from pyro_vi_kit.core.options import DRAWS, SEED, checks, flag, optional
 from pyro_vi_kit.core.runtime import fresh_seed
-from pyro_vi_kit.posterior.approximation.protocol import chosen_of, pool_of
+from pyro_vi_kit.posterior.approximation.base import chosen_of, pool_of
 from pyro_vi_kit.posterior.base import Fitted
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +54,8 @@ from pyro_vi_kit.posterior.record import Record, Rung
 GROUP = "vi_guide"
 _FORMAT = 3
 _HISTORY = "history_"
+# What of a record has a place of its own in a file.
+_APART = ("objective", "status", "losses", "history", "ladder")
 
 
 class Restored(NamedTuple):
@@ -83,22 +85,9 @@ def guide_group(
         "objective": [record.objective.name, dataclasses.asdict(record.objective)],  # type: ignore[call-overload]
         "status": dataclasses.asdict(record.status),
         "record": {
-            key: getattr(record, key)
-            for key in (
-                "method",
-                "engine",
-                "evaluations",
-                "seconds",
-                "seed",
-                "bound",
-                "skipped",
-                "note",
-                "estimator",
-                "batch_size",
-                "refined",
-                "correction",
-                "fingerprint",
-            )
+            field.name: getattr(record, field.name)
+            for field in dataclasses.fields(record)
+            if field.name not in _APART
         },
         "ladder": [dataclasses.asdict(rung) for rung in record.ladder],
     }
@@ -122,30 +111,15 @@ def restore(
     guide: GuideSpec | Callable[..., Any] | None,
     device: Device | None = None,
 ) -> Restored:
-    """Read what `guide_group` stored.
-
-    Args:
-        path: The file.
-        model: The model it is a posterior of, with its data.
-        guide: The configured guide or Pyro guide, where the file cannot name it.
-        device: Where to put it; where the model's data are when None.
-
-    Raises:
-        FileError: If the file cannot be read, is damaged, or holds no posterior of this package.
-        ModelError: If the model is not that of the file.
-        OptionError: If ``guide=`` is needed.
+    """Read what `guide_group` stored; see `load`.
 
     Warns:
         OtherDataWarning: If the model has other data.
     """
-    header, tensors, record = _read(path)
-    try:
+    with _telling_of_damage(path):
+        header, tensors, record = _read(path)
         restored = _restored(path, model, guide, device, header, tensors, record)
         _require_same_model(path, model, restored)
-    except ViError:
-        raise
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise _damaged(path, error) from error
     return restored
 
 
@@ -166,10 +140,11 @@ def _restored(
     spec = guide if isinstance(guide, GuideSpec) else _spec(path, header)
     drawn, init = guides.drawn_of(spec), header.get("init")
     density = Density(model, dtype=dtype, device=device, drawn=drawn, init=init)
-    if header["latents"] != latents_of(density):
+    before, now = header["latents"], latents_of(density)
+    if before != now:
         raise ModelError(
-            f"{path} is a posterior of latents {words(header['latents'])}; this model has "
-            f"{words(latents_of(density))}: load it with the model and data that it was fitted to"
+            f"{path} is a posterior of latents {latents_in_words(before)}; this model has "
+            f"{latents_in_words(now)}: load it with the model and data that it was fitted to"
         )
     built = _built(spec, density, header["tables"])
     try:
@@ -236,47 +211,45 @@ def _read(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], Record]:
     if GROUP not in datasets:
         raise FileError(f"{path} holds no guide: it was not written by Posterior.save")
     dataset = datasets[GROUP]
+    text = dataset.attrs["header"]
+    header = json.loads(text)
+    form = header["format"]
+    if form != _FORMAT:
+        raise FileError(
+            f"{path} has format {form}, this version reads {_FORMAT}: load it with the version of "
+            "pyro_vi_kit that wrote it, or fit and save it anew"
+        )
+    arrays = {
+        f"tensor_{i}": np.array(dataset[f"tensor_{i}"].values, dtype=dtype)
+        for i, (_, dtype) in enumerate(header["tensors"])
+    }
+    others = [name for name in map(str, dataset.data_vars) if name not in arrays]
+    columns = {name: np.array(dataset[name].values) for name in others}
+    if dataset.attrs["checksum"] != _checksum(text, arrays | columns):
+        raise FileError(
+            f"{path} is damaged: its guide's checksum is not that of what it holds. Restore it from "
+            "a copy, or fit and save it anew"
+        )
+    losses = columns.pop("losses")
+    history = {name.removeprefix(_HISTORY): column for name, column in columns.items()}
+    names = [name for name, _ in header["tensors"]]
+    tensors = dict(zip(names, map(torch.from_numpy, arrays.values()), strict=True))
+    return header, tensors, _record(path, header, losses, history)
+
+
+@contextlib.contextmanager
+def _telling_of_damage(path: str | Path) -> Iterator[None]:
+    """Tell whatever is raised by what is not as it was written as that."""
     try:
-        text = dataset.attrs["header"]
-        header = json.loads(text)
-        form = header["format"]
-        if form != _FORMAT:
-            raise FileError(
-                f"{path} has format {form}, this version reads {_FORMAT}: load it with the version of "
-                "pyro_vi_kit that wrote it, or fit and save it anew"
-            )
-        arrays = {
-            f"tensor_{i}": np.array(dataset[f"tensor_{i}"].values, dtype=dtype)
-            for i, (_, dtype) in enumerate(header["tensors"])
-        }
-        told = {
-            str(name): np.array(dataset[name].values)
-            for name in dataset.data_vars
-            if name == "losses" or str(name).startswith(_HISTORY)
-        }
-        if dataset.attrs["checksum"] != _checksum(text, arrays | told):
-            raise FileError(
-                f"{path} is damaged: its guide's checksum is not that of what it holds. Restore it from "
-                "a copy, or fit and save it anew"
-            )
-        history = {
-            name.removeprefix(_HISTORY): column for name, column in told.items() if name != "losses"
-        }
-        record = _record(path, header, told["losses"], history)
+        yield
     except ViError:
         raise
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise _damaged(path, error) from error
-    names = [name for name, _ in header["tensors"]]
-    tensors = dict(zip(names, map(torch.from_numpy, arrays.values()), strict=True))
-    return header, tensors, record
-
-
-def _damaged(path: str | Path, error: Exception) -> FileError:
-    return FileError(
-        f"{path} is damaged, or not of this version: its guide cannot be read ({type(error).__name__}: "
-        f"{first_line(error)}). Restore it from a copy, or fit and save it anew"
-    )
+        raise FileError(
+            f"{path} is damaged, or not of this version: its guide cannot be read "
+            f"({type(error).__name__}: {first_line(error)}). Restore it from a copy, or fit and save it "
+            "anew"
+        ) from error
 
 
 def _checksum(header: str, variables: Mapping[str, np.ndarray]) -> str:
@@ -394,7 +367,7 @@ def _record(
     )
 
 
-def words(latents: list[list[Any]]) -> str:
+def latents_in_words(latents: list[list[Any]]) -> str:
     """Names and shapes, for messages."""
     return ", ".join(f"{name}{tuple(shape)}" for name, shape in latents)
 

@@ -1,18 +1,37 @@
-"""Moments of draws as a table, one row per number."""
+"""Tables that are printed under their verdict, one row per number.
+
+To be imported where a table is made: pandas takes a while to load.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from pyro_vi_kit.core.metrics import interval, mcse_mean
+from pyro_vi_kit.posterior.labels import labels
 
-if TYPE_CHECKING:
-    import pandas as pd
-    import xarray as xr
+
+class VerdictFrame(pd.DataFrame):
+    """A DataFrame whose printed form begins with ``attrs["verdict"]``; parts of it are plain ones."""
+
+    @property
+    def _constructor(self) -> type[pd.DataFrame]:
+        return pd.DataFrame
+
+    def __repr__(self) -> str:
+        """The verdict, and the table as pandas prints it."""
+        verdict = self.attrs.get("verdict", "")
+        return f"{verdict}\n\n{super().__repr__()}" if verdict else super().__repr__()
+
+    def _repr_html_(self) -> str | None:
+        from html import escape
+
+        verdict, table = self.attrs.get("verdict", ""), super()._repr_html_()
+        return f"<p>{escape(verdict)}</p>{table}" if verdict and table else table
 
 
 def summarise(
@@ -33,8 +52,6 @@ def summarise(
         prob: Mass of the interval.
         verdict: What the table is printed under, and has in its ``attrs``.
     """
-    from pyro_vi_kit.posterior.diagnostics.verdict_frame import HeadedFrame
-
     tail = 50.0 * (1.0 - prob)
     rows: dict[str, dict[str, Any]] = {}
     for name, given in values.items():
@@ -55,56 +72,6 @@ def summarise(
                 for key, column in columns.items()
             }
             rows[label]["verdict"] = str(verdicts[len(rows) - 1]) if len(verdicts) else ""
-    frame = HeadedFrame.from_dict(rows, orient="index")
+    frame = VerdictFrame.from_dict(rows, orient="index")
     frame.attrs["verdict"] = verdict
     return frame
-
-
-def labels_of(
-    values: Mapping[str, np.ndarray],
-    dims: Mapping[str, Sequence[str]],
-    coords: Mapping[str, Sequence[Any]],
-) -> tuple[list[str], list[str]]:
-    """Label and site of each number of all sites, in the order of the rows of a summary.
-
-    Args:
-        values: Draws by site, `[S, *shape]`.
-        dims: Names of each site's dims.
-        coords: Names along those dims.
-    """
-    found, sites = [], []
-    for name, draws in values.items():
-        mine = [label for _, label in labels(name, draws.shape[1:], dims.get(name, ()), coords)]
-        found += mine
-        sites += [name] * len(mine)
-    return found, sites
-
-
-def labels_in(array: xr.DataArray) -> list[str]:
-    """Label of each number of a site in an ArviZ object, `[chain, draw, *shape]`."""
-    dims = [str(dim) for dim in array.dims[2:]]
-    coords = {dim: list(array[dim].to_numpy()) for dim in dims if dim in array.coords}
-    return [label for _, label in labels(str(array.name), array.shape[2:], dims, coords)]
-
-
-def labels(
-    name: str,
-    shape: tuple[int, ...],
-    dims: Sequence[str],
-    coords: Mapping[str, Sequence[Any]],
-) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Index and label, as ``theta[Choate]``, of each number of a site."""
-    for index in np.ndindex(*shape):
-        parts = [
-            _word(coords[dim][i]) if dim in coords and len(coords[dim]) == size else str(i)
-            for dim, i, size in zip(dims or [""] * len(shape), index, shape, strict=False)
-        ]
-        yield index, f"{name}[{', '.join(parts)}]" if parts else name
-
-
-def _word(label: Any) -> str:
-    """A coordinate's label in words; of a time that is a day, the day."""
-    if isinstance(label, np.datetime64 | datetime):
-        exact = np.asarray(label, dtype="datetime64[us]")
-        return str(exact).removesuffix("T00:00:00.000000")
-    return str(label)

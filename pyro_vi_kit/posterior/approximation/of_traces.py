@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,25 +16,104 @@ from torch import Tensor
 
 from pyro_vi_kit.core.errors import ModelError, in_words
 from pyro_vi_kit.core.export import Group
-from pyro_vi_kit.core.runtime import validation
+from pyro_vi_kit.core.runtime import RandomStream, isolated, private_params, validation
 from pyro_vi_kit.core.stopping import model_errors
-from pyro_vi_kit.guides.user_guides import Marked
+from pyro_vi_kit.guides.user_guides import GuideSites, Marked
 from pyro_vi_kit.model.groups import by_observation, data_groups, prior_groups, sampled
+from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density.handlers import subsample_indices
 from pyro_vi_kit.model.log_density.problems import made_unchecked
 from pyro_vi_kit.model.log_density.runner import placed
 from pyro_vi_kit.model.log_density.visits import Key, Visit, flags, kind_of, sample_sites
 from pyro_vi_kit.model.model import Model
-from pyro_vi_kit.posterior.approximation.protocol import (
+from pyro_vi_kit.posterior.approximation.base import (
     PRIOR_DRAWS,
     Weighed,
     chosen_of,
+    on_cpu,
     pool_of,
-    told,
 )
-from pyro_vi_kit.posterior.approximation.trained import TrainedGuide
 
 # The model's trace and the guide's.
 Pair = tuple[poutine.Trace, poutine.Trace]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedGuide:
+    """A Pyro guide and what it runs in.
+
+    Attributes:
+        model: The model.
+        guide: The callable, trained.
+        sites: What it does about the model's latents.
+        state: The private parameter store it was trained in.
+        params: Unconstrained learned parameters of the model, by name, where it has a Density.
+        dtype: Default dtype of the fit.
+        density: The model's Density, where it has one.
+        device: Where the guide and the model's arguments are.
+    """
+
+    model: Model
+    guide: Callable[..., Any]
+    sites: GuideSites
+    state: dict[str, Any]
+    params: Mapping[str, Tensor]
+    dtype: torch.dtype
+    density: Density | None
+    device: torch.device
+
+    @property
+    def name(self) -> str:
+        """What the guide is called."""
+        return getattr(self.guide, "__name__", type(self.guide).__name__)
+
+    @property
+    def point(self) -> bool:
+        """Whether it holds a latent at one value, or has none: then q has no density.
+
+        Where all latents are discrete and summed out, what is learned are parameters alone.
+        """
+        return bool(self.sites.points) or self.sites.latents == len(self.sites.summed)
+
+    def arguments(self) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """Positional and keyword arguments of guide and model."""
+        if self.density is not None:
+            return self.density.arguments()
+        return self.model.args, self.model.kwargs
+
+    @contextlib.contextmanager
+    def running(self, seed: int, purpose: str = "draws") -> Iterator[None]:
+        """Pyro's global state as in training, all rows of every plate, random numbers of their own."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(RandomStream(seed, purpose))
+            stack.enter_context(isolated(self.dtype, self.device))
+            stack.enter_context(private_params(self.state))
+            stack.enter_context(torch.no_grad())
+            # A minibatch has another log density at every draw; one that is at hand has not.
+            at_hand = frozenset() if self.density is None else self.density.at_hand
+            stack.enter_context(subsample_indices({}, at_hand=at_hand))
+            if self.density is not None:
+                stack.enter_context(self.density.casting())
+                stack.enter_context(self.density.learned(self.params))
+            yield
+
+    def guide_trace(self) -> poutine.Trace:
+        """One run of the guide; inside `running`."""
+        args, kwargs = self.arguments()
+        return poutine.trace(self.guide).get_trace(*args, **kwargs)
+
+    def model_trace(self, guide: poutine.Trace, fn: Callable[..., Any]) -> poutine.Trace:
+        """One run of a model function on what the guide drew; inside `running`."""
+        args, kwargs = self.arguments()
+        return poutine.trace(poutine.replay(fn, trace=guide)).get_trace(*args, **kwargs)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Learned parameters of the model, constrained, by name."""
+        with self.running(0, "parameters"):
+            met = self.model_trace(self.guide_trace(), self.model.fn)
+        nodes: dict[str, Any] = dict(met.nodes)
+        found = {n: node["value"] for n, node in nodes.items() if node["type"] == "param"}
+        return {name: value.detach().clone() for name, value in found.items() if value is not None}
 
 
 class TraceApproximation:
@@ -87,7 +168,7 @@ class TraceApproximation:
         self, model: Model, draws: int, seed: int, *, corrected: bool = False
     ) -> dict[str, Tensor]:
         """See `Approximation.predict`."""
-        values: dict[str, list[Tensor]] = {}
+        values: list[dict[str, Tensor]] = []
         model = placed(model, self.device)
         chosen = self._resampled(draws, seed) if corrected else None
         with self.trained.running(seed):
@@ -96,10 +177,14 @@ class TraceApproximation:
                 with _DrawObserved():
                     replayed = poutine.replay(model.fn, trace=guide)
                     trace = poutine.trace(replayed).get_trace(*model.args, **model.kwargs)
-                for name, node in sample_sites(trace).items():
-                    if name not in guide.nodes and kind_of(node) != "factor":
-                        values.setdefault(name, []).append(node["value"].detach())
-        return {name: torch.stack(parts) for name, parts in values.items()}
+                values.append(
+                    {
+                        name: node["value"]
+                        for name, node in sample_sites(trace).items()
+                        if name not in guide.nodes and kind_of(node) != "factor"
+                    }
+                )
+        return _stacked(values)
 
     @model_errors
     def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
@@ -117,13 +202,10 @@ class TraceApproximation:
         for model, _ in pairs:
             model.compute_log_prob()
         weighed = self._log_probs(pairs)
-        values: dict[str, list[Tensor]] = {}
-        for site in self.density.structure.likelihood:
-            for model, _ in pairs:
-                visit: Any = model.nodes[site.name]
-                values.setdefault(site.name, []).append(visit["log_prob"].detach())
-        stacked = {name: torch.stack(parts) for name, parts in values.items()}
-        return by_observation(self.density, stacked, 1), weighed
+        names = [site.name for site in self.density.structure.likelihood]
+        nodes: list[Any] = [model.nodes for model, _ in pairs]
+        values = _stacked([{name: node[name]["log_prob"] for name in names} for node in nodes])
+        return by_observation(self.density, values, 1), weighed
 
     @model_errors
     def groups(self, draws: int, seed: int) -> dict[str, Group]:
@@ -160,7 +242,7 @@ class TraceApproximation:
             for model, _ in pairs
         ]
         log_q = torch.stack([torch.as_tensor(guide.log_prob_sum()) for _, guide in pairs])
-        return Weighed(torch.tensor(log_p, dtype=torch.float64), told(log_q))
+        return Weighed(torch.tensor(log_p, dtype=torch.float64), on_cpu(log_q))
 
     def _exempt(self) -> frozenset[str] | None:
         """Sites made with ``validate_args=False``; None where no run under validation tells them."""
@@ -217,9 +299,15 @@ class _DrawObserved(Messenger):
 
 
 def _values(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    values: dict[str, list[Tensor]] = {}
-    for model, _ in pairs:
-        for name, node in sample_sites(model).items():
-            if kind_of(node) in ("latent", "discrete", "deterministic"):
-                values.setdefault(name, []).append(node["value"].detach())
-    return {name: torch.stack(parts) for name, parts in values.items()}
+    kinds = ("latent", "discrete", "deterministic")
+    return _stacked(
+        [
+            {n: node["value"] for n, node in sample_sites(model).items() if kind_of(node) in kinds}
+            for model, _ in pairs
+        ]
+    )
+
+
+def _stacked(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """`[S, ...]` of each site of all draws."""
+    return {name: torch.stack([draw[name] for draw in draws]).detach() for name in draws[0]}

@@ -11,31 +11,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.core.export import Group
-from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.core.device import Device
+from pyro_vi_kit.core.errors import OptionError, ViError
 from pyro_vi_kit.core.stopping import model_errors
-from pyro_vi_kit.guides.user_guides import stacked
-from pyro_vi_kit.model.groups import (
-    GIVEN_DRAWS,
-    in_chunks,
-    log_likelihood,
-    model_groups,
-    shares_outside,
-    width_of,
-)
+from pyro_vi_kit.guides.user_guides import GuideSites, named, stacked
+from pyro_vi_kit.model.groups import in_chunks
 from pyro_vi_kit.model.log_density import Density
+from pyro_vi_kit.model.log_density.drawn import Drawn
 from pyro_vi_kit.model.model import Model
-from pyro_vi_kit.posterior.approximation.protocol import (
-    PRIOR_DRAWS,
-    Weighed,
-    chosen_of,
-    pool_of,
-    told,
-)
-from pyro_vi_kit.posterior.approximation.trained import TrainedGuide
+from pyro_vi_kit.posterior.approximation.base import OverDensity, Weighed, on_cpu
+from pyro_vi_kit.posterior.approximation.of_traces import TraceApproximation, TrainedGuide
 
 
-class SummedApproximation:
+class SummedApproximation(OverDensity):
     """A Pyro guide weighed by a Density in which the discrete latents that it lacks are summed out.
 
     Args:
@@ -44,87 +32,37 @@ class SummedApproximation:
     """
 
     def __init__(self, trained: TrainedGuide, density: Density) -> None:
+        params = {name: density.cast(v.detach()) for name, v in trained.params.items()}
+        super().__init__(trained.name, trained.point, density, params)
         self.trained = trained
-        self.density = density
         self.guide = trained.guide
         self.state = trained.state
         self.dtype = trained.dtype
         self.device = trained.device
-        self.name = trained.name
-        self.point = trained.point
         self.points = trained.sites.points
-        self.given_up = density.given_up
-        self._params = {name: density.cast(v.detach()) for name, v in trained.params.items()}
-        self._width = width_of(density)
         # A trace of the guide takes about a millisecond whatever its size.
         self.cost = max(self._width, 100_000)
 
     @model_errors
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
-        """See `Approximation.draw`."""
+        """See `Approximation.draw`; those of the guide just as it drew them."""
         values, z, _ = self._drawn(draws, seed)
-        return self._constrained(values, z, seed)
-
-    @model_errors
-    def weigh(self, draws: int, seed: int) -> Weighed:
-        """See `Approximation.weigh`."""
-        _, z, log_q = self._drawn(draws, seed)
-        return Weighed(self._log_p(z), log_q)
+        return self._as_drawn(values, z, seed)
 
     @model_errors
     def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """See `Approximation.draw_and_weigh`."""
         values, z, log_q = self._drawn(draws, seed)
-        return self._constrained(values, z, seed), Weighed(self._log_p(z), log_q)
+        return self._as_drawn(values, z, seed), Weighed(self._log_p(z), log_q)
 
-    @model_errors
-    def outside(self, draws: int, seed: int) -> dict[str, float]:
-        """See `Approximation.outside`."""
-        _, z, _ = self._drawn(draws, seed)
-        with RandomStream(seed, "draws"):
-            return shares_outside(self.density, z, self._params)
+    def unconstrained(self, draws: int, seed: int) -> dict[str, Tensor]:
+        """See `OverDensity.unconstrained`."""
+        return self._drawn(draws, seed)[1]
 
-    def predict(
-        self, model: Model, draws: int, seed: int, *, corrected: bool = False
-    ) -> dict[str, Tensor]:
-        """See `Approximation.predict`."""
-        _, z, log_q = self._drawn(pool_of(draws) if corrected else draws, seed)
-        if corrected:
-            weighed = Weighed(self._log_p(z), log_q)
-            chosen = torch.as_tensor(chosen_of(weighed, draws, seed), device=self.device)
-            z = {name: value[chosen] for name, value in z.items()}
-        with RandomStream(seed, GIVEN_DRAWS):
-            values = in_chunks(
-                lambda part: self.density.simulate(part, model, self._params), z, self._width
-            )
-        latent = {site.name for site in (*self.density.latents, *self.density.discrete)}
-        return {name: value for name, value in values.items() if name not in latent}
-
-    @model_errors
-    def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
-        """See `Approximation.log_likelihood`."""
+    def weighed(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
+        """See `OverDensity.weighed`."""
         _, z, log_q = self._drawn(draws, seed)
-        found = log_likelihood(self.density, z, params=self._params, seed=seed)
-        return found, Weighed(self._log_p(z), log_q)
-
-    @torch.no_grad()
-    def row_terms(self, draws: int, seed: int, plate: str) -> tuple[Tensor, Weighed]:
-        """All that the log joint has for each row of a plate, `[S, N]`, and the draws' log densities."""
-        _, z, log_q = self._drawn(draws, seed)
-
-        def rows(part: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {plate: self.density.terms(part, self._params, jacobian=False).local[plate]}
-
-        return told(in_chunks(rows, z, self._width)[plate]), Weighed(self._log_p(z), log_q)
-
-    @model_errors
-    def groups(self, draws: int, seed: int) -> dict[str, Group]:
-        """See `Approximation.groups`."""
-        _, z, _ = self._drawn(draws, seed)
-        prior_draws = min(PRIOR_DRAWS, draws)
-        return model_groups(
-            self.density, z, params=self._params, seed=seed, prior_draws=prior_draws
-        )
+        return z, Weighed(self._log_p(z), log_q)
 
     def parameters(self) -> dict[str, Tensor]:
         """See `Approximation.parameters`."""
@@ -143,7 +81,7 @@ class SummedApproximation:
                 draws, *site.batch_shape, *site.event_shape
             )
         z = self.density.block.unpack(self.density.unconstrained(values))
-        return values, dict(z), told(log_q)
+        return values, dict(z), on_cpu(log_q)
 
     @torch.no_grad()
     def _log_p(self, z: Mapping[str, Tensor]) -> Tensor:
@@ -151,16 +89,59 @@ class SummedApproximation:
         density = self.density.strict()
 
         def total(part: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {"": density.terms(part, self._params, jacobian=False).total()}
+            return {"": density.terms(part, self.params, jacobian=False).total()}
 
-        return told(in_chunks(total, z, self._width)[""])
+        return on_cpu(in_chunks(total, z, self._width)[""])
 
-    def _constrained(
+    def _as_drawn(
         self, values: Mapping[str, Tensor], z: Mapping[str, Tensor], seed: int
     ) -> dict[str, Tensor]:
         """All latent, discrete and deterministic sites; those of the guide just as it drew them."""
-        with RandomStream(seed, GIVEN_DRAWS):
-            found = in_chunks(
-                lambda part: self.density.constrain(part, self._params), z, self._width
-            )
+        found = self.constrained(z, seed)
         return found | {name: value for name, value in values.items() if name in found}
+
+
+def marginal_of(
+    model: Model, sites: GuideSites, density: Density | None, device: Device
+) -> Density | None:
+    """The Density in which the discrete latents that a guide lacks are summed out; None where none are.
+
+    Args:
+        model: The model.
+        sites: What the guide does about its latents.
+        density: Its Density with all discrete latents summed out, where it has one.
+        device: Where everything is.
+
+    Raises:
+        OptionError: If they cannot be summed out, and the guide is more than a point estimate.
+    """
+    if not sites.summed:
+        return None
+    if density is not None and not sites.held:
+        return density
+    drawn = Drawn(dict.fromkeys(sites.held, False)) if sites.held else None
+    try:
+        if density is None:
+            return Density(model, device=device, drawn=drawn)
+        return Density(model, dtype=density.dtype, device=device, drawn=drawn)
+    except ViError as error:
+        if sites.latents == len(sites.points) + len(sites.summed):
+            return None
+        raise OptionError(
+            f"the guide lacks the discrete latent(s) {named(sites.summed)}, and they cannot be summed "
+            f"out of the model ({error}): give the guide a pyro.sample for each of them"
+        ) from error
+
+
+def approximation_of(
+    trained: TrainedGuide, marginal: Density | None
+) -> TraceApproximation | SummedApproximation:
+    """A trained guide, to draw from and to weigh.
+
+    Args:
+        trained: The guide, and what it was trained in.
+        marginal: What `marginal_of` gave.
+    """
+    if marginal is None:
+        return TraceApproximation(trained)
+    return SummedApproximation(trained, marginal)

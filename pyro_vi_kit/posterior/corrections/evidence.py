@@ -25,7 +25,7 @@ from pyro_vi_kit.core.psis import MIN_TAIL, fit_pareto, psis, tail_of, usable
 from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.core.undefined import ERRORS, is_undefined
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
-from pyro_vi_kit.model.groups import width_of
+from pyro_vi_kit.model.groups import chunks_of, width_of
 from pyro_vi_kit.posterior.approximation import Approximation, GuideApproximation
 
 # The share of draws in which a coordinate is wide: the others lose as much of their worth at the most.
@@ -36,7 +36,6 @@ _WIDE = 0.2
 _FREEDOM, _SCALE = 3.0, 2.0
 # A matrix of as many rows and columns is held.
 _MAX_DIM = 1000
-_CHUNK_NUMBERS = 4_000_000
 # Standard errors that are added to k-hat, where no draw was sent to look for tails.
 _UPPER = 1.0
 
@@ -107,7 +106,7 @@ def log_weights(approximation: Approximation, draws: int, seed: int) -> np.ndarr
     log_q = _log_normal(x).sum(1) - tril.diagonal().log().sum()
     log_q = log_q + torch.logaddexp(ratio + math.log(_WIDE), torch.tensor(math.log1p(-_WIDE)))
     z = density.cast(loc + x @ tril.T)
-    pieces = z.split(max(1, _CHUNK_NUMBERS // max(1, width_of(density))))
+    pieces = z.split(chunks_of(draws, width_of(density)))
     log_p = torch.cat([_log_p(approximation, piece) for piece in pieces])
     return (log_p.double().cpu() - log_q).numpy()
 

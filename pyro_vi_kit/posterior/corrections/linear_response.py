@@ -34,8 +34,8 @@ from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Diagonal, 
 from pyro_vi_kit.optimize.deterministic.search import Search
 from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.posterior.approximation import GuideApproximation
+from pyro_vi_kit.posterior.labels import labels
 from pyro_vi_kit.posterior.record import Record
-from pyro_vi_kit.posterior.summary import labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,12 +97,7 @@ def respond(
 ) -> Response:
     """Refine a fit to its optimum on fixed draws, and invert the Hessian there.
 
-    Args:
-        approximation: A mean_field or full_rank fit.
-        record: How it was fitted.
-        draws: Fixed draws, an even number; 2,048, and eight for each dimension, when None.
-        seed: Of the draws.
-        progress: Show progress on stderr; None shows it on a terminal only.
+    The arguments are those of `Posterior.linear_response`.
 
     Raises:
         OptionError: If this fit has no linear response, or the Hessian is not positive definite.
@@ -145,7 +140,7 @@ def corrected(
         modes=record.status.modes,
         notes=record.status.notes,
     )
-    told = Record(
+    made = Record(
         objective=record.objective,
         method=record.method,
         engine=record.engine,
@@ -157,7 +152,7 @@ def corrected(
         seed=seed,
         correction=f"linear response of {approximation.name}",
     )
-    return GuideApproximation("full_rank", guide, approximation.params), told
+    return GuideApproximation("full_rank", guide, approximation.params), made
 
 
 def summarise(
@@ -173,15 +168,7 @@ def summarise(
 
     The derivatives of `E_q[g]` come from g's covariance with the score of q, on two sets of draws that
     are independent of each other: their product has no bias by the noise in either. For what is linear
-    in the unconstrained values they are exact.
-
-    Args:
-        response: Of the fit.
-        approximation: The fit.
-        named: Brings values into each site's own shape.
-        dims: Names of each site's dims.
-        coords: Names along those dims.
-        seed: Of the draws.
+    in the unconstrained values they are exact. ``named`` brings values into each site's own shape.
     """
     import pandas as pd
 

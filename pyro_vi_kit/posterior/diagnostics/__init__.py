@@ -1,1 +1,4 @@
-"""Whether to believe a fit: importance weights, chains, the verdict, and questions to the data."""
+"""Whether to believe a fit: signals, the verdict and its words; and the model against the data.
+
+Corrections that give another posterior are in `posterior.corrections`.
+"""

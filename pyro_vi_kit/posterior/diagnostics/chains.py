@@ -34,8 +34,8 @@ from pyro_vi_kit.core.undefined import ERRORS
 from pyro_vi_kit.core.work import work_of
 from pyro_vi_kit.model.gradients import Gradients
 from pyro_vi_kit.posterior.approximation import GuideApproximation
+from pyro_vi_kit.posterior.diagnostics.findings import MAX_MEMORY
 from pyro_vi_kit.posterior.diagnostics.shifts import Shifts, by_chains, scale_of
-from pyro_vi_kit.posterior.diagnostics.verdict import MAX_MEMORY
 
 _SEED = 46_368
 _MAX_CHAINS, _MIN_CHAINS = 2000, 64

@@ -21,21 +21,25 @@ from pyro_vi_kit.posterior.approximation import (
     TraceApproximation,
 )
 from pyro_vi_kit.posterior.diagnostics import pointwise
-from pyro_vi_kit.posterior.diagnostics.advice import Cure
 from pyro_vi_kit.posterior.diagnostics.chains import Chains, run_chains
-from pyro_vi_kit.posterior.diagnostics.shifts import Shifts, by_weights, flattened, scale_of
-from pyro_vi_kit.posterior.diagnostics.site_khats import smoothed_khats
-from pyro_vi_kit.posterior.diagnostics.states import Columns
+from pyro_vi_kit.posterior.diagnostics.findings import Findings, needs_chains
+from pyro_vi_kit.posterior.diagnostics.shifts import (
+    Columns,
+    Shifts,
+    by_weights,
+    flattened,
+    scale_of,
+    smoothed_khats,
+)
 from pyro_vi_kit.posterior.diagnostics.verdict import (
     LEVELS,
-    Findings,
     Verdict,
     judge,
     judge_rows,
-    needs_chains,
 )
+from pyro_vi_kit.posterior.diagnostics.wording import Cure
 from pyro_vi_kit.posterior.evaluation import Evaluation
-from pyro_vi_kit.posterior.summary import labels_of
+from pyro_vi_kit.posterior.labels import labels_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +72,7 @@ class Diagnosis:
 
     def table(self, approximation: Approximation) -> pd.DataFrame:
         """One row per number; see `Posterior.diagnose`."""
-        from pyro_vi_kit.posterior.diagnostics.verdict_frame import HeadedFrame
+        from pyro_vi_kit.posterior.summary import VerdictFrame
 
         found = self.found
         moves = found.moves if found.moves is not None else found.weights
@@ -79,7 +83,7 @@ class Diagnosis:
             mine = sites == name
             if mine.sum() % len(known) == 0:
                 khats[mine] = np.repeat(known, mine.sum() // len(known))
-        frame = HeadedFrame(
+        frame = VerdictFrame(
             {
                 "khat": khats,
                 "mean_shift": moves.mean,
@@ -126,7 +130,7 @@ def diagnose(
     if smoothed is None:
         return None
     labels, _ = labels_of(evaluation.values, *names)
-    found, flat, columns = _found(approximation, density, evaluation, smoothed, named, names)
+    found, flat, columns = _findings_of(approximation, density, evaluation, smoothed, named, names)
     verdict, levels = judge(found, status, approximation.name)
     if verdict.level != "good" and density is not None:
         verdict, levels = judge(found, status, approximation.name, _cures(density))
@@ -140,7 +144,7 @@ def diagnose(
     return Diagnosis(verdict, found, levels[columns.worst(severity)], flat, columns, labels)
 
 
-def _found(
+def _findings_of(
     approximation: Approximation,
     density: Density | None,
     evaluation: Evaluation,
@@ -191,7 +195,7 @@ def _discrete(
     approximation: Approximation,
 ) -> np.ndarray:
     """Which numbers are discrete, `[n]`: by their site, or because they are whole ones that differ."""
-    density: Density | None = getattr(approximation, "density", None)
+    density = approximation.density
     known = {name for name, draws in values.items() if draws.dtype.kind in "biu"}
     if density is not None:
         known |= {site.name for site in density.discrete}
@@ -204,7 +208,7 @@ def _drawn_by_guide(
     approximation: Approximation, values: Mapping[str, np.ndarray]
 ) -> frozenset[str]:
     """Sites that q has a distribution for; the others are drawn given these, or computed."""
-    density: Density | None = getattr(approximation, "density", None)
+    density = approximation.density
     if density is None:
         return frozenset(values)
     summed = not isinstance(approximation, TraceApproximation)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -91,22 +91,26 @@ def observations(
     visits, _ = density.visits(density.somewhere())
     structure = density.structure
     chosen = structure.likelihood if factors else structure.of_kind("observed")
-    known = [_observation(density, visits[site.name]) for site in chosen]
-    known = [observation for observation in known if observation.shown.any()]
+    found = [_observation(density, visits[site.name]) for site in chosen]
+    known = {one.name: one for one in found if one.shown.any()}
     if not known:
         raise OptionError(
             f"model {density.model.name!r} has no observed site: give the data to pyro.sample(..., "
             "obs=). What goes into pyro.factor cannot be drawn anew, and told apart only in a pyro.plate"
         )
-    default = [o.name for o in known if o.site.kind == "observed"] or [o.name for o in known]
-    names = [sites] if isinstance(sites, str) else list(sites or default)
-    for name in names:
-        if name not in {o.name for o in known}:
-            raise UnknownNameError("observed site", name, [o.name for o in known])
-    return [observation for observation in known if observation.name in names]
+    if not sites:
+        own = [one for one in known.values() if one.site.kind == "observed"]
+        return own or list(known.values())
+    return _named(known, {sites} if isinstance(sites, str) else set(sites))
 
 
-def kind_of(fn: Any) -> Kind:
+def _named(known: Mapping[str, Observation], names: set[str]) -> list[Observation]:
+    if not names <= set(known):
+        raise UnknownNameError("observed site", min(names - set(known)), known)
+    return [one for name, one in known.items() if name in names]
+
+
+def data_kind_of(fn: Any) -> Kind:
     """What a distribution's values are, by its support."""
     base = innermost(fn)
     try:
@@ -137,5 +141,5 @@ def _observation(density: Density, visit: Visit) -> Observation:
     counted = squeeze(site, visit.shown(site.batch_shape, site.event_shape)[None])[0]
     scaled = bool((torch.as_tensor(visit.scale) != 1).any())
     dims = tuple(dims_of(density.model, site))
-    kind = "real" if factor else kind_of(visit.fn)
+    kind = "real" if factor else data_kind_of(visit.fn)
     return Observation(site, value, counted, dims, kind, scaled)

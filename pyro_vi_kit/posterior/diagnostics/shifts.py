@@ -1,14 +1,14 @@
-"""How far a correction moves the mean and the sd of each number, with Monte Carlo errors."""
+"""What each number is judged by: its states, how far corrections move its mean and sd, its k-hat."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from pyro_vi_kit.core.psis import Psis
+from pyro_vi_kit.core.psis import Psis, psis_rows
 
 # A column whose sd is below this share of its magnitude is a constant with rounding noise.
 _CONSTANT = 1e-10
@@ -17,6 +17,12 @@ _LEAST = 1e-4
 # Probabilities are told in sds of their indicator, and these are no smaller than where a state has one
 # draw in a hundred: a tenth of that is a move of 0.01. Rarer states move without end, and say nothing.
 _LEAST_SD = 0.1
+# A number of more states than these is judged by its mean and sd, as a continuous one.
+_STATES = 20
+# Columns that states may have; where there would be more, its commonest state stands for a number.
+_COLUMNS = 4000
+# Columns at a time: their sorted weights are held side by side.
+_CHUNK = 256
 
 
 class Shifts(NamedTuple):
@@ -151,3 +157,109 @@ def _in_sds(
 def _error(influence: np.ndarray) -> np.ndarray:
     """Standard error of a mean over the rows of `[S, n]`."""
     return influence.std(0) / math.sqrt(len(influence))
+
+
+class Columns:
+    """n numbers as m columns: continuous ones as they are, discrete ones by indicators of their states.
+
+    Of two states one indicator says all.
+
+    Args:
+        flat: Draws of the numbers, `[S, n]`.
+        discrete: Which are discrete, `[n]`.
+
+    Attributes:
+        number: The number that each column is of, `[m]`.
+        state: The state that it indicates, `[m]`; NaN for a column that is a number as it is.
+    """
+
+    def __init__(self, flat: np.ndarray, discrete: np.ndarray) -> None:
+        states = [
+            _states(flat[:, i]) if discrete[i] else np.array([np.nan]) for i in range(len(discrete))
+        ]
+        if sum(map(len, states)) > max(_COLUMNS, len(states)):
+            states = [
+                found if len(found) == 1 else _commonest(flat[:, i], found)
+                for i, found in enumerate(states)
+            ]
+        sizes = [len(found) for found in states]
+        self.number = np.repeat(np.arange(len(states)), sizes)
+        self.state = np.concatenate(states) if states else np.zeros(0)
+
+    @property
+    def indicator(self) -> np.ndarray:
+        """Which columns are indicators, `[m]`."""
+        return ~np.isnan(self.state)
+
+    def __call__(self, flat: np.ndarray) -> np.ndarray:
+        """The columns of draws of the numbers, `[S, n] -> [S, m]`."""
+        if not self.indicator.any():
+            return flat
+        columns = flat[:, self.number]
+        return np.where(self.indicator, columns == self.state, columns)
+
+    def labels(self, numbers: Sequence[str]) -> list[str]:
+        """What each column is called, ``z[2] = 1`` where it indicates a state."""
+        pairs = zip(self.number, self.state, strict=True)
+        return [numbers[int(i)] if np.isnan(s) else f"{numbers[int(i)]} = {s:g}" for i, s in pairs]
+
+    def worst(self, severity: np.ndarray) -> np.ndarray:
+        """The column of the highest severity `[m]` of each number, `[n]`."""
+        order = np.lexsort((severity, self.number))
+        last = np.searchsorted(self.number[order], np.arange(self.number[-1] + 1), side="right") - 1
+        return order[last]
+
+
+def _states(draws: np.ndarray) -> np.ndarray:
+    """The states of one number that get a column each; NaN where it is judged as it is."""
+    found = np.unique(draws)
+    if len(found) > _STATES:
+        return np.array([np.nan])
+    # The last of two says what the first does, and the only one may not be the posterior's only one.
+    return found[-1:] if len(found) <= 2 else found
+
+
+def _commonest(draws: np.ndarray, states: np.ndarray) -> np.ndarray:
+    counts = [(draws == state).sum() for state in states]
+    return states[[int(np.argmax(counts))]]
+
+
+def smoothed_khats(flat: np.ndarray, smoothed: Psis) -> np.ndarray:
+    """k-hat of ``E[w | z_i]`` for each number z_i, `[n]`.
+
+    ``E[w | z_i]`` is the ratio of the marginals, ``p(z_i) / q(z_i)``: where the joint weights are bad
+    only because there are many dimensions, or because one number is wrong, those of the others are not
+    (the marginal diagnostics of Yao, Vehtari, Simpson & Gelman 2018,
+    https://arxiv.org/abs/1802.02538). It is estimated by averaging the smoothed weights of the draws
+    nearest in z_i, about sqrt(S) of them and fewer towards the ends. A heuristic: what is left of the
+    weights' noise in the averages looks like a tail too, and a k-hat of an average is lower than that
+    of what was averaged. Read the k-hats against each other, and believe how far means and sds move.
+
+    Args:
+        flat: Draws of q, `[S, n]`.
+        smoothed: Their smoothed joint weights.
+
+    Returns:
+        ``-inf`` where a number is constant.
+    """
+    draws = len(flat)
+    _, sd = scale_of(flat)
+    log_w = smoothed.log_weights + math.log(draws)
+    low, high = _windows(draws)
+    found = np.full(flat.shape[1], -np.inf)
+    moving = np.flatnonzero(sd > 0)
+    for i in range(0, len(moving), _CHUNK):
+        columns = moving[i : i + _CHUNK]
+        weights = np.exp(log_w[np.argsort(flat[:, columns], axis=0, kind="stable")])
+        total = np.concatenate([np.zeros((1, len(columns))), weights.cumsum(0)])
+        average = (total[high] - total[low]) / (high - low)[:, None]
+        with np.errstate(divide="ignore"):
+            found[columns] = psis_rows(np.log(np.maximum(average, 0.0))).khat
+    return found
+
+
+def _windows(draws: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last (exclusive) neighbour of each rank: symmetric, so that ends are not averaged in."""
+    rank = np.arange(draws)
+    reach = np.minimum(np.minimum(rank, draws - 1 - rank), math.isqrt(draws) // 2)
+    return rank - reach, rank + reach + 1

@@ -14,7 +14,7 @@ from pyro_vi_kit.core.options import checks, is_array, share
 from pyro_vi_kit.model.groups import dims_of, squeeze
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.model import Model
-from pyro_vi_kit.posterior.summary import labels
+from pyro_vi_kit.posterior.labels import labels
 from pyro_vi_kit.validation.calibrate.calibration_tests import (
     PROBS,
     Tested,

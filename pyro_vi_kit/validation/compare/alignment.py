@@ -13,7 +13,7 @@ from pyro_vi_kit.core.errors import ModelError, OptionError, told
 from pyro_vi_kit.core.export import Group, Tree, datasets, to_arviz
 from pyro_vi_kit.model.groups import coords_of, dims_of
 from pyro_vi_kit.posterior import Posterior
-from pyro_vi_kit.posterior.summary import labels_in
+from pyro_vi_kit.posterior.labels import labels_in
 from pyro_vi_kit.validation.nuts import SamplerReport, diagnose
 
 _LEAD = ("chain", "draw")

@@ -10,7 +10,7 @@ import numpy as np
 
 from pyro_vi_kit.core.errors import ModelError
 from pyro_vi_kit.core.export import Tree, datasets, import_arviz
-from pyro_vi_kit.posterior.summary import labels_in
+from pyro_vi_kit.posterior.labels import labels_in
 
 if TYPE_CHECKING:
     import xarray as xr
