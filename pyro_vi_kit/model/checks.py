@@ -18,15 +18,16 @@ from pyro_vi_kit.core.runtime import RandomStream, a_dtype
 from pyro_vi_kit.model.groups import require_names
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.log_density.enumeration import StatesError
-from pyro_vi_kit.model.log_density.first_runs import PROBLEMS, FirstRuns
+from pyro_vi_kit.model.log_density.first_runs import FirstRuns
 from pyro_vi_kit.model.log_density.problems import (
-    Problem,
+    PROBLEMS,
+    chance_problems,
     minibatch_note,
     plateless_problems,
     sum_problem,
     unchecked_notes,
 )
-from pyro_vi_kit.model.log_density.raised import arguments, not_finite
+from pyro_vi_kit.model.log_density.raised import Problem, arguments, not_finite
 from pyro_vi_kit.model.log_density.runner import Runner
 from pyro_vi_kit.model.log_density.structure import is_improper, parameters_of
 from pyro_vi_kit.model.log_density.visits import Visit, constant_data, made_by_obs_mask
@@ -222,8 +223,7 @@ def _checks(found: _Found) -> Iterator[Check]:
 def _runs(name: str, found: _Found) -> Check:
     first = found.first
     # A latent without a bijector ends a run, and is told by `_supports`.
-    unmapped = first.runs and not first.unconstrained and found.problems("supports")
-    if first.error is not None and not unmapped:
+    if first.error is not None and not first.unmapped:
         remedy = "run it once in Pyro itself, MODEL(), and correct what the message says"
         return Check(name, "fail", str(first.error), remedy)
     kinds = [visit.kind for visit in found.visits.values()]
@@ -253,7 +253,7 @@ def _log_density(name: str, found: _Found) -> Check:
         message += f"; not finite elsewhere at {', '.join(culprits) or 'no single site'}"
         return Check(name, "note" if finite else "fail", message, remedy)
     # What differs from run to run has no slope either; that is another check.
-    cut_off = found.evaluated(_slope_problem) if found.first.chance is None else []
+    cut_off = found.evaluated(_slope_problem) if found.first.changing is None else []
     if cut_off or not idle:
         return _verdict(name, cut_off, message)
     message += f"; site(s) {', '.join(idle)} have no influence on it"
@@ -317,14 +317,13 @@ def _forgotten(found: _Found) -> list[str]:
 
 
 def _randomness(name: str, found: _Found) -> Check:
-    if found.first.chance is not None:
-        return _verdict(name, [found.first.chance], "")
-    if found.first.drew and not found.first.of_kind("discrete"):
+    chance = list(chance_problems(found.first))
+    if not chance and found.first.drew and not found.first.of_kind("discrete"):
         message = "random numbers are drawn outside sample sites, without influence"
         return Check(
             name, "note", message, "give initial values as functions: lambda: torch.randn(3)"
         )
-    return Check(name, "pass", "none is drawn outside sample sites")
+    return _verdict(name, chance, "none is drawn outside sample sites")
 
 
 def _priors(name: str, found: _Found) -> Check:

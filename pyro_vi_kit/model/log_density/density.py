@@ -39,16 +39,17 @@ from pyro_vi_kit.model.log_density.initial import (
 )
 from pyro_vi_kit.model.log_density.oracle import Rounded, Seen, require_same_as_pyro
 from pyro_vi_kit.model.log_density.problems import (
-    Problem,
     aimless_problem,
+    chance_problems,
     is_unchecked,
     minibatch_note,
+    require,
     require_usable,
     slope_problem,
     sum_problem,
     unchecked_notes,
 )
-from pyro_vi_kit.model.log_density.raised import not_finite, told
+from pyro_vi_kit.model.log_density.raised import Problem, not_finite, told
 from pyro_vi_kit.model.log_density.runner import Runner
 from pyro_vi_kit.model.log_density.streamed import Streamed
 from pyro_vi_kit.model.log_density.structure import Block, Site, global_block
@@ -151,7 +152,7 @@ class Density:
     ) -> None:
         where = None if init is None else function_of(init)
         first = FirstRuns(Runner(model, dtype, checked(device), drawn), where)
-        first.require()
+        require(first)
         self._read(first)
         if init is not None:
             require_latents(init, [site.name for site in self.latents])
@@ -227,7 +228,7 @@ class Density:
                 again = self._in_mode("loop", z)
             changes = not all(agree(a, b, 1e-9, 1e-4) for a, b in zip(exact, again, strict=True))
             # A model that is not the same twice agrees with itself in no way.
-            problem = first.chance if changes else None
+            problem = next(chance_problems(first), None) if changes else None
             problem = problem or self.slope_problem(z, exact[1])
             problem = problem or self.sum_problem(z) or self.aimless_problem(z)
             if problem is not None:

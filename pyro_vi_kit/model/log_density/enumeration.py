@@ -168,12 +168,9 @@ class Enumerated:
         shape = [sizes.get(i - rank, size) for i, size in enumerate(shape)]
         names = [_name_of(visit, i - rank, size, nesting) for i, size in enumerate(shape)]
         log_prob = log_prob.expand(shape)
-        # Dims of the batch that are no plate's.
-        stray = [i for i, name in enumerate(names) if name is None and shape[i] != 1]
-        if stray:
-            log_prob = log_prob.sum(stray, keepdim=True)
-        kept = [i for i, name in enumerate(names) if name is not None]
-        log_prob = log_prob.reshape([log_prob.shape[i] for i in kept])
+        # Dims of the batch that are no plate's, and those of size 1.
+        unnamed = [i for i, name in enumerate(names) if name is None]
+        log_prob = log_prob.sum(unnamed) if unnamed else log_prob
         factor = Factor(
             log_prob.clamp(min=_floor(log_prob.dtype)),
             tuple(name for name in names if name is not None),

@@ -1,14 +1,13 @@
 """The first runs of a model, before anything is known about it, and what they show of it.
 
-`Density` and `vi.check` both begin here: the one refuses the first problem, the other tells them all.
+`Density` and `vi.check` both begin here; `problems` says what is wrong with what they met.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -19,16 +18,6 @@ from pyro_vi_kit.model.log_density.batching import agree
 from pyro_vi_kit.model.log_density.handlers import Fill, Replay
 from pyro_vi_kit.model.log_density.initial import SPREADS, InitFunction
 from pyro_vi_kit.model.log_density.precision import Undone
-from pyro_vi_kit.model.log_density.problems import (
-    Problem,
-    change_problem,
-    changing_problem,
-    data_problems,
-    discrete_problem,
-    latents_problem,
-    shape_problems,
-    whole_rows_problem,
-)
 from pyro_vi_kit.model.log_density.runner import Runner
 from pyro_vi_kit.model.log_density.streamed import Streamed, streamed
 from pyro_vi_kit.model.log_density.structure import Structure, structure_of
@@ -115,7 +104,7 @@ class FirstRuns:
             return
         if not self.runs:
             self.runs, self.unconstrained = [run], False
-        if not any(support_problems(self)):
+        if self.of_kind("latent") and not self.unmapped:
             self.error = ModelError(
                 f"{error}. That is at or near the origin of unconstrained space, and at draws of its "
                 "prior it runs: say where to start, init='median' or another function of the site, or "
@@ -150,8 +139,19 @@ class FirstRuns:
         return [visit for visit in self.visits.values() if visit.kind == kind]
 
     @functools.cached_property
-    def chance(self) -> Problem | None:
-        """Which site changes when a run is repeated at the same latents.
+    def unmapped(self) -> list[ModelError]:
+        """Why latents have no map from unconstrained space, if that is why no run there succeeded."""
+        found = []
+        for visit in [] if self.unconstrained else self.of_kind("latent"):
+            try:
+                bijector(visit.name, visit.fn)
+            except ModelError as error:
+                found.append(error)
+        return found
+
+    @functools.cached_property
+    def changing(self) -> str | None:
+        """A site that changes when a run is repeated at the same latents, if one does.
 
         That a model draws random numbers proves nothing: the initial value of a parameter that is known
         already is drawn in vain.
@@ -165,7 +165,7 @@ class FirstRuns:
             self.runner.try_run(other)
             for name, visit in one.visits.items():
                 if name not in other.visits or not _same(visit, other.visits[name]):
-                    return changing_problem(name)
+                    return name
         return None
 
     def _repetition(self) -> Replay:
@@ -175,21 +175,6 @@ class FirstRuns:
             unconstrained={n: v.unconstrained for n, v in visits if v.unconstrained is not None},
             constrained={n: v.value for n, v in visits if v.kind == "discrete"},
         )
-
-    def require(self) -> None:
-        """Refuse what no density can be of.
-
-        Raises:
-            ModelError: If the model raises, or has one of the `PROBLEMS`.
-            OptionError: If discrete latents are named that it does not have.
-        """
-        if self.error is not None:
-            raise self.error from self.error.__cause__
-        if self.runner.drawn is not None:
-            self.runner.drawn.require_known(v.name for v in self.visits.values() if v.has_states)
-        problems = itertools.chain.from_iterable(find(self) for find in PROBLEMS.values())
-        for problem in problems:
-            raise problem.error(str(problem))
 
 
 def starts(device: torch.device) -> list[Fill]:
@@ -214,63 +199,3 @@ def _same(one: Visit, other: Visit) -> bool:
     with contextlib.suppress(RuntimeError, ValueError):
         pairs.append((one.log_prob(), other.log_prob()))
     return all(agree(a, b, 0.0, 0.0) for a, b in pairs)
-
-
-# -- what is wrong, by the name that `vi.check` prints it under ---------------------------------
-
-
-def support_problems(found: FirstRuns) -> Iterator[Problem]:
-    """No latents at all, or latents without a bijector."""
-    nothing = latents_problem(found.visits)
-    if nothing is not None:
-        yield nothing
-    for visit in [] if found.unconstrained else found.of_kind("latent"):
-        try:
-            bijector(visit.name, visit.fn)
-        except ModelError as error:
-            what, _, remedy = str(error).partition(". ")
-            yield Problem(what, remedy[:1].lower() + remedy[1:].rstrip("."))
-
-
-def _structure_problems(found: FirstRuns) -> Iterator[Problem]:
-    for run in found.runs[:-1]:
-        change = change_problem(run.visits, found.visits)
-        if change is not None:
-            yield change
-            return
-
-
-def _chance_problems(found: FirstRuns) -> Iterator[Problem]:
-    if found.drew and found.chance is not None:
-        yield found.chance
-
-
-def _discrete_problems(found: FirstRuns) -> Iterator[Problem]:
-    problem = discrete_problem(found.visits)
-    if problem is not None:
-        yield problem
-
-
-def _shape_problems(found: FirstRuns) -> Iterator[Problem]:
-    yield from shape_problems(found.visits)
-    problem = whole_rows_problem(found.visits, found.runner.at_hand)
-    if problem is not None:
-        yield problem
-
-
-def _stream_problems(found: FirstRuns) -> Iterator[Problem]:
-    try:
-        _ = found.streamed
-    except ModelError as error:
-        yield Problem.of(error)
-
-
-PROBLEMS: dict[str, Callable[[FirstRuns], Iterator[Problem]]] = {
-    "structure": _structure_problems,
-    "randomness": _chance_problems,
-    "discrete sites": _discrete_problems,
-    "supports": support_problems,
-    "data": lambda found: data_problems(found.visits),
-    "shapes and plates": _shape_problems,
-    "stream": _stream_problems,
-}

@@ -24,7 +24,8 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_vi_kit.core.errors import ModelError, first_line
 from pyro_vi_kit.core.runtime import RandomStream, isolated, private_params
-from pyro_vi_kit.model.log_density.problems import Problem, changing_problem
+from pyro_vi_kit.model.log_density.problems import changing_problem
+from pyro_vi_kit.model.log_density.raised import Problem
 from pyro_vi_kit.model.log_density.runner import Runner
 from pyro_vi_kit.model.log_density.structure import Parameter
 from pyro_vi_kit.model.log_density.visits import Visit, sample_sites

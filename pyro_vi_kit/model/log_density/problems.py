@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -18,7 +20,8 @@ from torch import Tensor
 from pyro_vi_kit.core.errors import ModelError, ShapeError
 from pyro_vi_kit.core.runtime import broadcast_shapes, validated_by_user, validation
 from pyro_vi_kit.model.log_density.batching import agree
-from pyro_vi_kit.model.log_density.raised import rows
+from pyro_vi_kit.model.log_density.first_runs import FirstRuns
+from pyro_vi_kit.model.log_density.raised import Problem, rows
 from pyro_vi_kit.model.log_density.supports import ends, innermost, of_one_number
 from pyro_vi_kit.model.log_density.visits import Visit
 
@@ -26,44 +29,67 @@ Visits = Mapping[str, Visit]
 Shape = tuple[int, ...]
 
 
-class Problem(NamedTuple):
-    """What is wrong, what to do about it, and what it is raised as."""
+def require(found: FirstRuns) -> None:
+    """Refuse what no density can be of.
 
-    what: str
-    remedy: str
-    error: type[ModelError] = ModelError
+    Raises:
+        ModelError: If the model raises, or has one of the `PROBLEMS`.
+        OptionError: If discrete latents are named that it does not have.
+    """
+    if found.error is not None:
+        raise found.error from found.error.__cause__
+    if found.runner.drawn is not None:
+        found.runner.drawn.require_known(v.name for v in found.visits.values() if v.has_states)
+    for problems in PROBLEMS.values():
+        _require_none(problems(found))
 
-    def __str__(self) -> str:
-        return f"{self.what}: {self.remedy}"
 
-    @classmethod
-    def of(cls, error: ModelError) -> Problem:
-        """What an error says, whose remedy stands behind the last colon."""
-        what, _, remedy = str(error).rpartition(": ")
-        return cls(what, remedy)
+def require_usable(visits: Visits, unchecked: frozenset[str]) -> None:
+    """Refuse sites of another run where a density cannot hold them; see `data_problems`.
+
+    Raises:
+        ModelError: If data are no numbers or cannot occur.
+        ShapeError: If data count more than once.
+    """
+    _require_none(data_problems(visits, unchecked))
+    _require_none(shape_problems(visits))
+
+
+def _require_none(problems: Iterator[Problem]) -> None:
+    for problem in problems:
+        raise problem.error(str(problem))
 
 
 # -- sites and their structure ----------------------------------------------------------------------
 
 
-def change_problem(first: Visits, second: Visits) -> Problem | None:
+def structure_problems(found: FirstRuns) -> Iterator[Problem]:
     """How the sites of two runs at different latents differ."""
-    if list(first) != list(second):
-        changed = sorted(set(first) ^ set(second)) or list(second)
-        return Problem(
-            "the model's structure changes with its latents' values, site(s) "
-            f"{', '.join(changed)} are not met in every run",
-            "write the choice as a mixture, a mask or torch.where, or pass a Pyro guide of your "
-            "own as guide= with engine='pyro'",
-        )
-    for name, visit in second.items():
-        if first[name].value.shape != visit.value.shape:
-            return Problem(
-                f"site {name!r} has shape {tuple(first[name].value.shape)} in one run and "
-                f"{tuple(visit.value.shape)} in the next",
-                "shapes must not depend on latents; use a fixed size and mask what is not needed",
+    second = found.visits
+    for first in (run.visits for run in found.runs[:-1]):
+        if list(first) != list(second):
+            changed = sorted(set(first) ^ set(second)) or list(second)
+            yield Problem(
+                "the model's structure changes with its latents' values, site(s) "
+                f"{', '.join(changed)} are not met in every run",
+                "write the choice as a mixture, a mask or torch.where, or pass a Pyro guide of your "
+                "own as guide= with engine='pyro'",
             )
-    return None
+            return
+        for name, visit in second.items():
+            if first[name].value.shape != visit.value.shape:
+                yield Problem(
+                    f"site {name!r} has shape {tuple(first[name].value.shape)} in one run and "
+                    f"{tuple(visit.value.shape)} in the next",
+                    "shapes must not depend on latents; use a fixed size and mask what is not needed",
+                )
+                return
+
+
+def chance_problems(found: FirstRuns, *, thorough: bool = True) -> Iterator[Problem]:
+    """A site that differs between two runs; looked for in any case, or only where numbers are drawn."""
+    if (thorough or found.drew) and found.changing is not None:
+        yield changing_problem(found.changing)
 
 
 def changing_problem(name: str) -> Problem:
@@ -78,46 +104,55 @@ def changing_problem(name: str) -> Problem:
     )
 
 
-def latents_problem(visits: Visits) -> Problem | None:
-    """Nothing to infer, or nothing that a guide can hold."""
-    kinds = {visit.kind for visit in visits.values()}
-    if "latent" in kinds:
-        return None
-    if "discrete" in kinds:
-        return Problem(
+def support_problems(found: FirstRuns) -> Iterator[Problem]:
+    """Nothing to infer, nothing that a guide can hold, or latents without a bijector."""
+    kinds = {visit.kind for visit in found.visits.values()}
+    if "latent" not in kinds and "discrete" in kinds:
+        yield Problem(
             "every latent site of the model is discrete and would be summed out, so that nothing "
             "is left to fit",
             "their exact posterior needs no guide: pyro.infer.infer_discrete draws from it",
         )
-    return Problem(
-        "the model has no latent sites, so there is nothing to infer",
-        "every pyro.sample is observed or there is none; leave obs= out where a value is unknown",
-    )
+    elif "latent" not in kinds:
+        yield Problem(
+            "the model has no latent sites, so there is nothing to infer",
+            "every pyro.sample is observed or there is none; leave obs= out where a value is unknown",
+        )
+    for error in found.unmapped:
+        what, _, remedy = str(error).partition(". ")
+        yield Problem(what, remedy[:1].lower() + remedy[1:].rstrip("."))
 
 
-def discrete_problem(visits: Visits) -> Problem | None:
+def discrete_problems(found: FirstRuns) -> Iterator[Problem]:
     """Discrete latents that cannot be summed out."""
-    discrete = [v for v in visits.values() if v.kind == "discrete" and not _is_enumerable(v)]
-    if not discrete:
-        return None
+    discrete = [visit for visit in found.of_kind("discrete") if not _is_enumerable(visit)]
     names = ", ".join(visit.name for visit in discrete)
-    if all(visit.fn.has_enumerate_support for visit in discrete):
-        return Problem(
+    if discrete and all(visit.fn.has_enumerate_support for visit in discrete):
+        yield Problem(
             f"discrete latent site(s) {names} have batch dims that no plate made, and cannot be "
             "summed out one by one",
             "put them into a pyro.plate",
         )
-    return Problem(
-        f"discrete latent site(s) {names}, whose values cannot be enumerated",
-        "truncate to a dist.Categorical of finitely many values, write independent sites with a "
-        "pyro.plate in the place of .to_event, sum them out in the model (a pyro.factor with "
-        "logsumexp), or pass a Pyro guide of your own as guide=",
-    )
+    elif discrete:
+        yield Problem(
+            f"discrete latent site(s) {names}, whose values cannot be enumerated",
+            "truncate to a dist.Categorical of finitely many values, write independent sites with a "
+            "pyro.plate in the place of .to_event, sum them out in the model (a pyro.factor with "
+            "logsumexp), or pass a Pyro guide of your own as guide=",
+        )
 
 
 def _is_enumerable(visit: Visit) -> bool:
     """Whether a discrete latent has finitely many values, each in its own plates."""
     return bool(visit.fn.has_enumerate_support) and not _stray(visit, tuple(visit.fn.batch_shape))
+
+
+def stream_problems(found: FirstRuns) -> Iterator[Problem]:
+    """Why the batches of a streamed model do not stand for all data."""
+    try:
+        _ = found.streamed
+    except ModelError as error:
+        yield Problem.of(error)
 
 
 # -- data -----------------------------------------------------------------------------------------
@@ -384,12 +419,12 @@ def minibatch_note(visits: Visits, at_hand: frozenset[str]) -> str | None:
     return f"the arguments hold {', '.join(parts)}, as in Pyro, and stand for all of them"
 
 
-def whole_rows_problem(visits: Visits, at_hand: frozenset[str]) -> Problem | None:
+def row_problems(found: FirstRuns) -> Iterator[Problem]:
     """Latents of rows of which the arguments hold some: scaled, their own posteriors are none."""
-    for visit in visits.values():
-        frame = next((f for f in visit.frames if f.name in at_hand), None)
-        if visit.kind == "latent" and frame is not None:
-            return Problem(
+    for visit in found.of_kind("latent"):
+        frame = next((f for f in visit.frames if f.name in found.runner.at_hand), None)
+        if frame is not None:
+            yield Problem(
                 f"latent {visit.name!r} lies in plate {frame.name!r}, of whose {frame.full_size} rows "
                 f"the arguments hold {frame.size}: scaled to all of them it has no posterior of its "
                 "own",
@@ -397,26 +432,20 @@ def whole_rows_problem(visits: Visits, at_hand: frozenset[str]) -> Problem | Non
                 "minibatches, or write the plate as long as what it is given, "
                 f"pyro.plate({frame.name!r}, len(x))",
             )
-    return None
 
 
-def require_usable(visits: Visits, unchecked: frozenset[str] | None = None) -> None:
-    """Refuse a run's sites where a density cannot hold them.
-
-    Args:
-        visits: The sites.
-        unchecked: As in `data_problems`.
-
-    Raises:
-        ModelError: If there is nothing to infer, a discrete latent cannot be summed out, or data are
-            no numbers or cannot occur.
-        ShapeError: If data count more than once, or a site has dims that its plates do not make.
-    """
-    problem = discrete_problem(visits) or latents_problem(visits)
-    problem = problem or next(data_problems(visits, unchecked), None)
-    problem = problem or next(shape_problems(visits), None)
-    if problem is not None:
-        raise problem.error(str(problem))
+PROBLEMS: dict[str, Callable[[FirstRuns], Iterator[Problem]]] = {
+    "structure": structure_problems,
+    "randomness": functools.partial(chance_problems, thorough=False),
+    "discrete sites": discrete_problems,
+    "supports": support_problems,
+    "data": lambda found: data_problems(found.visits),
+    "shapes and plates": lambda found: itertools.chain(
+        shape_problems(found.visits), row_problems(found)
+    ),
+    "stream": stream_problems,
+}
+"""What a density refuses, by the check that `vi.check` tells it in."""
 
 
 # -- what evaluations show --------------------------------------------------------------------------

@@ -1,18 +1,18 @@
-"""What to say of an error that a model raised: where it was, which argument is to blame, what to do."""
+"""What to say of a fault of a model: where it is, which argument is to blame, what to do."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from pyro_vi_kit.core.errors import first_line
+from pyro_vi_kit.core.errors import ModelError, first_line
 from pyro_vi_kit.model.log_density.visits import is_constant
 from pyro_vi_kit.model.model import Model
 
@@ -33,6 +33,23 @@ _REMEDIES = {
 }
 _ROWS = 5
 _OF_NAN = re.compile(r"\b(nan|inf|infinite|finite|cholesky|singular)\b|linalg", re.IGNORECASE)
+
+
+class Problem(NamedTuple):
+    """What is wrong, what to do about it, and what it is raised as."""
+
+    what: str
+    remedy: str
+    error: type[ModelError] = ModelError
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.remedy}"
+
+    @classmethod
+    def of(cls, error: ModelError) -> Problem:
+        """What an error says, whose remedy stands behind the last colon."""
+        what, _, remedy = str(error).rpartition(": ")
+        return cls(what, remedy)
 
 
 def told(error: Exception, model: Model, met: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from pyro_vi_kit.core.runtime import validation
 from pyro_vi_kit.model.data import Stream
 from pyro_vi_kit.model.log_density.batching import agree
 from pyro_vi_kit.model.log_density.handlers import Replay
-from pyro_vi_kit.model.log_density.problems import Problem
+from pyro_vi_kit.model.log_density.raised import Problem
 from pyro_vi_kit.model.log_density.runner import Runner
 from pyro_vi_kit.model.log_density.visits import Terms, Visit
 
