@@ -18,7 +18,6 @@ from pyro_vi_kit.core.runtime import RandomStream, a_dtype
 from pyro_vi_kit.model.groups import require_names
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.log_density.enumeration import StatesError
-from pyro_vi_kit.model.log_density.first_runs import FirstRuns
 from pyro_vi_kit.model.log_density.problems import (
     PROBLEMS,
     chance_problems,
@@ -29,7 +28,7 @@ from pyro_vi_kit.model.log_density.problems import (
 )
 from pyro_vi_kit.model.log_density.raised import Problem, arguments, not_finite
 from pyro_vi_kit.model.log_density.runner import Runner
-from pyro_vi_kit.model.log_density.structure import is_improper, parameters_of
+from pyro_vi_kit.model.log_density.structure import FirstRuns, is_improper, parameters_of
 from pyro_vi_kit.model.log_density.visits import Visit, constant_data, made_by_obs_mask
 from pyro_vi_kit.model.model import Model, a_model
 

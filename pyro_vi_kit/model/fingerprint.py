@@ -43,9 +43,6 @@ class Difference(NamedTuple):
 
 def of(density: Density) -> dict[str, Any]:
     """The fingerprint of a model and its data, in what JSON holds."""
-    streamed = density.streamed
-    # A shuffled stream begins with another batch each time.
-    inside = frozenset() if streamed is None else streamed.inside
     sites: dict[str, list[float]] = {}
     observed = {}
     fixed = {name: _pattern(value, 1) for name, value in density.params.items()}
@@ -54,7 +51,8 @@ def of(density: Density) -> dict[str, Any]:
         z = density.cast(_pattern(torch.empty(1, density.dim, dtype=torch.float64), point))
         visits, _ = held.visits(density.within(density.block.unpack(z)))
         for visit in visits.values():
-            if visit.kind == "deterministic" or visit.name in inside:
+            # A shuffled stream begins with another batch each time.
+            if visit.kind == "deterministic" or visit.name in density.inside:
                 continue
             with torch.no_grad(), density.casting():
                 total = float(visit.log_prob().sum())

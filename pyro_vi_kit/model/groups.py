@@ -56,9 +56,7 @@ def width_of(density: Density) -> int:
 
     Or those of the largest tensor where discrete latents hold all their values.
     """
-    data = sum(t.numel() for t in density.data)
-    width = data + sum(t.numel() for t in density.observed.values()) + density.dim
-    return max(width, density.largest)
+    return max(density.width, density.largest)
 
 
 def shares_outside(
@@ -160,20 +158,35 @@ def model_groups(
         prior groups are left out where a distribution cannot be sampled; of a streamed model, whatever
         has a row for each datum is.
     """
-    width = width_of(density)
-    if density.streamed is not None:
-        return _streamed_groups(density, z, chains, params, seed, prior_draws)
     with RandomStream(seed, GIVEN_DRAWS):  # for discrete sites
-        values = in_chunks(lambda part: density.constrain(part, params), z, width)
+        values = in_chunks(lambda part: density.constrain(part, params), z, width_of(density))
+    outside = {name: value for name, value in z.items() if name not in density.inside}
     groups = {
         "posterior": sampled(density, values, chains),
-        "unconstrained_posterior": sampled(density, z, chains, unconstrained=True),
+        "unconstrained_posterior": sampled(density, outside, chains, unconstrained=True),
     }
+    if density.streamed is None:
+        groups |= _groups_given_data(density, z, chains, params, seed)
+    groups |= prior_groups(density, prior_draws, params=params, seed=seed)
+    return groups if density.streamed is not None else groups | data_groups(density)
+
+
+def _groups_given_data(
+    density: Density,
+    z: Mapping[str, Tensor],
+    chains: int,
+    params: Mapping[str, Tensor] | None,
+    seed: int,
+) -> dict[str, Group]:
+    """Predictions and log densities of what was observed."""
+    groups = {}
     observed = [site.name for site in density.structure.of_kind("observed")]
     if observed:
         try:
             with RandomStream(seed, GIVEN_DRAWS):
-                simulated = in_chunks(lambda part: density.simulate(part, params=params), z, width)
+                simulated = in_chunks(
+                    lambda part: density.simulate(part, params=params), z, width_of(density)
+                )
         except ModelError as error:
             density.give_up(f"No posterior_predictive group: {first_line(error)}")
         else:
@@ -182,28 +195,7 @@ def model_groups(
     if density.structure.likelihood:
         found = log_likelihood(density, z, chains, params, seed, own=observed)
         groups["log_likelihood"] = _without_hidden(density, found)
-    groups |= prior_groups(density, prior_draws, params=params, seed=seed)
-    return groups | data_groups(density)
-
-
-def _streamed_groups(
-    density: Density,
-    z: Mapping[str, Tensor],
-    chains: int,
-    params: Mapping[str, Tensor] | None,
-    seed: int,
-    prior_draws: int,
-) -> dict[str, Group]:
-    """What is not about single data."""
-    inside = frozenset() if density.streamed is None else density.streamed.inside
-    with RandomStream(seed, GIVEN_DRAWS):
-        values = in_chunks(lambda part: density.constrain(part, params), z, width_of(density))
-    outside = {name: value for name, value in z.items() if name not in inside}
-    groups = {
-        "posterior": sampled(density, values, chains),
-        "unconstrained_posterior": sampled(density, outside, chains, unconstrained=True),
-    }
-    return groups | prior_groups(density, prior_draws, params=params, seed=seed)
+    return groups
 
 
 def log_likelihood(
@@ -259,8 +251,7 @@ def prior_groups(
     except ModelError as error:
         density.give_up(f"No prior groups: {first_line(error)}")
         return {}
-    if density.streamed is not None:
-        values = {n: v for n, v in values.items() if n not in density.streamed.inside}
+    values = {n: v for n, v in values.items() if n not in density.inside}
     observed = {site.name for site in density.structure.of_kind("observed")} & set(values)
     inner = {name: value for name, value in values.items() if name not in observed}
     groups = {"prior": sampled(density, inner, 1)}

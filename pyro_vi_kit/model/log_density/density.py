@@ -24,7 +24,6 @@ from pyro_vi_kit.model.log_density.batching import (
 )
 from pyro_vi_kit.model.log_density.drawn import Drawn, hardened
 from pyro_vi_kit.model.log_density.enumeration import Enumerated, Sizes, log_total
-from pyro_vi_kit.model.log_density.first_runs import FirstRuns
 from pyro_vi_kit.model.log_density.handlers import (
     ArgumentRows,
     Replay,
@@ -37,7 +36,7 @@ from pyro_vi_kit.model.log_density.initial import (
     function_of,
     require_latents,
 )
-from pyro_vi_kit.model.log_density.oracle import Rounded, Seen, require_same_as_pyro
+from pyro_vi_kit.model.log_density.oracle import Oracle, Rounded, Seen, require_same_as_pyro
 from pyro_vi_kit.model.log_density.problems import (
     aimless_problem,
     chance_problems,
@@ -52,7 +51,7 @@ from pyro_vi_kit.model.log_density.problems import (
 from pyro_vi_kit.model.log_density.raised import Problem, not_finite, told
 from pyro_vi_kit.model.log_density.runner import Runner
 from pyro_vi_kit.model.log_density.streamed import Streamed
-from pyro_vi_kit.model.log_density.structure import Block, Site, global_block
+from pyro_vi_kit.model.log_density.structure import Block, FirstRuns, Site, global_block
 from pyro_vi_kit.model.log_density.visits import (
     Key,
     Terms,
@@ -100,7 +99,10 @@ class Density:
     """The unconstrained log density of a model, `log_prob(z): [K, D] -> [K]`.
 
     Data, learned parameters and minibatch indices are inputs of every call; what the model object
-    holds is only their default.
+    holds is only their default. Of every method ``z`` are K unconstrained points, values `[K, *batch,
+    *event]` by site or flat `[K, D]`; ``params`` unconstrained learned parameters by name, by default
+    `params`; ``data`` tensors in the place of `data`, in the same order; ``index`` the rows `[B]` of a
+    minibatch, by plate.
 
     Args:
         model: The model and its data.
@@ -284,6 +286,17 @@ class Density:
             return [visit.name for visit in met if not bool(visit.log_prob().isfinite().all())]
 
     @property
+    def width(self) -> int:
+        """Numbers that one point makes in the model, roughly: latents, data and observations."""
+        held = [*self.data, *self.observed.values()]
+        return self.dim + sum(tensor.numel() for tensor in held)
+
+    @property
+    def inside(self) -> frozenset[str]:
+        """Sites of a streamed model that are about a batch alone."""
+        return frozenset() if self.streamed is None else self.streamed.inside
+
+    @property
     def at_hand(self) -> frozenset[str]:
         """Plates of which the arguments hold the minibatch that they declare."""
         return self._runner.at_hand
@@ -337,10 +350,10 @@ class Density:
         Args:
             z: Unconstrained values `[K, *batch, *event]` by site; on a minibatch, the plate's batch
                 dim has the minibatch's length.
-            params: Unconstrained learned parameters; `self.params` by default.
+            params: See the class.
             data: Tensors in the place of `self.data`, in the same order. For a streamed model they are
                 a batch of any length B, and the scale of its plate is N / B.
-            index: Minibatch indices `[B]` by plate.
+            index: See the class.
             jacobian: Whether the density is that of z (with the log determinant of the constraining
                 transforms) or that of the constrained values.
             power: What the likelihood is raised to, observed sites and factors; for models whose
@@ -383,11 +396,7 @@ class Density:
                 yield streamed.completed(batch, self.data)
 
     def held(self, data: Sequence[Tensor]) -> Density:
-        """The density of a streamed model on one batch, scaled to all rows; see `subset`.
-
-        Args:
-            data: The batch, in the place of `self.data`.
-        """
+        """The density of a streamed model on one batch, scaled to all rows; see `subset`."""
         other = copy.copy(self)
         other.data = list(data)
         other._runner = self._runner.holding(data)
@@ -397,9 +406,6 @@ class Density:
         """The density of the same model on other data of the same shapes.
 
         The model is not looked over again, and what is recorded for one of them serves all.
-
-        Args:
-            data: Tensors in the place of `self.data`, in the same order.
 
         Raises:
             ModelError: If a shape differs, the data are no numbers or cannot occur, or the model raises.
@@ -449,12 +455,7 @@ class Density:
     def outside(
         self, z: Mapping[str, Tensor], params: Mapping[str, Tensor] | None = None
     ) -> dict[Key, Tensor]:
-        """Whether arguments or data leave their constraints, `[K]` by site and words.
-
-        Args:
-            z: Unconstrained values `[K, *batch, *event]` by site.
-            params: Unconstrained learned parameters; `self.params` by default.
-        """
+        """Whether arguments or data leave their constraints, `[K]` by site and words."""
 
         def single(point: Values) -> dict[Key, Tensor]:
             return flags(self._with_all_states(point, params), self.exempt)
@@ -481,7 +482,6 @@ class Density:
         state: enter a `runtime.RandomStream` around it where the model has any. Of a streamed model
         they are the sites outside its data plate.
         """
-        inside = frozenset() if self.streamed is None else self.streamed.inside
 
         def single(point: Values) -> Values:
             states = self._drawn(point, params, data)
@@ -489,7 +489,7 @@ class Density:
             return {
                 name: visit.value.long() if visit.has_states else visit.value.to(self.dtype)
                 for name, visit in visits.items()
-                if visit.kind in ("latent", "deterministic", "discrete") and name not in inside
+                if visit.kind in ("latent", "deterministic", "discrete") and name not in self.inside
             }
 
         return self._sampled(single, self._by_site(z))
@@ -540,7 +540,7 @@ class Density:
         Args:
             z: K unconstrained points, or None for draws of the latents from their prior.
             model: The same model on other arguments; its own by default.
-            params: Unconstrained learned parameters.
+            params: See the class.
             draws: How many draws, where z is None.
 
         Returns:
@@ -630,10 +630,6 @@ class Density:
     ) -> tuple[dict[str, Visit], str]:
         """The sites that a run at the first of K points meets, and what ended it.
 
-        Args:
-            z: Unconstrained values `[K, *batch, *event]` by site.
-            index: Minibatch indices `[B]` by plate.
-
         Returns:
             Visits by site, and the name of the site behind the last one where the run raised.
         """
@@ -649,21 +645,13 @@ class Density:
         return replay.visits, ""
 
     def differentiable_visits(self, z: Mapping[str, Tensor]) -> dict[str, Visit]:
-        """The sites that a run at the first of K points meets, with their ties to it and to parameters.
-
-        Args:
-            z: Unconstrained values `[K, *batch, *event]` by site.
-        """
+        """The sites that a run at the first of K points meets, with their ties to z and parameters."""
         point = {name: value[0] for name, value in z.items()}
         with self._runner.isolated(), torch.enable_grad():
             return self._run(Replay(unconstrained=point, constrained=self._example))
 
     def holding(self, params: Mapping[str, Tensor]) -> Density:
-        """The same density with these values of its learned parameters, which nothing trains.
-
-        Args:
-            params: Unconstrained, by name.
-        """
+        """The same density with these values of its learned parameters, which nothing trains."""
         density = copy.copy(self)
         density.params = {name: value.detach() for name, value in params.items()}
         return density
@@ -672,9 +660,6 @@ class Density:
         """The density of the same model on some rows of data in memory, scaled to all of them.
 
         Given the globals its rows are those of the whole, N / B times as informative.
-
-        Args:
-            index: Rows `[B]` by plate.
         """
         fn = self.model.fn
 
@@ -828,11 +813,6 @@ class Density:
         if line not in self.given_up:
             self.given_up.append(line)
 
-    def _width(self) -> int:
-        """Numbers that one point makes in the model, roughly."""
-        held = [*self.data, *self.observed.values()]
-        return self.dim + sum(tensor.numel() for tensor in held)
-
     def _by_site(self, z: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return self.block.unpack(z) if isinstance(z, Tensor) else z
 
@@ -854,7 +834,7 @@ class Density:
                 raise
             said = told(error, self.model, self.structure.sites)
             raise ModelError(f"the log density cannot be evaluated: {said}") from error
-        self.largest = sizes.largest
+        self.largest = 0 if sizes is None else sizes.largest
         bad = next(not_finite(self.model), None) if bool(exact[0].isnan().all()) else None
         if bad is not None:
             raise ModelError(
@@ -866,14 +846,16 @@ class Density:
         return exact
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[Sizes]:
+    def watched(self) -> Iterator[Sizes | None]:
         """A watch on how many numbers evaluations make while discrete latents hold all their values.
 
         Raises:
             StatesError: On the way, if they are too many.
         """
-        sizes = Sizes(self._width(), [site.name for site in self.discrete])
-        with sizes if self.discrete else contextlib.nullcontext():
+        if not self.discrete:
+            yield None
+            return
+        with Sizes(self.width, [site.name for site in self.discrete]) as sizes:
             yield sizes
 
     def _in_mode(self, mode: Batching, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -900,8 +882,8 @@ class Density:
                 return Seen.of(self._run(Replay(unconstrained=point, constrained=self._example)))
 
         met = seen or [at(k) for k in range(len(z))]
-        learned = self.structure.parameters
-        require_same_as_pyro(self._runner, learned, self.params, met, at)
+        oracle = Oracle(self._runner, self.structure.parameters, self.params)
+        require_same_as_pyro(oracle, met, at)
 
     def slope_problem(self, z: Tensor, grad: Tensor) -> Problem | None:
         """A latent that is cut off from autograd; ``grad`` are its gradients at points `[K, D]`."""
@@ -947,7 +929,7 @@ class Density:
 
     def _sites_that_leave(self) -> dict[str, str]:
         """What leaves its constraint at some of a few dozen points, far out too, in words by site."""
-        each = max(1, min(_POINTS, _NUMBERS // (len(_RADII) * max(self._width(), 1))))
+        each = max(1, min(_POINTS, _NUMBERS // (len(_RADII) * max(self.width, 1))))
         radii = torch.tensor(_RADII, dtype=torch.float64).repeat_interleave(
             1 if self.batching == "loop" else each
         )

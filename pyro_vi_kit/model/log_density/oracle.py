@@ -8,6 +8,7 @@ user's function runs on the user's arguments, in its own precision and default d
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,19 +71,90 @@ def _log_prob(visit: Visit) -> Tensor:
     return torch.zeros_like(log_prob) if hidden else log_prob
 
 
+@dataclass(frozen=True)
+class Oracle:
+    """Pyro's own trace of a model, to compare a density with.
+
+    Attributes:
+        runner: What runs the model.
+        parameters: Learned parameters as the first runs made them.
+        params: The same, unconstrained, in the density's precision.
+    """
+
+    runner: Runner
+    parameters: Mapping[str, Parameter]
+    params: Mapping[str, Tensor]
+
+    def problem(self, point: Seen, rounded: Callable[[torch.dtype], Seen]) -> Problem | None:
+        """What differs at one point: in the model's own precision, or else in double or up to rounding.
+
+        Args:
+            point: What the density met there.
+            rounded: What it meets where each result is rounded to a lower precision.
+        """
+        found: dict[str, Tensor] = {}
+        raised: list[Exception] = []
+        for double in (False, True):
+            try:
+                log_probs = self.log_probs(point, double)
+            except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
+                raised.append(error)
+                continue
+            found = found or log_probs
+            low = _precision_of(self.runner, log_probs)
+            if _first_that_differs(point, log_probs, low) is None:
+                return None
+        if not found:
+            # Of a model that mixes precisions, which Pyro cannot run, there is no other density.
+            mixed = any(_MIXED.search(str(error)) for error in raised)
+            return None if mixed else _raised(raised[0])
+        low = _precision_of(self.runner, found)
+        with contextlib.suppress(Exception):
+            again = self.log_probs(point, len(raised) > 0)
+            name = _first_that_differs(Seen({}, again), found, low)
+            if name is not None:
+                return changing_problem(name)
+        allowed = _rounding(point, rounded, low) if low != torch.float64 else {}
+        name = _first_that_differs(point, found, low, allowed)
+        return None if name is None else _difference(self.runner, name, point, found, low)
+
+    def log_probs(self, point: Seen, double: bool) -> dict[str, Tensor]:
+        """The log density of each site in Pyro's trace, scaled and masked by Pyro.
+
+        Args:
+            point: Values of the latents.
+            double: Whether arguments and parameters are those of the density, in its precision.
+        """
+        runner = self.runner
+        dtype = runner.dtype if double else runner.outer
+        args, kwargs = runner.arguments() if double else runner.own_arguments()
+        device = runner.device if double else runner.own_device
+        given = _Given(point.values, device)
+        with (
+            RandomStream(0),
+            isolated(dtype, runner.device if double else None),
+            _own_params(self.parameters, dtype, device),
+            runner.learned(self.params) if double else contextlib.nullcontext(),
+            runner.as_written(),
+            torch.enable_grad(),
+        ):
+            trace = poutine.trace(given(runner.model.fn)).get_trace(*args, **kwargs)
+            trace.compute_log_prob()
+        return {
+            name: node["log_prob"].detach()
+            for name, node in sample_sites(trace).items()
+            # What was computed has no density.
+            if name in point.log_probs or bool((node["log_prob"] != 0).any())
+        }
+
+
 def require_same_as_pyro(
-    runner: Runner,
-    parameters: Mapping[str, Parameter],
-    params: Mapping[str, Tensor],
-    seen: Sequence[Seen],
-    rounded: Callable[[int, torch.dtype], Seen],
+    oracle: Oracle, seen: Sequence[Seen], rounded: Callable[[int, torch.dtype], Seen]
 ) -> None:
     """Refuse a density that differs from Pyro's trace of the model at some point.
 
     Args:
-        runner: What runs the model.
-        parameters: Learned parameters as the first runs made them.
-        params: The same, unconstrained, in the density's precision.
+        oracle: Pyro's trace.
         seen: What the density met at each point.
         rounded: What it meets at one of them where each result is rounded to a lower precision.
 
@@ -90,43 +162,9 @@ def require_same_as_pyro(
         ModelError: If it differs by more than rounding, or Pyro cannot run the model.
     """
     for k, point in enumerate(seen):
-        problem = _problem(runner, parameters, params, point, lambda low, k=k: rounded(k, low))
+        problem = oracle.problem(point, functools.partial(rounded, k))
         if problem is not None:
             raise ModelError(str(problem))
-
-
-def _problem(
-    runner: Runner,
-    parameters: Mapping[str, Parameter],
-    params: Mapping[str, Tensor],
-    point: Seen,
-    rounded: Callable[[torch.dtype], Seen],
-) -> Problem | None:
-    """What differs at one point: in the model's own precision, or else in double or up to rounding."""
-    found: dict[str, Tensor] = {}
-    raised: list[Exception] = []
-    for double in (False, True):
-        try:
-            log_probs = _plain(runner, parameters, params, point, double)
-        except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
-            raised.append(error)
-            continue
-        found = found or log_probs
-        if _first_that_differs(point, log_probs, _precision_of(runner, log_probs)) is None:
-            return None
-    if not found:
-        # Of a model that mixes precisions, which Pyro cannot run, there is no other density.
-        mixed = any(_MIXED.search(str(error)) for error in raised)
-        return None if mixed else _raised(raised[0])
-    low = _precision_of(runner, found)
-    with contextlib.suppress(Exception):
-        again = _plain(runner, parameters, params, point, len(raised) > 0)
-        name = _first_that_differs(Seen({}, again), found, low)
-        if name is not None:
-            return changing_problem(name)
-    allowed = _rounding(point, rounded, low) if low != torch.float64 else {}
-    name = _first_that_differs(point, found, low, allowed)
-    return None if name is None else _difference(runner, name, point, found, low)
 
 
 def _precision_of(runner: Runner, log_probs: Mapping[str, Tensor]) -> torch.dtype:
@@ -222,49 +260,6 @@ def _dtype_of(fn: Any, otherwise: torch.dtype) -> torch.dtype:
         return fn.sample().dtype
     except Exception:  # noqa: BLE001  an improper prior cannot be sampled, others fail at odd parameters
         return torch.get_default_dtype() if otherwise.is_floating_point else otherwise
-
-
-def _plain(
-    runner: Runner,
-    parameters: Mapping[str, Parameter],
-    params: Mapping[str, Tensor],
-    point: Seen,
-    double: bool,
-) -> dict[str, Tensor]:
-    """The log density of each site in Pyro's trace, scaled and masked by Pyro.
-
-    Args:
-        runner: What runs the model.
-        parameters: Learned parameters as the first runs made them.
-        params: The same, unconstrained, in the density's precision.
-        point: Values of the latents.
-        double: Whether arguments and parameters are those of the density, in its precision.
-    """
-    dtype = runner.dtype if double else runner.outer
-    args, kwargs = runner.arguments() if double else runner.own_arguments()
-    device = runner.device if double else runner.own_device
-    given = _Given(point.values, device)
-    with (
-        RandomStream(0),
-        isolated(dtype, runner.device if double else None),
-        _own_params(parameters, dtype, device),
-        runner.learned(params) if double else contextlib.nullcontext(),
-        runner.as_written(),
-        torch.enable_grad(),
-    ):
-        trace = poutine.trace(given(runner.model.fn)).get_trace(*args, **kwargs)
-        trace.compute_log_prob()
-    sites = sample_sites(trace).items()
-    return {
-        name: node["log_prob"].detach()
-        for name, node in sites
-        if name in point.log_probs or _counts(node)
-    }
-
-
-def _counts(node: Mapping[str, Any]) -> bool:
-    """Whether a site of the trace has a density; what was computed has none."""
-    return bool((node["log_prob"] != 0).any())
 
 
 @contextlib.contextmanager

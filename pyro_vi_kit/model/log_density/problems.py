@@ -20,8 +20,8 @@ from torch import Tensor
 from pyro_vi_kit.core.errors import ModelError, ShapeError
 from pyro_vi_kit.core.runtime import broadcast_shapes, validated_by_user, validation
 from pyro_vi_kit.model.log_density.batching import agree
-from pyro_vi_kit.model.log_density.first_runs import FirstRuns
 from pyro_vi_kit.model.log_density.raised import Problem, rows
+from pyro_vi_kit.model.log_density.structure import FirstRuns
 from pyro_vi_kit.model.log_density.supports import ends, innermost, of_one_number
 from pyro_vi_kit.model.log_density.visits import Visit
 

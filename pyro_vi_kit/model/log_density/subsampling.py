@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,34 +41,69 @@ def require_subsamplable(density: Density, sizes: Mapping[Plate, int]) -> None:
         }
     z = density.trial(_SEED)
     some = {name: rows_of(density.structure.sites[name], value, index) for name, value in z.items()}
+    trial = _Trial(density, z, some, index)
     density.slice_arguments({})
-    refusal = _refusal(density, z, some, index)
+    refusal = trial.refusal()
     for plates in _ways_to_slice(density, sizes) if refusal is not None else []:
         density.slice_arguments(plates)
-        if _refusal(density, z, some, index) is None:
+        if trial.refusal() is None:
             return
     density.slice_arguments({})
     if refusal is not None:
         raise refusal
 
 
-def _refusal(
-    density: Density,
-    z: Mapping[str, Tensor],
-    some: Mapping[str, Tensor],
-    index: Mapping[str, Tensor],
-) -> ModelError | None:
-    """Why the terms of some rows are not those that they have among all; None where they are."""
-    said = ""
-    try:
-        with torch.no_grad():
-            if _same_terms(density, z, some, index):
-                return None
-    except ModelError as error:
-        return error
-    except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
-        said = first_line(error)
-    return ModelError(_told(_blamed(density, z, some, index), index, said))
+@dataclass(frozen=True)
+class _Trial:
+    """One unconstrained point, with all rows of the plates and with some.
+
+    Attributes:
+        density: The model.
+        z: The point.
+        some: Some rows of it.
+        index: Which ones, by plate.
+    """
+
+    density: Density
+    z: Mapping[str, Tensor]
+    some: Mapping[str, Tensor]
+    index: Mapping[str, Tensor]
+
+    def refusal(self) -> ModelError | None:
+        """Why the terms of some rows are not those that they have among all; None where they are."""
+        said = ""
+        try:
+            with torch.no_grad():
+                if self._same_terms():
+                    return None
+        except ModelError as error:
+            return error
+        except Exception as error:  # noqa: BLE001  whatever a model raises there, it is told
+            said = first_line(error)
+        return ModelError(_told(self._blamed(), self.index, said))
+
+    def _same_terms(self) -> bool:
+        whole = self.density.terms(self.z)
+        part = self.density.terms(self.some, index=self.index)
+        if not _close(whole.shared, part.shared) or whole.local.keys() != part.local.keys():
+            return False
+        return all(
+            _close(rows[:, self.index[name]] if name in self.index else rows, part.local[name])
+            for name, rows in whole.local.items()
+        )
+
+    def _blamed(self) -> str:
+        """The first site that differs, or that could not be reached."""
+        whole, _ = self.density.visits(self.z)
+        part, ended = self.density.visits(self.some, self.index)
+        for name, visit in whole.items():
+            if name not in part:
+                return name
+            site = self.density.structure.sites[name]
+            told = visit.kind in ("latent", "observed", "factor")
+            if told and not _agrees(site, visit, part[name], self.index):
+                return name
+        return ended or next(reversed(whole))
 
 
 def _ways_to_slice(density: Density, sizes: Mapping[Plate, int]) -> list[dict[str, int]]:
@@ -98,43 +134,8 @@ def _require_outermost(density: Density, plate: Plate) -> None:
             )
 
 
-def _same_terms(
-    density: Density,
-    z: Mapping[str, Tensor],
-    some: Mapping[str, Tensor],
-    index: Mapping[str, Tensor],
-) -> bool:
-    whole, part = density.terms(z), density.terms(some, index=index)
-    if not _close(whole.shared, part.shared) or whole.local.keys() != part.local.keys():
-        return False
-    return all(
-        _close(rows[:, index[name]] if name in index else rows, part.local[name])
-        for name, rows in whole.local.items()
-    )
-
-
 def _close(a: Tensor, b: Tensor) -> bool:
     return agree(a, b, 1e-8, 1e-3) and not bool(a.isnan().any())
-
-
-def _blamed(
-    density: Density,
-    z: Mapping[str, Tensor],
-    some: Mapping[str, Tensor],
-    index: Mapping[str, Tensor],
-) -> str:
-    """The first site that differs, or that could not be reached."""
-    whole, _ = density.visits(z)
-    part, ended = density.visits(some, index)
-    for name, visit in whole.items():
-        if name not in part:
-            return name
-        site = density.structure.sites[name]
-        if visit.kind in ("latent", "observed", "factor") and not _agrees(
-            site, visit, part[name], index
-        ):
-            return name
-    return ended or next(reversed(whole))
 
 
 def _agrees(site: Site, visit: Visit, other: Visit, index: Mapping[str, Tensor]) -> bool:
