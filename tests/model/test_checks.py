@@ -13,7 +13,7 @@ from torch import nn
 import pyro_vi_kit as vi
 from pyro_vi_kit.model.checks import Check, Report, check
 
-MODELS = Path(__file__).parents[1] / "models"
+MODELS = Path(__file__).parents[2] / "models"
 NAMES = sorted(path.stem for path in MODELS.glob("*.py"))
 CHECKS = [
     "model runs",

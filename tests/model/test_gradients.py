@@ -16,12 +16,12 @@ from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.modelfile import load_model_file
 
 MODELS = sorted(
-    path.stem for path in (Path(__file__).parents[1] / "models").glob("*.py") if path.stem[0] != "_"
+    path.stem for path in (Path(__file__).parents[2] / "models").glob("*.py") if path.stem[0] != "_"
 )
 
 
 def _density(name: str) -> Density:
-    return Density(load_model_file(Path(__file__).parents[1] / "models" / f"{name}.py"))
+    return Density(load_model_file(Path(__file__).parents[2] / "models" / f"{name}.py"))
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -16,7 +16,7 @@ from pyro_vi_kit.model.log_density import Density
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 
-MODELS = Path(__file__).parents[2] / "models"
+MODELS = Path(__file__).parents[3] / "models"
 NAMES = sorted(path.stem for path in MODELS.glob("*.py"))
 # A dense factor of the covariance has D^2 numbers.
 DENSE = set(guides.names()) - {"delta", "mean_field", "low_rank", "amortized"}

@@ -23,7 +23,7 @@ from pyro_vi_kit.core.runtime import RandomStream, default_device, isolated, ran
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.engines import CapturedEngine, EagerEngine
 
-CASES = Path(__file__).parent / "elsewhere_cases.py"
+CASES = Path(__file__).parents[1] / "elsewhere_cases.py"
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device; the stand-in runs everywhere"
 )

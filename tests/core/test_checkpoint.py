@@ -250,7 +250,7 @@ def test_no_compiler_takes_over(tmp_path, monkeypatch):
 
 CHILD = """
 import os, sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 import torch
 torch.set_num_threads(1)
 import test_checkpoint as tests
@@ -287,9 +287,9 @@ print("finished", flush=True)
 
 def kill_a_fit(name, path, where, number):
     """Run a fit in a process of its own, and SIGKILL it once it is where it is to die."""
-    tests = str(Path(__file__).parent)
+    tests = [str(Path(__file__).parents[up]) for up in (0, 1)]
     code = CHILD.format(tests=tests, where=where, number=number, name=name, path=str(path))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
     ) as child:

@@ -243,7 +243,7 @@ def vi_kit(folder, *arguments, at_each_call="pass", wait=True):
     (folder / "tmp").mkdir(exist_ok=True)
     (folder / "model.py").write_text(MODEL_FILE.format(at_each_call=at_each_call))
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": str(Path(__file__).parents[2]),
         "TMPDIR": str(folder / "tmp"),
         "PYRO_VI_KIT_COMPILE": "off",
     }
@@ -299,7 +299,7 @@ def test_a_library_call_that_is_terminated_ends_the_process_in_order(tmp_path):
     )
     kill = "calls == 12 and os.kill(os.getpid(), signal.SIGTERM)"
     (tmp_path / "model.py").write_text(MODEL_FILE.format(at_each_call=kill))
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
     )

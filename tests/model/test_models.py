@@ -19,7 +19,7 @@ import pyro_vi_kit as vi
 
 pytestmark = pytest.mark.usefixtures("own_param_store")
 
-MODELS = Path(__file__).parents[1] / "models"
+MODELS = Path(__file__).parents[2] / "models"
 NAMES = sorted(path.stem for path in MODELS.glob("*.py"))
 NEEDS = {
     "sklearn": {"logistic_regression", "vae"},
