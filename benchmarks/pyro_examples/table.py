@@ -26,6 +26,10 @@ _RIGHT = {
     r"draws random numbers outside": "a random density (dropout, batch norm, `torch.randn`)",
     r"finite with its gradient at 0 of": "no density near the origin; `init=` with the example's own "
     "starting point is the way",
+    r"not finite at any of": "no density near the origin; `init=` with the example's own starting "
+    "point is the way",
+    r"each have a parameter": "Pyro's store holds one of two parameters of a name, and the other is "
+    "never trained",
     r"numpy\(\) on Tensor|grad_dtype": "the density leaves torch (NumPy, an inference inside of it)",
     r"make it with validate_args=False": "data outside the support; `validate_args=False` is the way",
     r"whose values cannot be enumerated": "discrete latents of infinitely many or joint values, "

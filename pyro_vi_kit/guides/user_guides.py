@@ -18,7 +18,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_vi_kit.core.errors import ModelError, OptionError, ViError, first_line
 from pyro_vi_kit.core.runtime import validation
@@ -92,7 +92,7 @@ def look_over(
 
     Raises:
         OptionError: If the guide raises, has a site too many, lacks one, or has one of another shape or
-            support.
+            support; or if a name stands for one parameter in the guide and for another in the model.
         ModelError: If the model raises on what the guide draws.
     """
     with torch.no_grad(), validation(True):
@@ -110,6 +110,7 @@ def look_over(
         ) from error
     _require_known(own, sample_sites(met), name)
     _require_all(own, latents, name)
+    _require_shared(drawn, met, name)
     fixed = [site for site, node in own.items() if _is_delta(node["fn"])]
     if fixed:
         with torch.no_grad():
@@ -165,6 +166,27 @@ def _latents(model: poutine.Trace) -> dict[str, Any]:
         for name, node in sample_sites(model).items()
         if kind_of(node) in ("latent", "discrete") and not node["infer"].get("is_auxiliary")
     }
+
+
+def _require_shared(drawn: poutine.Trace, met: poutine.Trace, name: str) -> None:
+    """Refuse two parameters of modules under one name.
+
+    Pyro's store keeps the one that it meets first and trains that; the other module goes on with its
+    own, which no step moves.
+    """
+    for parameter in set(drawn.param_nodes) & set(met.param_nodes):
+        given = [trace.nodes[parameter].get("args", ())[1:2] for trace in (drawn, met)]
+        first, second = (args[0] if args else None for args in given)
+        if (
+            isinstance(first, nn.Parameter)
+            and isinstance(second, nn.Parameter)
+            and first is not second
+        ):
+            raise OptionError(
+                f"the guide {name!r} and the model each have a parameter {parameter!r} of their own "
+                f"({tuple(first.shape)} and {tuple(second.shape)}). Pyro's store holds one of a name, "
+                "so that the other is never trained: give the module another name in one of them"
+            )
 
 
 def _drawn(guide: poutine.Trace) -> dict[str, Any]:

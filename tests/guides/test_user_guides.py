@@ -462,3 +462,34 @@ def test_weights_are_of_the_trained_modules():
     assert float(net.weight.detach()) == 0.0
     assert abs(posterior.parameters["net$$$weight"].item() - 3.0) < 0.05
     assert abs(posterior.elbo + np.mean(posterior.losses[-100:])) < 1.0
+
+
+class _Net(pyro.nn.PyroModule):
+    """A layer that model and guide may have of one name."""
+
+    def __init__(self, layer, is_model):
+        super().__init__()
+        self.net, self.is_model = layer, is_model
+
+    def forward(self, y):
+        loc = self.net(y.unsqueeze(-1)).squeeze(-1)
+        if not self.is_model:
+            return pyro.sample("z", dist.Normal(loc.mean(), 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(y)):
+            return pyro.sample("y", dist.Normal(z + 0.1 * loc, 1.0), obs=y)
+
+
+def test_two_parameters_of_one_name_are_refused():
+    # Pyro's store holds one: its SVI trains that and leaves the other, without a word.
+    y = torch.tensor([0.3, -0.2, 1.1])
+    model, guide = _Net(torch.nn.Linear(1, 1), True), _Net(torch.nn.Linear(1, 1), False)
+    with pytest.raises(OptionError, match=r"each have a parameter 'net\$\$\$\w+' of their own"):
+        vi.fit(vi.Model(model, y), guide, budget=1.0, progress=False)
+
+
+def test_a_layer_that_model_and_guide_share_is_trained():
+    y, layer = torch.tensor([0.3, -0.2, 1.1]), torch.nn.Linear(1, 1)
+    model, guide = _Net(layer, True), _Net(layer, False)
+    fitted = vi.fit(vi.Model(model, y), guide, budget=1.0, progress=False)
+    assert math.isfinite(fitted.elbo)
