@@ -319,4 +319,4 @@ def test_the_suite_takes_both(folder):
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     (record,) = Path("results/model").glob("laplace_product-halfway-seed*.json")
-    assert json.loads(record.read_text())["status"] == "done"
+    assert json.loads(record.read_text())["row"]["status"] == "done"

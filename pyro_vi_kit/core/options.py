@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import numbers
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
@@ -30,6 +31,8 @@ _LARGEST_SEED = 2**63 - 1
 # So many draws of a single number fill 8 GB; where a draw has many, memory is asked (`runtime`).
 _MOST_DRAWS = 10**9
 _MOST = 2**53
+# Layers, widths, components and steps beyond which a guide is a slip of the pen.
+_MOST_PARTS = 10**6
 
 
 def checks(**rules: Rule) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -187,3 +190,41 @@ def is_array(value: object) -> bool:
 COUNT = integer(1)
 DRAWS = integer(1, _MOST_DRAWS)
 SEED = integer(0, _LARGEST_SEED)
+
+
+# -- options of guides, which are checked where one is configured ----------------------------
+
+
+def require_positive(name: str, option: str, value: object) -> None:
+    """Refuse an option that is no positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise OptionError(f"{name}: {option} must be a positive number, got {told(value)}")
+
+
+def require_one_of(name: str, option: str, value: object, known: Sequence[str]) -> None:
+    """Refuse an option that is none of these words."""
+    if not isinstance(value, str) or value not in known:
+        raise OptionError(f"{name}: {option} must be one of {', '.join(known)}, got {told(value)}")
+
+
+def require_widths(name: str, hidden: object) -> tuple[int, ...]:
+    """Layer widths as a tuple; one number stands for one layer.
+
+    Raises:
+        OptionError: If a width is no positive integer.
+    """
+    widths = tuple(hidden) if isinstance(hidden, Sequence) else (hidden,)
+    if not widths or not all(is_count(width) for width in widths):
+        raise OptionError(f"{name}: hidden must be positive layer widths, got {told(hidden)}")
+    return widths  # type: ignore[return-value]
+
+
+def require_count(name: str, option: str, value: object) -> None:
+    """Refuse an option that is no positive integer."""
+    if not is_count(value):
+        raise OptionError(f"{name}: {option} must be a positive integer, got {told(value)}")
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a positive integer, and not so large that nothing could hold so many."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _MOST_PARTS

@@ -17,18 +17,16 @@ from pyro_vi_kit.guides.flows.autoregressive import Autoregressive
 from pyro_vi_kit.guides.flows.neural_spline import NeuralSpline
 from pyro_vi_kit.guides.flows.planar import Planar
 from pyro_vi_kit.guides.flows.radial import Radial
-from pyro_vi_kit.guides.gaussian.delta import Delta
 from pyro_vi_kit.guides.gaussian.full_rank import FullRank
-from pyro_vi_kit.guides.gaussian.laplace import Laplace
+from pyro_vi_kit.guides.gaussian.laplace import Delta, Laplace
 from pyro_vi_kit.guides.gaussian.low_rank import LowRank
 from pyro_vi_kit.guides.gaussian.mean_field import MeanField
 from pyro_vi_kit.guides.gaussian.pathfinder import Pathfinder
 from pyro_vi_kit.guides.gaussian.structured import Structured
 from pyro_vi_kit.guides.gaussian.student_t import StudentT
 from pyro_vi_kit.guides.local.amortized import Amortized
-from pyro_vi_kit.guides.local.condition_on_globals import held_at_mean, mean_of_globals
 from pyro_vi_kit.guides.local.local import LocalFlow, LocalMixture
-from pyro_vi_kit.guides.local.per_datum import per_datum, tabulated
+from pyro_vi_kit.guides.local.per_datum import held_at_mean, mean_of_globals, per_datum, tabulated
 from pyro_vi_kit.guides.mixtures.gaussian_mixture import Mixture
 from pyro_vi_kit.guides.pyro_guide import Draw, Guide
 from pyro_vi_kit.guides.spec import AUTO, REGISTRY, GuideSpec

@@ -48,10 +48,8 @@ def require_discrete(guide: str, discrete: object) -> None:
         )
 
 
-def drawn(discrete: Discrete | None) -> Drawn | None:
-    """The discrete latents that a guide with this option holds; None where it holds none."""
-    if discrete is None:
-        return None
+def drawn(discrete: Discrete) -> Drawn:
+    """The discrete latents that a guide with this option holds."""
     if isinstance(discrete, Mapping):
         return Drawn({name: _how(how) is not None for name, how in discrete.items()})
     return Drawn({}, _how(discrete) is not None)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.options import require_positive
 from pyro_vi_kit.core.registry import Registered, Registry
 from pyro_vi_kit.guides.discrete import (
     Discrete,
@@ -18,12 +19,13 @@ from pyro_vi_kit.guides.discrete import (
 )
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.local.local import HeadSpec, LocalFamily, Table, local_name
-from pyro_vi_kit.guides.options import require_positive
 from pyro_vi_kit.guides.pyro_guide import METHODS, Guide
 from pyro_vi_kit.model.log_density import Block, Density, Drawn, Plate, Site
 
 # Not a guide, but a choice among them that `vi.fit` makes: see `fitting/auto.py`.
 AUTO = "auto"
+# A dense factor, its gradient and Adam's two moments take 0.5 GB at 4,000 dimensions.
+_MAX_DENSE = 4000
 
 
 class GuideSpec(Registered):
@@ -144,7 +146,7 @@ class GuideSpec(Registered):
 
     def drawn(self) -> Drawn | None:
         """The discrete latents that it holds itself; None where it holds none."""
-        return drawn(self.discrete)
+        return None if self.discrete is None else drawn(self.discrete)
 
 
 # What can be named as ``guide=``; the package's own are added in `guides/__init__.py`.
@@ -161,3 +163,13 @@ def coming_after(name: str) -> list[type[GuideSpec]]:
         if cls.after == name:
             found += [cls, *coming_after(cls.name)]
     return found
+
+
+def require_dense(name: str, dim: int) -> None:
+    """Refuse a dense covariance that would fill gigabytes."""
+    if dim > _MAX_DENSE:
+        raise OptionError(
+            f"guide {name!r} holds a dense covariance, and this model has {dim:,} unconstrained "
+            f"dimensions (at most {_MAX_DENSE:,}): use guide='mean_field', or guide='amortized' where "
+            "the latents lie in a data plate"
+        )

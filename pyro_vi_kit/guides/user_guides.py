@@ -100,16 +100,7 @@ def look_over(
         met, error = _run_model(model, drawn, args, kwargs)
     own = _drawn(drawn)
     latents = _latents(met)
-    # A site that does not fit is often why the model raises, behind it.
-    for site in own:
-        if site in latents:
-            _require_alike(own[site], latents[site], name)
-    if error is not None:
-        raise ModelError(
-            f"the model raised {type(error).__name__} on what the guide draws: {first_line(error)}"
-        ) from error
-    _require_known(own, sample_sites(met), name)
-    _require_all(own, latents, name)
+    _require_matching(own, latents, met, error, name)
     _require_shared(drawn, met, name)
     fixed = [site for site, node in own.items() if _is_delta(node["fn"])]
     if fixed:
@@ -125,6 +116,22 @@ def look_over(
         latents=len(latents),
         nesting=max(map(_nesting, (drawn, met))),
     )
+
+
+def _require_matching(
+    own: Sites, latents: Sites, met: poutine.Trace, error: Exception | None, name: str
+) -> None:
+    """Refuse a guide whose sites are not those of the model, and a model that raised on them."""
+    # A site that does not fit is often why the model raises, behind it.
+    for site in own:
+        if site in latents:
+            _require_alike(own[site], latents[site], name)
+    if error is not None:
+        raise ModelError(
+            f"the model raised {type(error).__name__} on what the guide draws: {first_line(error)}"
+        ) from error
+    _require_known(own, sample_sites(met), name)
+    _require_all(own, latents, name)
 
 
 def _run_guide(

@@ -9,16 +9,15 @@ from pyro_vi_kit.core.registry import About, Registry
 from pyro_vi_kit.objectives.annealed import SCHEDULES, Annealed
 from pyro_vi_kit.objectives.base import Bound, Objective, evaluate
 from pyro_vi_kit.objectives.beta import Beta
-from pyro_vi_kit.objectives.chi_square import ChiSquare
 from pyro_vi_kit.objectives.elbo import Elbo
 from pyro_vi_kit.objectives.elbo_analytic import ElboAnalytic
 from pyro_vi_kit.objectives.estimators import ABOUT as _ABOUT_ESTIMATORS
 from pyro_vi_kit.objectives.estimators import NAMES as ESTIMATORS
 from pyro_vi_kit.objectives.estimators import surrogate
-from pyro_vi_kit.objectives.forward_kl import ForwardKl
 from pyro_vi_kit.objectives.iwae import Iwae
 from pyro_vi_kit.objectives.renyi import Renyi
 from pyro_vi_kit.objectives.tail_adaptive import TailAdaptive
+from pyro_vi_kit.objectives.upper import ChiSquare, ForwardKl
 
 REGISTRY = Registry("objective", Objective, example="vi.objectives.Renyi(alpha=0.5)")
 REGISTRY.add(

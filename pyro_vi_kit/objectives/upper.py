@@ -6,11 +6,15 @@ weighted draws of q (Bornschein & Bengio 2015; Gu, Ghahramani & Turner 2015; Tuc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.options import is_finite
+from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.pyro_guide import Guide
 from pyro_vi_kit.objectives.base import Objective, log_mean_exp, no_stock_loss, require_particles
 
@@ -86,6 +90,87 @@ class UpperBound(Objective):
         """1, or (n - 1) / n where w^n is not the posterior's own weight."""
         n = self.power
         return 1.0 if n == 1.0 else (n - 1.0) / n
+
+
+@dataclass(frozen=True)
+class ForwardKl(UpperBound):
+    """Forward KL(p || q): covers all mass of the posterior, where the ELBO seeks a mode.
+
+    The bound is E_p[log p(x, z) - log q(z)], the log evidence plus KL(p || q), by importance weights.
+    Gaussian guides of a model without learned parameters are fitted by matching weighted moments, all
+    others by steps along ``sum_k w~_k grad log q(z_k)``.
+
+    Args:
+        particles: K, at least 2.
+
+    Raises:
+        OptionError: If `particles` is below 2.
+    """
+
+    name = "forward_kl"
+    about = About(
+        does="log evidence from above, by KL(p || q): q covers all of p",
+        cost="K; weights must not be too uneven",
+        use="a proposal for importance sampling; error bars that are never too short",
+        paper="Bornschein & Bengio 2015",
+    )
+
+    matches_moments = True
+
+    particles: int = 100
+
+    def __post_init__(self) -> None:
+        require_several(self.name, self.particles)
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        """Mean log weight under self-normalised weights, `[K, ...] -> [...]`, nats."""
+        shares = torch.softmax(log_w, 0)
+        return torch.where(shares > 0.0, shares * log_w, torch.zeros_like(log_w)).sum(0)
+
+
+@dataclass(frozen=True)
+class ChiSquare(UpperBound):
+    """Chi-square divergence from p to q: wide guides, whose importance weights have finite variance.
+
+    The bound is CUBO, 1 / n log E_q[(p(x, z) / q(z))^n]: the log evidence plus log(1 + chi_n) / n,
+    which is the Rényi bound of order 1 - n. It is brought down along ``sum_k v_k grad log q(z_k)``
+    with weights v = softmax(n log w), its gradient as K grows.
+
+    Args:
+        n: The power of the weights, above 1: 2 for the chi-square divergence.
+        particles: K, at least 2.
+
+    Raises:
+        OptionError: If n is not above 1, or `particles` below 2.
+    """
+
+    name = "chi_square"
+    about = About(
+        does="log evidence from above, by the chi-square divergence: q covers tails as well",
+        cost="K; noisy in many dimensions",
+        use="a bound on the evidence from the other side, a heavy-tailed q",
+        paper="Dieng et al. 2017",
+    )
+
+    n: float = 2.0
+    particles: int = 100
+
+    def __post_init__(self) -> None:
+        require_several(self.name, self.particles)
+        if not is_finite(self.n) or not self.n > 1.0:
+            raise OptionError(
+                f"chi_square: n must be a finite number above 1, got {told(self.n)}; for n = 1 use "
+                "objective='forward_kl'"
+            )
+
+    def bound(self, log_w: Tensor) -> Tensor:
+        """1 / n log mean w^n, `[K, ...] -> [...]`, nats."""
+        return log_mean_exp(self.n * log_w) / self.n
+
+    @property
+    def power(self) -> float:
+        """N."""
+        return float(self.n)
 
 
 def require_apart(name: str, guide: Guide) -> None:

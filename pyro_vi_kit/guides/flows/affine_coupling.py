@@ -9,22 +9,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pyro_vi_kit.core.options import require_one_of
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows.coupling import CouplingFlow
-from pyro_vi_kit.guides.options import (
-    require_count,
-    require_dense,
-    require_one_of,
-    require_widths,
-)
-from pyro_vi_kit.guides.spec import GuideSpec
+from pyro_vi_kit.guides.flows.flows import LayeredSpec
+from pyro_vi_kit.guides.spec import GuideSpec, require_dense
 
 Permutations = Literal["random", "reverse", "none"]
 
 
 @dataclass(frozen=True)
-class AffineCoupling(GuideSpec):
+class AffineCoupling(LayeredSpec):
     """RealNVP flow over a Gaussian: bends what the Gaussian cannot (funnels, bananas).
 
     Args:
@@ -57,8 +53,6 @@ class AffineCoupling(GuideSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count(self.name, "layers", self.layers)
-        object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
         require_one_of(self.name, "permutations", self.permutations, get_args(Permutations))
 
     @classmethod

@@ -11,19 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.flows.coupling_layers import MAX_LOG_SCALE
-from pyro_vi_kit.guides.flows.flows import OUTPUT_UNIT, Layer, LayeredFlow, Step
-from pyro_vi_kit.guides.options import (
-    require_count,
-    require_dense,
-    require_widths,
-)
-from pyro_vi_kit.guides.spec import GuideSpec
+from pyro_vi_kit.guides.flows.flows import OUTPUT_UNIT, Layer, LayeredSpec, Step
 
 
 @dataclass(frozen=True)
-class Autoregressive(GuideSpec):
+class Autoregressive(LayeredSpec):
     """Inverse autoregressive flow over a Gaussian: each coordinate is bent by all before it.
 
     Args:
@@ -48,20 +41,9 @@ class Autoregressive(GuideSpec):
     hidden: tuple[int, ...] = (32,)
     init_scale: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_count(self.name, "layers", self.layers)
-        object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
-
-    def family(self, dim: int) -> Family:
-        """The family over `[D]`.
-
-        Raises:
-            OptionError: If D is too large for a dense covariance.
-        """
-        require_dense(self.name, dim)
-        layers = [MaskedAffine(dim, self.hidden) for _ in range(self.layers)]
-        return LayeredFlow(dim, layers, self.init_scale)
+    def layer(self, dim: int) -> Layer:
+        """See `LayeredSpec.layer`."""
+        return MaskedAffine(dim, self.hidden)
 
 
 class _Pass(NamedTuple):

@@ -19,8 +19,6 @@ from pyro_vi_kit.guides.flows.coupling_layers import (
 )
 from pyro_vi_kit.guides.flows.flows import OUTPUT_UNIT, Flow
 
-_LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
-
 
 class CouplingFlow(Flow):
     """Coupling layers under an affine map.
@@ -58,26 +56,16 @@ class CouplingFlow(Flow):
         self.biases = nn.ParameterList(torch.zeros(layers, o) for _, o in shapes)
         self.to_identity()
 
-    def draw(
-        self,
-        shape: tuple[int, ...],
-        context: Tensor | None = None,
-        *,
-        detached: bool = False,
-        mirrored: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Family.draw`; in one pass, with no way back through the layers."""
-        noise = self.noise(shape, mirrored=mirrored)
-        coupled, log_scales, steps = self.couple(noise)
-        mean, scale_tril = self.affine.moments()
-        value = mean + coupled @ scale_tril.T
-        log_det = log_scales + scale_tril.diagonal().log().sum()
-        log_q = noise.square().sum(-1).mul(-0.5) - self._dim * _LOG_ROOT - log_det
-        if not detached:
-            return value, log_q
-        slope = self._slope(noise, steps, scale_tril)
-        # Zero, with the slope of log q at constant parameters.
-        return value, log_q.detach() + ((value - value.detach()) * slope).sum(-1)
+    def through(self, noise: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor, list[Step]]:
+        """See `Flow.through`."""
+        y, log_scales, steps = self.couple(noise)
+        return y, log_scales + log_det, steps
+
+    def carry(self, noise: Tensor, steps: list[Step]) -> Tensor:
+        """See `Flow.carry`."""
+        if not steps:
+            return -noise
+        return slope_of_log_q(noise, steps, self.permutations, self._networks()[0])
 
     def couple(self, x: Tensor) -> tuple[Tensor, Tensor, list[Step]]:
         """Through the layers: `[..., D]`, the log determinant `[...]`, and what each layer did."""
@@ -99,18 +87,6 @@ class CouplingFlow(Flow):
         flat = y.reshape(-1, self._dim)
         x, log_det = uncouple(flat, self.permutations, *self._networks())
         return x.reshape(y.shape), log_det.reshape(y.shape[:-1])
-
-    @torch.no_grad()
-    def _slope(self, noise: Tensor, steps: list[Step], scale_tril: Tensor) -> Tensor:
-        """Gradient of log q at constant parameters, at the draws: `[..., D]`."""
-        flat = noise.reshape(-1, self._dim)
-        if steps:
-            weights, _ = self._networks()
-            slope = slope_of_log_q(flat, steps, self.permutations, weights)
-        else:
-            slope = -flat
-        slope = torch.linalg.solve_triangular(scale_tril, slope, upper=False, left=False)
-        return slope.reshape(noise.shape)
 
     def _networks(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and biases of all layers' networks, the last in its unit."""

@@ -18,7 +18,10 @@ from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_vi_kit.guides.families import DenseNormal, GaussianFamily
+from pyro_vi_kit.core.options import require_count, require_widths
+from pyro_vi_kit.core.registry import has_option
+from pyro_vi_kit.guides.families import DenseNormal, Family, GaussianFamily
+from pyro_vi_kit.guides.spec import GuideSpec, require_dense
 
 _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 # An optimiser like Adam moves every weight of a last layer at once, and their effects add up. In this
@@ -83,6 +86,14 @@ class Flow(GaussianFamily):
         self._dim = dim
 
     @abstractmethod
+    def through(self, noise: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
+        """Through the layers from noise `[..., D]`: the result, log_det with theirs, what each did."""
+
+    @abstractmethod
+    def carry(self, noise: Tensor, steps: list[Any]) -> Tensor:
+        """The gradient of log q behind the layers at constant parameters, from noise `[N, D]`."""
+
+    @abstractmethod
     def bend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Through the layers: `[..., D]`, and the log determinant `[...]`."""
 
@@ -115,6 +126,30 @@ class Flow(GaussianFamily):
         affine = dist.transforms.LowerCholeskyAffine(*self.affine.moments(), cache_size=1)
         return dist.TransformedDistribution(base, [_Bend(self), affine])
 
+    def draw(
+        self,
+        shape: tuple[int, ...],
+        context: Tensor | None = None,
+        *,
+        detached: bool = False,
+        mirrored: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """See `Family.draw`; in one pass, with no way back through the layers."""
+        noise = self.noise(shape, mirrored=mirrored)
+        mean, scale_tril = self.affine.moments()
+        bent, log_det, steps = self.through(noise, scale_tril.diagonal().log().sum())
+        value = mean + bent @ scale_tril.T
+        log_q = -0.5 * noise.square().sum(-1) - self._dim * _LOG_ROOT - log_det
+        # Where no gradient is recorded none of log q can be asked for.
+        if not detached or not torch.is_grad_enabled():
+            return value, log_q
+        with torch.no_grad():
+            slope = self.carry(noise.reshape(-1, self._dim), steps)
+            slope = torch.linalg.solve_triangular(scale_tril, slope, upper=False, left=False)
+        # Zero, with the slope of log q at constant parameters.
+        slope = slope.reshape(noise.shape)
+        return value, log_q.detach() + ((value - value.detach()) * slope).sum(-1)
+
     def start_from(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Take this Gaussian as the frame; parameters go back to zero."""
         self.affine.start_from(loc, scale_tril)
@@ -146,31 +181,11 @@ class LayeredFlow(Flow):
         self.layers = nn.ModuleList(layers)
         self.to_identity()
 
-    def draw(
-        self,
-        shape: tuple[int, ...],
-        context: Tensor | None = None,
-        *,
-        detached: bool = False,
-        mirrored: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """See `Family.draw`; in one pass, with no way back through the layers."""
-        noise = self.noise(shape, mirrored=mirrored)
-        flat = noise.reshape(-1, self._dim)
-        # Where no gradient is recorded none of log q can be asked for.
-        detached = detached and torch.is_grad_enabled()
-        steps = self._steps(flat)
-        mean, scale_tril = self.affine.moments()
-        bent = steps[-1].y
-        value = mean + bent.reshape(noise.shape) @ scale_tril.T
-        log_det = sum((step.log_det for step in steps), scale_tril.diagonal().log().sum())
-        log_q = -0.5 * flat.square().sum(-1) - self._dim * _LOG_ROOT - log_det
-        log_q = log_q.reshape(noise.shape[:-1])
-        if not detached:
-            return value, log_q
-        slope = self._slope(flat, steps, scale_tril).reshape(noise.shape)
-        # Zero, with the slope of log q at constant parameters.
-        return value, log_q.detach() + ((value - value.detach()) * slope).sum(-1)
+    def through(self, noise: Tensor, log_det: Tensor) -> tuple[Tensor, Tensor, list[Step]]:
+        """See `Flow.through`."""
+        steps = self._steps(noise.reshape(-1, self._dim))
+        log_det = sum((step.log_det for step in steps), log_det)
+        return steps[-1].y.reshape(noise.shape), log_det.reshape(noise.shape[:-1]), steps
 
     def bend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `Flow.bend`."""
@@ -195,19 +210,45 @@ class LayeredFlow(Flow):
             steps.append(layer(steps[-1].y if steps else x))
         return steps
 
-    def _slope(self, noise: Tensor, steps: list[Step], scale_tril: Tensor) -> Tensor:
-        """Gradient of log q at constant parameters, at the draws: `[N, D]`."""
-        slope = -noise.detach()
+    def carry(self, noise: Tensor, steps: list[Any]) -> Tensor:
+        """See `Flow.carry`."""
+        slope = -noise
         for layer, step in zip(self._layers(), steps, strict=True):
             slope = layer.carry(step, slope)
-        tril = scale_tril.detach()
-        return torch.linalg.solve_triangular(tril, slope, upper=False, left=False)
+        return slope
 
     @torch.no_grad()
     def to_identity(self) -> None:
         """See `Flow.to_identity`."""
         for layer in self._layers():
             layer.to_identity()
+
+
+class LayeredSpec(GuideSpec):
+    """A guide of so many layers over a Gaussian.
+
+    Attributes:
+        layers: L.
+        hidden: Widths of the network in each layer; not an option where there is none.
+    """
+
+    layers: int
+    hidden: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count(self.name, "layers", self.layers)
+        if has_option(self, "hidden"):
+            object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
+
+    def layer(self, dim: int) -> Layer:
+        """One of the layers, where these are modules of their own."""
+        raise NotImplementedError
+
+    def family(self, dim: int) -> Family:
+        """See `GuideSpec.family`; the covariance of its Gaussian is dense."""
+        require_dense(self.name, dim)
+        return LayeredFlow(dim, [self.layer(dim) for _ in range(self.layers)], self.init_scale)
 
 
 class _Bend(dist.transforms.Transform):

@@ -14,9 +14,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from pyro_vi_kit.core.options import require_count
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.flows.flows import OUTPUT_UNIT, Layer, LayeredFlow, Step
+from pyro_vi_kit.guides.flows.flows import OUTPUT_UNIT, Layer, LayeredSpec, Step
 from pyro_vi_kit.guides.flows.spline_layers import (
     Setters,
     couple,
@@ -24,16 +24,10 @@ from pyro_vi_kit.guides.flows.spline_layers import (
     slope_behind,
     uncouple,
 )
-from pyro_vi_kit.guides.options import (
-    require_count,
-    require_dense,
-    require_widths,
-)
-from pyro_vi_kit.guides.spec import GuideSpec
 
 
 @dataclass(frozen=True)
-class NeuralSpline(GuideSpec):
+class NeuralSpline(LayeredSpec):
     """Neural spline flow over a Gaussian: bends each coordinate as it needs, by splines.
 
     Args:
@@ -63,19 +57,11 @@ class NeuralSpline(GuideSpec):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count(self.name, "layers", self.layers)
         require_count(self.name, "bins", self.bins)
-        object.__setattr__(self, "hidden", require_widths(self.name, self.hidden))
 
-    def family(self, dim: int) -> Family:
-        """The family over `[D]`.
-
-        Raises:
-            OptionError: If D is too large for a dense covariance.
-        """
-        require_dense(self.name, dim)
-        layers = [SplineCoupling(dim, self.bins, self.hidden) for _ in range(self.layers)]
-        return LayeredFlow(dim, layers, self.init_scale)
+    def layer(self, dim: int) -> Layer:
+        """See `LayeredSpec.layer`."""
+        return SplineCoupling(dim, self.bins, self.hidden)
 
 
 class SplineCoupling(Layer):

@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.flows.flows import Layer, LayeredFlow, Step
-from pyro_vi_kit.guides.options import require_count, require_dense
-from pyro_vi_kit.guides.spec import GuideSpec
+from pyro_vi_kit.guides.flows.flows import Layer, LayeredSpec, Step
 
 # softplus of it is 1.
 ONE = math.log(math.e - 1.0)
@@ -21,7 +18,7 @@ _HALVINGS = 60
 
 
 @dataclass(frozen=True)
-class Planar(GuideSpec):
+class Planar(LayeredSpec):
     """Planar flow over a Gaussian: each layer moves draws along one direction by a tanh of another.
 
     Args:
@@ -45,18 +42,9 @@ class Planar(GuideSpec):
     layers: int = 16
     init_scale: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_count(self.name, "layers", self.layers)
-
-    def family(self, dim: int) -> Family:
-        """The family over `[D]`.
-
-        Raises:
-            OptionError: If D is too large for a dense covariance.
-        """
-        require_dense(self.name, dim)
-        return LayeredFlow(dim, [Ridge(dim) for _ in range(self.layers)], self.init_scale)
+    def layer(self, dim: int) -> Layer:
+        """See `LayeredSpec.layer`."""
+        return Ridge(dim)
 
 
 class Ridge(Layer):

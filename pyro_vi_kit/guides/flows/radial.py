@@ -11,17 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pyro_vi_kit.core.registry import About
-from pyro_vi_kit.guides.families import Family
-from pyro_vi_kit.guides.flows.flows import Layer, LayeredFlow, Step
+from pyro_vi_kit.guides.flows.flows import Layer, LayeredSpec, Step
 from pyro_vi_kit.guides.flows.planar import ONE
-from pyro_vi_kit.guides.options import require_count, require_dense
-from pyro_vi_kit.guides.spec import GuideSpec
 
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class Radial(GuideSpec):
+class Radial(LayeredSpec):
     """Radial flow over a Gaussian: each layer draws in or pushes out around a point.
 
     Args:
@@ -45,18 +42,9 @@ class Radial(GuideSpec):
     layers: int = 16
     init_scale: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_count(self.name, "layers", self.layers)
-
-    def family(self, dim: int) -> Family:
-        """The family over `[D]`.
-
-        Raises:
-            OptionError: If D is too large for a dense covariance.
-        """
-        require_dense(self.name, dim)
-        return LayeredFlow(dim, [Ball(dim) for _ in range(self.layers)], self.init_scale)
+    def layer(self, dim: int) -> Layer:
+        """See `LayeredSpec.layer`."""
+        return Ball(dim)
 
 
 class _Place(NamedTuple):

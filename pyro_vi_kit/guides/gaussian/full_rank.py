@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.discrete import Discrete
 from pyro_vi_kit.guides.families import DenseNormal, Family
-from pyro_vi_kit.guides.options import require_dense
-from pyro_vi_kit.guides.spec import GuideSpec
+from pyro_vi_kit.guides.spec import GuideSpec, require_dense
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.options import require_one_of
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.discrete import Discrete
 from pyro_vi_kit.guides.families import DiagonalNormal, Family
-from pyro_vi_kit.guides.options import require_one_of
 from pyro_vi_kit.guides.pyro_guide import METHODS, Guide
 from pyro_vi_kit.guides.spec import GuideSpec
 from pyro_vi_kit.guides.supports.support_family import SupportFamily

@@ -9,11 +9,11 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vi_kit.core.options import require_count
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.mixtures.normal_mixture import NormalMixture
-from pyro_vi_kit.guides.options import require_count, require_dense
-from pyro_vi_kit.guides.spec import GuideSpec
+from pyro_vi_kit.guides.spec import GuideSpec, require_dense
 
 
 @dataclass(frozen=True)

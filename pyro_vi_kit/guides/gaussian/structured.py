@@ -13,11 +13,11 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.options import require_one_of
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import GaussianFamily
-from pyro_vi_kit.guides.options import require_dense, require_one_of
 from pyro_vi_kit.guides.pyro_guide import Guide
-from pyro_vi_kit.guides.spec import GuideSpec
+from pyro_vi_kit.guides.spec import GuideSpec, require_dense
 from pyro_vi_kit.model.log_density import Density
 
 Between = Literal["independent", "first", "linear"]

@@ -12,10 +12,10 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.options import require_positive
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import DenseNormal, Family, GaussianFamily
-from pyro_vi_kit.guides.options import require_dense, require_positive
-from pyro_vi_kit.guides.spec import GuideSpec
+from pyro_vi_kit.guides.spec import GuideSpec, require_dense
 from pyro_vi_kit.guides.supports.gamma_draws import NOISE, gamma_draws
 
 # Below, a t has no variance, and summaries no sds.

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
+from pyro_vi_kit.core.options import require_widths
 from pyro_vi_kit.core.registry import About, has_option
 from pyro_vi_kit.guides.discrete import Discrete, arranged, drawing, head_of
 from pyro_vi_kit.guides.families import Family
 from pyro_vi_kit.guides.local.encoder import Standardised, custom_encoder
 from pyro_vi_kit.guides.local.local import HeadSpec, LocalFamily, head_for, local_name
-from pyro_vi_kit.guides.options import require_widths
 from pyro_vi_kit.guides.pyro_guide import Guide, encoder_inputs
 from pyro_vi_kit.guides.spec import REGISTRY, GuideSpec
 from pyro_vi_kit.model.log_density import Block, Density, Plate, Site

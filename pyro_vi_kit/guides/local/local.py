@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError, told
+from pyro_vi_kit.core.options import require_count
 from pyro_vi_kit.guides.families import Family, Table
 from pyro_vi_kit.guides.local.conditional import CouplingHead
 from pyro_vi_kit.guides.local.heads import DenseHead, Head, NormalHead, PointHead
 from pyro_vi_kit.guides.mixtures.mixture import MixtureHead
-from pyro_vi_kit.guides.options import require_count
 from pyro_vi_kit.model.log_density import Plate
 
 

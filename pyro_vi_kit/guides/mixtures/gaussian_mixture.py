@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vi_kit.core.errors import OptionError
+from pyro_vi_kit.core.options import require_count, require_one_of
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.families import Family, GaussianFamily
 from pyro_vi_kit.guides.mixtures.normal_mixture import NormalMixture
-from pyro_vi_kit.guides.options import require_count, require_one_of
 from pyro_vi_kit.guides.spec import GuideSpec
 
 Covariance = Literal["full", "diagonal"]

@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_vi_kit.guides.local.heads import Head
-from pyro_vi_kit.guides.mixtures.implicit import ImplicitMixture, gumbel
+from pyro_vi_kit.guides.mixtures.normal_mixture import ImplicitMixture, gumbel
 
 _LOG_ROOT = 0.5 * math.log(2.0 * math.pi)
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.options import require_count, require_positive
 from pyro_vi_kit.guides.families import drawn_from
 from pyro_vi_kit.guides.local.heads import Head
-from pyro_vi_kit.guides.mixtures.implicit import gumbel
-from pyro_vi_kit.guides.options import require_count, require_positive
+from pyro_vi_kit.guides.mixtures.normal_mixture import gumbel
 from pyro_vi_kit.model.log_density.drawn import hardened
 
 
