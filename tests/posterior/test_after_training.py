@@ -18,8 +18,8 @@ import pyro_vi_kit as vi
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.guides import Amortized, held_at_mean
+from pyro_vi_kit.model import groups
 from pyro_vi_kit.objectives import Iwae, evaluate
-from pyro_vi_kit.posterior.diagnostics import pointwise
 
 pytestmark = pytest.mark.usefixtures("float64")
 N, P, D = 60, 4, 2
@@ -155,12 +155,12 @@ def test_per_datum_is_the_naive_mean_of_log_weights(trained):
 def test_pieces_of_rows_and_of_draws(trained, monkeypatch):
     """Twenty numbers at a time: one row of three draws. Other noise, the same law."""
     whole = trained.per_datum(draws=300)
-    monkeypatch.setattr(pointwise, "_NUMBERS", 2000)
+    monkeypatch.setattr(groups, "_CHUNK_NUMBERS", 2000)
     cut = trained.per_datum(draws=300)
     assert not np.array_equal(whole["elbo"], cut["elbo"])
     se = np.hypot(whole["log_evidence_se"], cut["log_evidence_se"])
     assert (np.abs(whole["log_evidence"] - cut["log_evidence"]) < 4.5 * se).all()
-    monkeypatch.setattr(pointwise, "_NUMBERS", 20)
+    monkeypatch.setattr(groups, "_CHUNK_NUMBERS", 20)
     assert len(trained.per_datum(draws=7)) == N
 
 

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.contracts import Status
-from pyro_vi_kit.core.errors import OptionError, told
+from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.progress import Progress
-from pyro_vi_kit.core.runtime import RandomStream, seed_of
+from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.guides import FullRank
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
-from pyro_vi_kit.model.groups import GIVEN_DRAWS, in_chunks, width_of
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic.curvature import entries, hessian
 from pyro_vi_kit.optimize.deterministic.draws import matched_normals
@@ -211,10 +210,7 @@ def _scored(
     draws = max(_VALUES, 8 * shape.noise)
     noise = density.cast(matched_normals(draws, shape.noise, seed))
     z = density.block.unpack(shape.place(shape.start(), noise))
-    with RandomStream(seed, GIVEN_DRAWS):
-        values = in_chunks(
-            lambda part: density.constrain(part, approximation.params), z, width_of(density)
-        )
+    values = approximation.constrained(z, seed)
     rows, columns = entries(shape)
     score = noise[:, rows] * noise[:, columns] - (rows == columns).to(noise.dtype)
     return torch.cat([noise, score], 1).double().cpu(), named(values)
@@ -253,7 +249,7 @@ def _refined(search: Search, shape: Shape, draws: int) -> Shape:
             "the ELBO is not finite on the fixed draws: the guide reaches where the model's density is "
             "zero or overflows, and there is no linear response. Look at vi.check(model)"
         )
-    return _own_frame(shape, metric @ found.x)
+    return _own_frame(shape.gaussian(metric @ found.x), dense=isinstance(shape, Dense))
 
 
 def _loss(search: Search, shape: Shape, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,22 +257,19 @@ def _loss(search: Search, shape: Shape, x: Tensor, noise: Tensor) -> tuple[Tenso
     return shape.loss(x, noise, log_p, gradient)
 
 
-def _own_frame(shape: Shape, x: Tensor) -> Shape:
-    gaussian = shape.gaussian(x)
-    if isinstance(shape, Dense):
-        return Dense(gaussian)
-    return Diagonal(gaussian, gaussian.scale_tril.diagonal())
+def _own_frame(gaussian: Gaussian, *, dense: bool) -> Shape:
+    """The family that a Gaussian is of, with it as its own frame."""
+    return Dense(gaussian) if dense else Diagonal(gaussian, gaussian.scale_tril.diagonal())
 
 
+@torch.no_grad()
 def _framed(approximation: GuideApproximation) -> Shape:
     """The fitted Gaussian as its own frame."""
-    guide = approximation.guide
-    family: Any = guide.families[guide.blocks[0].name]
-    with torch.no_grad():
-        if isinstance(family, DenseNormal):
-            return Dense(Gaussian(*family.moments()))
-        q = family()
-        return Diagonal(Gaussian(q.mean, q.stddev.diag()), q.stddev)
+    family: Any = approximation.guide.families[approximation.guide.blocks[0].name]
+    if isinstance(family, DenseNormal):
+        return _own_frame(Gaussian(*family.moments()), dense=True)
+    q = family()
+    return _own_frame(Gaussian(q.mean, q.stddev.diag()), dense=False)
 
 
 def _inverse(curvature: Tensor, shape: Shape, density: Density) -> Tensor:
@@ -312,11 +305,10 @@ def _draws(dim: int, draws: int | None) -> int:
     least = max(64, 4 * dim)
     if draws is None:
         return max(_DRAWS, 8 * dim)
-    whole = isinstance(draws, int) and not isinstance(draws, bool)
-    if not whole or draws % 2 or draws < least:
+    if draws % 2 or draws < least:
         raise OptionError(
             f"draws= of a linear response must be an even number of at least {least:,} (four for each "
-            f"of {dim} unconstrained dimensions, and 64), got {told(draws)}"
+            f"of {dim} unconstrained dimensions, and 64), got {draws:,}"
         )
     return draws
 

@@ -15,15 +15,13 @@ from pyro_vi_kit.core.psis import psis_rows
 from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.guides import Guide, held_at_mean
 from pyro_vi_kit.model.gradients import gradient_of
-from pyro_vi_kit.model.groups import width_of
+from pyro_vi_kit.model.groups import chunks_of, width_of
 from pyro_vi_kit.model.log_density import Block, Plate
 from pyro_vi_kit.model.log_density.subsampling import require_subsamplable
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Numbers of the model that are held at a time.
-_NUMBERS = 4_000_000
 # Rows, and draws of each, that a verdict is based on: a share of 5 % has an s.e. of 1 %.
 _LOOKED_AT = 500
 _TRIED = 4
@@ -78,11 +76,10 @@ class PerDatum:
         density = self.guide.density
         stream = RandomStream(seed, "rows")
         width = max(1, width_of(self.guide.density) // self.plate.size)
-        size = max(1, min(len(chosen), _NUMBERS // (draws * width)))
-        for part in chosen.split(size if self.subsampled else len(chosen)):
+        together = chunks_of(len(chosen), draws * width) if self.subsampled else [len(chosen)]
+        for part in chosen.split(together):
             seen = len(part) if self.subsampled else self.plate.size
-            count = max(1, min(draws, _NUMBERS // (seen * width)))
-            sizes = [min(count, draws - i) for i in range(0, draws, count)]
+            sizes = chunks_of(draws, seen * width)
             with stream, isolated(density.dtype, density.device):
                 found = torch.cat([self._drawn(number, density.cast(part)) for number in sizes])
             yield RowWeights(part.numpy(), found.double().cpu().numpy())
