@@ -1,15 +1,14 @@
 """``guide="auto"``: from a Gaussian up to flows and mixtures, while the verdict asks for it.
 
-A rung is a fit of one guide with its verdict. The first is a Gaussian, which takes a second and is often
-enough. Where searches from several points found several modes, mixtures are next, and flows else: no
-flow over one Gaussian covers two modes that lie apart. A flow starts from the Gaussian or the flow below
-it. The climb
-ends at a good verdict, at the top, or where what is left of the budget is too little for one more rung;
-the posterior is the one of the best verdict, and of the highest ELBO among equals, which are all bounds
-on the same evidence.
+A candidate is a guide that is fitted and judged. The first is a Gaussian, which takes a second and is
+often enough. Where searches from several points found several modes, mixtures are next, and flows else:
+no flow over one Gaussian covers two modes that lie apart. A flow starts from the Gaussian or the smaller
+flow. The search ends at a good verdict, at the richest guide, or where what is left of the budget is too
+little for one more; the posterior is the one of the best verdict, and of the highest ELBO among equals,
+which are all bounds on the same evidence.
 
 Work is counted, not timed: the operations of one step and the numbers that they touch, at nominal
-seconds for each, so that the same seed tries the same rungs with the same steps. Only a budget that the
+seconds for each, so that the same seed tries the same guides with the same steps. Only a budget that the
 user gave in seconds is held against the clock.
 """
 
@@ -31,13 +30,14 @@ from pyro_vi_kit.core.errors import FitError, OptionError, ViError
 from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.core.stopping import fit_error
 from pyro_vi_kit.core.undefined import ERRORS, is_undefined
-from pyro_vi_kit.fitting.initialise import starting_point
-from pyro_vi_kit.fitting.request import Request
+from pyro_vi_kit.fitting.request import Request, starting_point
 from pyro_vi_kit.guides import FullRank, Guide, GuideSpec, MeanField
 from pyro_vi_kit.guides.spec import coming_after
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo
 from pyro_vi_kit.optimize.deterministic import fixed_draws, mixtures
+from pyro_vi_kit.optimize.deterministic.modes import Found
+from pyro_vi_kit.optimize.deterministic.search import Search
 from pyro_vi_kit.optimize.engines import EagerEngine
 from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.posterior import Posterior
@@ -59,27 +59,51 @@ _LEAST_STEPS, _LEAST_OF_MIXTURE = 300, 100
 _PARTICLES = 64
 _ORDER = {"reject": 0, "resample": 1, "good": 2}
 
-Fit = Callable[[Request, GuideSpec, Density], Posterior]
-"""Trains one guide: from a request, the guide and the model."""
+
+@dataclass(frozen=True)
+class Candidate:
+    """A guide to try.
+
+    Attributes:
+        spec: It.
+        budget: What its fit may spend.
+        found: What searches for modes came to, where they are done.
+        warm_start: A simpler guide of the same latents, trained, to start from.
+    """
+
+    spec: GuideSpec
+    budget: Budget
+    found: Found | None = None
+    warm_start: Guide | None = None
+
+
+Fit = Callable[[Candidate], Posterior]
+"""Trains one candidate."""
 
 
 @dataclass
-class _Climb:
-    """A climb under way.
+class _Trials:
+    """What was tried so far.
 
     Attributes:
         request: The fit.
         density: The model.
-        fit: Trains one guide.
-        rungs: What was tried or left out so far, with its posterior where there is one.
+        init: Values by site, ``"auto"`` or ``"origin"``.
+        fit: Trains one candidate.
+        budget: The user's seconds, where there are any.
+        found: What searches for modes came to, where they are done.
+        rungs: What was tried or left out, with its posterior where there is one.
         interrupted: Whether the user has ended it.
         verdict_seconds: What the slowest verdict took.
-        work: Nominal seconds of the rungs so far.
+        work: Nominal seconds of the fits so far.
     """
 
     request: Request
     density: Density
+    init: str | Mapping[str, Any]
     fit: Fit
+    budget: Budget
+    found: Found | None = None
     rungs: list[tuple[Rung, Posterior | None]] = field(default_factory=list)
     interrupted: bool = False
     verdict_seconds: float = 0.0
@@ -87,21 +111,20 @@ class _Climb:
 
     @property
     def tried(self) -> list[tuple[Rung, Posterior]]:
-        """The rungs with a posterior."""
+        """What has a posterior."""
         return [(rung, posterior) for rung, posterior in self.rungs if posterior is not None]
 
     @property
     def best(self) -> tuple[Rung, Posterior]:
-        """The rung of the best verdict, and of the highest ELBO among equals."""
+        """What has the best verdict, and the highest ELBO among equals."""
         return max(self.tried, key=lambda each: _rank(each[0]))
 
     @property
     def left(self) -> float:
-        """Seconds for the next rung: nominal ones, or the user's, with its verdict set aside."""
-        if self.request.budget.deadline is None:
+        """Seconds for the next candidate: nominal ones, or the user's, with its verdict set aside."""
+        if self.budget.deadline is None:
             return WORK - self.work
-        left = self.request.budget.seconds_left
-        return (1.0 - _RESERVE) * left - 2.0 * self.verdict_seconds
+        return (1.0 - _RESERVE) * self.budget.seconds_left - 2.0 * self.verdict_seconds
 
 
 def require_none(**options: object) -> None:
@@ -142,57 +165,57 @@ def require_possible(request: Request) -> None:
     )
 
 
-def climb(request: Request, density: Density, fit: Fit) -> Posterior:
-    """The posterior of the best rung that the budget allows.
+def search(
+    request: Request, density: Density, init: str | Mapping[str, Any], fit: Fit
+) -> Posterior:
+    """The posterior of the best candidate that the budget allows.
 
     Args:
         request: The fit.
         density: The model.
-        fit: Trains one guide.
+        init: Values by site, ``"auto"`` or ``"origin"``.
+        fit: Trains one candidate.
 
     Raises:
         KeyboardInterrupt: If the user interrupts before there is anything.
     """
-    under_way = _Climb(request, density, fit)
+    trials = _Trials(request, density, init, fit, Budget.of_seconds(request.budget))
     try:
-        _ascend(under_way)
+        _try_all(trials)
     except KeyboardInterrupt:
-        if not under_way.tried:
+        if not trials.tried:
             raise
-        under_way.interrupted = True
+        trials.interrupted = True
     except FitError as error:
-        error.posterior = _told(under_way) if under_way.tried else error.posterior
+        error.posterior = _chosen(trials) if trials.tried else error.posterior
         raise
     except Exception as error:
-        if isinstance(error, ViError) or not under_way.tried:
+        if isinstance(error, ViError) or not trials.tried:
             raise
-        raise fit_error(error, _told(under_way)) from error
-    return _told(under_way)
+        raise fit_error(error, _chosen(trials)) from error
+    return _chosen(trials)
 
 
-def _ascend(climb: _Climb) -> None:
-    """Rung after rung until it is enough."""
-    dim = climb.density.dim
-    first = FullRank() if dim <= fixed_draws.MAX_DIM else MeanField()
-    _try(climb, first, share=0.5)
-    modes = climb.tried[0][1].status.modes or 1
-    if modes > 1 and not climb.interrupted:
-        # Looked for once, from more points, for every rung to start from or to be held against.
-        given = climb.request
-        found = mixtures.find(
-            climb.density, given.seed, given.budget, starting_point(given, climb.density)
-        )
-        climb.request = dataclasses.replace(given, found=found)
-    above = _above(first.name, dim, modes)
+def _try_all(trials: _Trials) -> None:
+    """One candidate after the other until it is enough."""
+    density = trials.density
+    first = FullRank() if density.dim <= fixed_draws.MAX_DIM else MeanField()
+    _try(trials, first, share=0.5)
+    modes = trials.tried[0][1].status.modes or 1
+    if modes > 1 and not trials.interrupted:
+        # Looked for once, from more points, for every candidate to start from or to be held against.
+        search = Search(density, trials.request.seed, trials.budget)
+        trials.found = mixtures.find(search, starting_point(trials.init, density))
+    above = _above(first.name, density.dim, modes)
     for i, spec in enumerate(above):
-        if climb.interrupted or _enough(climb):
+        if trials.interrupted or _enough(trials):
             return
-        reason = _in_the_way(climb, spec)
+        reason = _in_the_way(trials, spec)
         if reason is not None:
             rung = Rung(_words(spec), None, None, "", 0.0, f"not tried: {reason}")
-            climb.rungs.append((rung, None))
+            trials.rungs.append((rung, None))
             continue
-        _try(climb, spec, share=_SHARE if i + 1 < len(above) else 1.0)
+        _try(trials, spec, share=_SHARE if i + 1 < len(above) else 1.0)
 
 
 def _above(first: str, dim: int, modes: int) -> list[GuideSpec]:
@@ -208,56 +231,55 @@ def _above(first: str, dim: int, modes: int) -> list[GuideSpec]:
     return [spec for *_, spec in sorted(ranked, key=lambda each: each[:2])]
 
 
-def _in_the_way(climb: _Climb, spec: GuideSpec) -> str | None:
+def _in_the_way(trials: _Trials, spec: GuideSpec) -> str | None:
     """Why a guide is left out: it cannot be had for this model, or takes more than is left."""
     try:
-        per_step = _work_per_step(climb, spec)
+        per_step = _work_per_step(trials, spec)
     except OptionError as error:
         return str(error)
     least = _LEAST_OF_MIXTURE if spec.covers_modes else _LEAST_STEPS
-    needed, left = least * per_step, max(climb.left, 0.0)
+    needed, left = least * per_step, max(trials.left, 0.0)
     return f"needs about {needed:.0f} s, and {left:.0f} s were left" if needed > left else None
 
 
-def _enough(climb: _Climb) -> bool:
+def _enough(trials: _Trials) -> bool:
     """Whether richer guides are not asked for."""
-    rung, _ = climb.best
-    if rung.verdict == "resample" and len(climb.tried) > 1:
+    rung, _ = trials.best
+    if rung.verdict == "resample" and len(trials.tried) > 1:
         # Resampling is safe, and one richer guide did no better.
         return rung.khat is not None and rung.khat <= GOOD_KHAT
     return rung.verdict == "good"
 
 
-def _try(climb: _Climb, spec: GuideSpec, *, share: float) -> None:
-    """One rung, in this share of what is left."""
-    started, left, each = time.monotonic(), climb.left, 0.0
-    if climb.request.budget.deadline is None:
-        each = _work_per_step(climb, spec) / _PARTICLES
+def _try(trials: _Trials, spec: GuideSpec, *, share: float) -> None:
+    """One candidate, in this share of what is left."""
+    started, left, each = time.monotonic(), trials.left, 0.0
+    if trials.budget.deadline is None:
+        each = _work_per_step(trials, spec) / _PARTICLES
         budget = Budget(evaluations=max(1, int(share * left / each)))
     else:
         budget = Budget.of_seconds(share * left)
-    request = dataclasses.replace(climb.request, budget=budget, below=_below(climb, spec))
-    posterior = climb.fit(request, spec, climb.density)
-    climb.work += each * budget.spent
+    posterior = trials.fit(Candidate(spec, budget, trials.found, _warm_start(trials, spec)))
+    trials.work += each * budget.spent
     ended = posterior.status.reason
-    climb.interrupted = ended == "interrupted"
+    trials.interrupted = ended == "interrupted"
     judged = time.monotonic()
     verdict = posterior.verdict
     now = time.monotonic()
-    climb.verdict_seconds = max(climb.verdict_seconds, now - judged)
+    trials.verdict_seconds = max(trials.verdict_seconds, now - judged)
     level = "" if verdict is None else verdict.level
     known = spec if posterior.spec is None else posterior.spec
     rung = Rung(_words(known), posterior.elbo, posterior.khat, level, now - started, ended)
-    climb.rungs.append((rung, posterior))
+    trials.rungs.append((rung, posterior))
 
 
-def _below(climb: _Climb, spec: GuideSpec) -> Guide | None:
+def _warm_start(trials: _Trials, spec: GuideSpec) -> Guide | None:
     """The guide to start from: a smaller flow, or the Gaussian. Mixtures look for modes beside it."""
     wanted: tuple[type, ...] = (FullRank, MeanField)
     if spec.extends:
         wanted = (type(spec), *wanted)
     for kind in wanted:
-        for _, posterior in reversed(climb.tried):
+        for _, posterior in reversed(trials.tried):
             finite = posterior.elbo is not None and math.isfinite(posterior.elbo)
             if isinstance(posterior.spec, kind) and finite:
                 return posterior.approximation.guide  # type: ignore[attr-defined]
@@ -288,14 +310,14 @@ class _Counting(TorchDispatchMode):
         return self.operations * each + self.numbers * _NUMBER
 
 
-def _work_per_step(climb: _Climb, spec: GuideSpec) -> float:
+def _work_per_step(trials: _Trials, spec: GuideSpec) -> float:
     """Nominal seconds of a gradient step of this guide, density included, at 64 draws."""
-    density = climb.density
-    with RandomStream(climb.request.seed, "initial weights"):
+    density = trials.density
+    with RandomStream(trials.request.seed, "initial weights"):
         guide = spec.build(density)
-    engine = EagerEngine(guide, Elbo(_PARTICLES), seed=climb.request.seed)
+    engine = EagerEngine(guide, Elbo(_PARTICLES), seed=trials.request.seed)
     counted, where = _Counting(), isolated(density.dtype, density.device)
-    with RandomStream(climb.request.seed, "counting"), where, counted:
+    with RandomStream(trials.request.seed, "counting"), where, counted:
         try:
             engine.gradient(None)
         except ERRORS as error:
@@ -305,17 +327,17 @@ def _work_per_step(climb: _Climb, spec: GuideSpec) -> float:
     return counted.seconds
 
 
-def _told(climb: _Climb) -> Posterior:
+def _chosen(trials: _Trials) -> Posterior:
     """The best posterior, with what was tried in its record."""
-    chosen, posterior = climb.best
-    ladder = tuple(dataclasses.replace(rung, chosen=rung is chosen) for rung, _ in climb.rungs)
-    posterior.verdict  # noqa: B018 - it is of the fit, however the climb ended
+    chosen, posterior = trials.best
+    ladder = tuple(dataclasses.replace(rung, chosen=rung is chosen) for rung, _ in trials.rungs)
+    posterior.verdict  # noqa: B018 - it is of the fit, however the search ended
     record = dataclasses.replace(
         posterior.record,
         ladder=ladder,
-        evaluations=sum(each.evaluations for _, each in climb.tried),
+        evaluations=sum(each.evaluations for _, each in trials.tried),
     )
-    if climb.interrupted:
+    if trials.interrupted:
         words = f"Interrupted while richer guides were tried; {chosen.guide} was the best so far."
         status = dataclasses.replace(
             posterior.status, converged=False, reason="interrupted", advice=words

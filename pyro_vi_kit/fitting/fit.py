@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +15,16 @@ import torch
 from pyro_vi_kit import guides
 from pyro_vi_kit.capture.turns import ending_here
 from pyro_vi_kit.core import checkpoint as checkpoints
+from pyro_vi_kit.core.checkpoint import Checkpoint
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.device import Device
 from pyro_vi_kit.core.errors import ModelError, OptionError, ShapeError, ViError
 from pyro_vi_kit.core.options import SEED, checks, optional, path, positive
 from pyro_vi_kit.core.runtime import RandomStream, a_dtype, default_dtype, one_thread
 from pyro_vi_kit.core.stopping import failing_in_words, fit_error, terminable
-from pyro_vi_kit.fitting import auto, identity, initialise, minibatches, plan, resuming, streaming
+from pyro_vi_kit.fitting import auto, initialise, minibatches, plan, resuming
 from pyro_vi_kit.fitting.plan import PyroGuide
-from pyro_vi_kit.fitting.request import Request, checked
+from pyro_vi_kit.fitting.request import Options, Request, Training, checked, located, site_values
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import fingerprint
 from pyro_vi_kit.model.groups import require_names
@@ -31,8 +33,9 @@ from pyro_vi_kit.model.log_density.initial import InitFunction
 from pyro_vi_kit.model.model import Model, a_model
 from pyro_vi_kit.objectives import Objective
 from pyro_vi_kit.optimize.deterministic import fixed_draws
+from pyro_vi_kit.optimize.deterministic.modes import Found
 from pyro_vi_kit.optimize.engines import OptimizerFactory
-from pyro_vi_kit.optimize.stochastic import stochastic
+from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.optimize.stochastic.epochs import Epochs
 from pyro_vi_kit.posterior import Posterior, is_small
 from pyro_vi_kit.posterior.record import Record
@@ -134,165 +137,76 @@ def fit(
     """
     started = time.monotonic()
     guides.require_choice(guide)
-    automatic = isinstance(guide, str) and guide == guides.AUTO
-    if automatic:
+    options = Options(
+        objective=objective,
+        method=method,
+        engine=engine,
+        estimator=estimator,
+        tol=tol,
+        budget=budget,
+        steps=steps,
+        init=init,
+        optimizer=optimizer,
+        batch_size=batch_size,
+        device=device,
+        epochs=epochs,
+        checkpoint=checkpoint,
+        seed=seed,
+        progress=progress,
+    )
+    if isinstance(guide, str) and guide == guides.AUTO:
         auto.require_none(resume=resume, checkpoint=checkpoint)
+        return _fit_auto(checked(model, **options), dtype, started)
     earlier = None
-    saved = None if checkpoint is None else checkpoints.read(checkpoint)
     if resume is not None:
         earlier = resuming.earlier_fit(resume, model, guide, device)
-        record, guide = earlier.record, resuming.same_guide(earlier, guide)
-        objective = resuming.objective_of(record) if objective is None else objective
-        method = "stochastic" if (method, record.method) == ("auto", "stochastic") else method
-        engine = "pyro" if (engine, record.engine) == ("auto", "pyro") else engine
-        if estimator == "auto" and record.estimator not in (None, "dreg"):
-            estimator = record.estimator
-        batch_size = record.batch_size if batch_size is None else batch_size
-        seed = resuming.seed_after(earlier) if seed is None else seed
-    if saved is not None and seed is None:
-        seed = saved.identity.get("seed")
-    request = checked(
-        model,
-        "elbo" if objective is None else objective,
-        method,
-        engine,
-        tol,
-        budget,
-        steps,
-        estimator,
-        init,
-        optimizer,
-        batch_size,
-        seed,
-        progress,
-        earlier is not None,
-        epochs,
-        device,
-    )
-    if automatic:
-        auto.require_possible(request)
-        density = Density(
-            request.model,
-            dtype=dtype or torch.float64,
-            device=request.device,
-            init=initialise.site_values(request),
-        )
-        require_names(density)
-        request = initialise.located(request, density)
-        model_print = fingerprint.of(density)
-        posterior = auto.climb(request, density, _fit_one)
-        posterior.record = dataclasses.replace(
-            posterior.record,
-            seconds=time.monotonic() - started,
-            fingerprint=model_print,
-            status=_clocked(posterior.status, budget),
-        )
-        return posterior
-    streaming.require_streamable(request, guide)
-    request = streaming.with_batch_size(request)
+        guide = resuming.same_guide(earlier, guide)
+        options = resuming.completed(options, earlier)
+    saved = None if checkpoint is None else checkpoints.read(checkpoint)
+    if saved is not None and options.get("seed") is None:
+        options["seed"] = saved.identity.get("seed")
+    request = checked(model, resumed=earlier is not None, **options)
+    if model.stream is not None:
+        minibatches.require_streamable(request, guide)
+    allowed = Budget.of_seconds(request.budget)
     if earlier is None:
-        request, guide, trainee, density = _trainee(request, guide, dtype)
-        state = None
+        job = _prepared(request, guide, dtype, allowed)
     else:
-        trainee, density = resuming.trained_again(earlier, model, dtype, request.device)
-        state = None if isinstance(trainee, Guide) else resuming.state_of(earlier)
-    name = plan.name_of(trainee)
-    if density is not None:
-        require_names(density)
-    kept = None
-    model_print = fingerprint.of_data(model) if density is None else fingerprint.of(density)
-    if earlier is not None:
-        resuming.require_same_model(earlier, model_print)
-    if checkpoint is not None:
-        told = identity.of(request, guide, trainee, density, model_print, earlier)
-        if saved is not None:
-            identity.require_same(Path(checkpoint), saved.identity, told)
-        kept = checkpoints.Checkpoint(Path(checkpoint), told, saved)
-    with one_thread(density is not None and is_small(density)):
-        trained = plan.train(request, name, trainee, density, state, kept)
-    before = 0.0 if kept is None else kept.seconds
-    record = _record(request, trainee, trained, time.monotonic() - started + before)
-    status = _clocked(record.status, budget if record.status.reason == "budget" else None)
-    record = dataclasses.replace(record, fingerprint=model_print, status=status)
-    if earlier is not None:
-        record = resuming.told_as_one(earlier.record, record)
-    spec = guide if isinstance(guide, GuideSpec) else None
-    posterior = Posterior(model, trained.approximation, record, density, spec)
-    on = "" if kept is None else f" The same call goes on from {checkpoint}."
-    return _or_its_error(posterior, trained, on)
+        job = _going_on(request, guide, earlier, dtype)
+    return _carried_out(request, job, allowed, earlier, saved, started)
 
 
-def _clocked(status: Status, budget: float | None) -> Status:
-    """The status of a fit whose numbers a clock has decided, where the user gave it so many seconds."""
-    if budget is None:
-        return status
-    return status.noting(
-        f"budget={budget:g} s was held against the clock: the same seed may stop elsewhere."
-    )
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is to be trained.
 
-
-def _or_its_error(posterior: Posterior, trained: plan.Trained, more: str = "") -> Posterior:
-    """The posterior, unless something was raised while it was fitted."""
-    error = trained.outcome.error
-    if isinstance(error, ViError):
-        raise error
-    if isinstance(error, Exception):
-        raise fit_error(error, posterior, more) from error
-    return posterior
-
-
-def _fit_one(request: Request, spec: GuideSpec, density: Density) -> Posterior:
-    """One rung of ``guide="auto"``."""
-    started = time.monotonic()
-    if density.params:
-        # They are trained in place, and the rungs before keep theirs.
-        density = Density(
-            request.model,
-            dtype=density.dtype,
-            device=density.device,
-            init=initialise.site_values(request),
-        )
-    with one_thread(is_small(density)):
-        request, spec = initialise.settled(request, spec, density)
-        with RandomStream(request.seed, "initial weights"):
-            guide = spec.build(density)
-        trained = plan.train(request, spec.name, guide, density, None)
-    record = _record(request, guide, trained, time.monotonic() - started)
-    posterior = Posterior(request.model, trained.approximation, record, density, spec)
-    return _or_its_error(posterior, trained)
-
-
-def _record(
-    request: Request, trainee: Guide | PyroGuide, trained: plan.Trained, seconds: float
-) -> Record:
-    """How it was fitted."""
-    outcome = trained.outcome
-    stepped = outcome.method == stochastic.NAME
-    return Record(
-        objective=request.objective,
-        method=outcome.method,
-        engine=trained.engine,
-        note=trained.note,
-        status=outcome.status,
-        losses=np.asarray(outcome.losses),
-        evaluations=outcome.evaluations,
-        seconds=seconds,
-        seed=request.seed,
-        bound=trained.bound,
-        skipped=outcome.skipped,
-        estimator=plan.estimator_of(request, trainee) if stepped else None,
-        batch_size=request.batch_size,
-        history={name: np.asarray(column) for name, column in outcome.history.items()},
-    )
-
-
-def _trainee(
-    request: Request, guide: object, dtype: torch.dtype | None
-) -> tuple[Request, GuideSpec | Guide | PyroGuide, Guide | PyroGuide, Density | None]:
-    """What ``guide=`` stands for, the guide itself, untrained, and the model's Density if it has one.
-
-    The request comes back with what was found out on the way.
+    Attributes:
+        chosen: What ``guide=`` stands for.
+        guide: The guide itself.
+        density: The model's, where it has one.
+        init: Values by site, ``"auto"`` or ``"origin"``.
+        found: What searches for modes came to, where they are done.
+        state: The parameter store that a Pyro guide goes on from.
     """
+
+    chosen: GuideSpec | Guide | PyroGuide
+    guide: Guide | PyroGuide
+    density: Density | None
+    init: str | Mapping[str, Any] = "auto"
+    found: Found | None = None
+    state: dict[str, Any] | None = None
+
+    def trained(
+        self, request: Request, budget: Budget, checkpoint: Checkpoint | None = None
+    ) -> plan.Trained:
+        """Train it."""
+        if not isinstance(self.guide, Guide):
+            return plan.train_pyro_guide(request, self.guide, self.density, self.state, budget)
+        return plan.train(Training(request, self.guide, budget, self.init, checkpoint, self.found))
+
+
+def _prepared(request: Request, guide: object, dtype: torch.dtype | None, budget: Budget) -> _Job:
+    """What ``guide=`` stands for, untrained, on the model."""
     if isinstance(guide, Guide):
         if request.device not in (None, guide.density.device):
             raise OptionError(
@@ -300,22 +214,36 @@ def _trainee(
                 f"{str(guide.density.device)!r}: build it there, vi.guides.make(..., device=...), or "
                 "give its name"
             )
-        return initialise.located(request, guide.density), guide, guide, guide.density
+        return _Job(guide, guide, guide.density, located(request, guide.density))
     if guide is not None and not isinstance(guide, str | GuideSpec) and callable(guide):
-        return request, guide, guide, _density_or_none(request)
+        return _Job(guide, guide, _density_or_none(request))
     spec = guides.specify("full_rank" if guide is None else guide)  # type: ignore[arg-type]
     if dtype is None:
         dtype = default_dtype() if spec.encodes else torch.float64
-    drawn = guides.drawn_of(spec)
-    init = initialise.site_values(request)
-    density = Density(request.model, dtype=dtype, device=request.device, drawn=drawn, init=init)
-    request = initialise.located(request, density)
+    density = _density(request, dtype, spec)
+    init, found = located(request, density), None
     if guide is None and density.dim > fixed_draws.MAX_DIM:
         spec = guides.specify("mean_field")
-    with one_thread(is_small(density)):
-        request, spec = initialise.settled(request, spec, density)
+    if spec.covers_modes:
+        with one_thread(is_small(density)):
+            spec, found = initialise.choose_components(request, spec, density, init, budget)
     with RandomStream(request.seed, "initial weights"):
-        return request, spec, minibatches.guide_for(spec, density, request.batch_size), density
+        if request.batch_size is None:
+            built = spec.build(density)
+        else:
+            built = minibatches.guide_for(spec, density, request.batch_size)
+    return _Job(spec, built, density, init, found)
+
+
+def _density(request: Request, dtype: torch.dtype, spec: GuideSpec | None = None) -> Density:
+    """The model's Density, with the discrete sites that a guide holds itself."""
+    return Density(
+        request.model,
+        dtype=dtype,
+        device=request.device,
+        drawn=None if spec is None else spec.drawn(),
+        init=site_values(request),
+    )
 
 
 def _density_or_none(request: Request) -> Density | None:
@@ -330,9 +258,138 @@ def _density_or_none(request: Request) -> Density | None:
             "init= starts the guides of this package; give a Pyro guide of your own its init_loc_fn="
         )
     try:
-        return Density(request.model, dtype=default_dtype(), device=request.device)
+        return _density(request, default_dtype())
     except ShapeError:
         raise
     except ModelError:
         # Discrete latents, structure that changes: Pyro runs what a Density refuses.
         return None
+
+
+def _going_on(request: Request, guide: Any, earlier: Posterior, dtype: torch.dtype | None) -> _Job:
+    """An earlier fit's guide with its parameters."""
+    trained, density = resuming.trained_again(earlier, request.model, dtype, request.device)
+    state = None if isinstance(trained, Guide) else resuming.state_of(earlier)
+    return _Job(guide, trained, density, state=state)
+
+
+def _carried_out(
+    request: Request,
+    job: _Job,
+    budget: Budget,
+    earlier: Posterior | None,
+    saved: checkpoints.Saved | None,
+    started: float,
+) -> Posterior:
+    """Train, and tell how it went."""
+    model, density, kept = request.model, job.density, None
+    if density is not None:
+        require_names(density)
+    model_print = fingerprint.of_data(model) if density is None else fingerprint.of(density)
+    if earlier is not None:
+        resuming.require_same_model(earlier, model_print)
+    if request.checkpoint is not None:
+        told = resuming.identity_of(request, job.init, job.chosen, job.guide, model_print, earlier)
+        if saved is not None:
+            resuming.require_same_fit(request.checkpoint, saved.identity, told)
+        kept = Checkpoint(request.checkpoint, told, saved)
+    with one_thread(density is not None and is_small(density)):
+        trained = job.trained(request, budget, kept)
+    before = 0.0 if kept is None else kept.seconds
+    record = _record(request, job.guide, trained, time.monotonic() - started + before)
+    record = dataclasses.replace(record, fingerprint=model_print)
+    if record.status.reason == "budget":
+        record = dataclasses.replace(record, status=_clocked(record.status, request))
+    if earlier is not None:
+        record = resuming.told_as_one(earlier.record, record)
+    spec = job.chosen if isinstance(job.chosen, GuideSpec) else None
+    posterior = Posterior(model, trained.approximation, record, density, spec)
+    on = "" if kept is None else f" The same call goes on from {request.checkpoint}."
+    return _or_its_error(posterior, trained, on)
+
+
+def _fit_auto(request: Request, dtype: torch.dtype | None, started: float) -> Posterior:
+    """``guide="auto"``."""
+    auto.require_possible(request)
+    density = _density(request, dtype or torch.float64)
+    require_names(density)
+    init = located(request, density)
+    model_print = fingerprint.of(density)
+    fit_one = functools.partial(_fit_candidate, request, density, init)
+    posterior = auto.search(request, density, init, fit_one)
+    posterior.record = dataclasses.replace(
+        posterior.record,
+        seconds=time.monotonic() - started,
+        fingerprint=model_print,
+        status=_clocked(posterior.record.status, request),
+    )
+    return posterior
+
+
+def _fit_candidate(
+    request: Request,
+    density: Density,
+    init: str | Mapping[str, Any],
+    candidate: auto.Candidate,
+) -> Posterior:
+    """One of the guides that ``guide="auto"`` tries."""
+    started = time.monotonic()
+    if density.params:
+        # They are trained in place, and the fits before keep theirs.
+        density = _density(request, density.dtype)
+    with one_thread(is_small(density)):
+        spec, found = initialise.choose_components(
+            request, candidate.spec, density, init, candidate.budget, candidate.found
+        )
+        with RandomStream(request.seed, "initial weights"):
+            guide = spec.build(density)
+        training = Training(
+            request, guide, candidate.budget, init, None, found, candidate.warm_start
+        )
+        trained = plan.train(training)
+    record = _record(request, guide, trained, time.monotonic() - started)
+    posterior = Posterior(request.model, trained.approximation, record, density, spec)
+    return _or_its_error(posterior, trained)
+
+
+def _record(
+    request: Request, guide: Guide | PyroGuide, trained: plan.Trained, seconds: float
+) -> Record:
+    """How it was fitted."""
+    outcome = trained.outcome
+    stepped = outcome.method == plan.Steps.name
+    return Record(
+        objective=request.objective,
+        method=outcome.method,
+        engine=trained.engine,
+        note=trained.note,
+        status=outcome.status,
+        losses=np.asarray(outcome.losses),
+        evaluations=outcome.evaluations,
+        seconds=seconds,
+        seed=request.seed,
+        bound=trained.bound,
+        skipped=outcome.skipped,
+        estimator=plan.estimator_of(request, guide) if stepped else None,
+        batch_size=request.batch_size,
+        history={name: np.asarray(column) for name, column in outcome.history.items()},
+    )
+
+
+def _clocked(status: Status, request: Request) -> Status:
+    """The status of a fit whose numbers a clock has decided, where the user gave it so many seconds."""
+    if request.budget is None:
+        return status
+    return status.noting(
+        f"budget={request.budget:g} s was held against the clock: the same seed may stop elsewhere."
+    )
+
+
+def _or_its_error(posterior: Posterior, trained: plan.Trained, more: str = "") -> Posterior:
+    """The posterior, unless something was raised while it was fitted."""
+    error = trained.outcome.error
+    if isinstance(error, ViError):
+        raise error
+    if isinstance(error, Exception):
+        raise fit_error(error, posterior, more) from error
+    return posterior

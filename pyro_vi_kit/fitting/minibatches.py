@@ -1,22 +1,29 @@
-"""Which plates are subsampled, the guide that takes it, and where it starts."""
+"""Fits that see some rows at a time, of data in memory or of a stream: which, and where they start."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_vi_kit import guides
-from pyro_vi_kit.core.errors import ModelError, OptionError
-from pyro_vi_kit.core.runtime import RandomStream
+from pyro_vi_kit.core.errors import ModelError, OptionError, in_words
+from pyro_vi_kit.core.runtime import RandomStream, seed_of
+from pyro_vi_kit.fitting.request import Request, Training
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.guides.families import GaussianFamily
 from pyro_vi_kit.guides.local.local import LocalFamily
+from pyro_vi_kit.model.gradients import gradient_of
 from pyro_vi_kit.model.log_density import Density, Plate
+from pyro_vi_kit.model.log_density.subsampling import require_subsamplable
 from pyro_vi_kit.optimize.deterministic import fixed_draws
-from pyro_vi_kit.optimize.deterministic.newton import moved
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
+from pyro_vi_kit.optimize.deterministic.search import Search
+from pyro_vi_kit.optimize.engines import Batches, BatchSource, StreamedBatches
+from pyro_vi_kit.optimize.engines.batches import streamed_parts
 from pyro_vi_kit.optimize.result import Budget
 
 BatchSize = int | Mapping[str, int]
@@ -26,6 +33,10 @@ _START_ROWS = 10_000
 _START_NUMBERS = 2_000_000
 _START_DIM = 400
 _TOLERANCE = 0.01
+# Steps of an epoch above which a pass over all data is dearer than what it brings.
+_STEPS_WORTH = 5_000
+# Passes over all data that bring the mean of a Gaussian from the sample's to that of all data.
+_PASSES = 6
 
 
 def sizes_of(
@@ -76,7 +87,7 @@ def _data_plate(density: Density, guide: Guide | None) -> Plate:
     return max(declared or candidates, key=lambda plate: plate.size)
 
 
-def guide_for(spec: GuideSpec, density: Density, batch_size: BatchSize | None) -> Guide:
+def guide_for(spec: GuideSpec, density: Density, batch_size: BatchSize) -> Guide:
     """The guide for this model: with tables where latents lie in plates that come in minibatches.
 
     Draws from torch's random state.
@@ -84,86 +95,153 @@ def guide_for(spec: GuideSpec, density: Density, batch_size: BatchSize | None) -
     Raises:
         OptionError: If the guide cannot take minibatches of this model.
     """
-    whole = batch_size is None or density.streamed is not None
-    if whole or isinstance(spec, guides.Amortized):
+    if density.streamed is not None or spec.encodes:
         return spec.build(density)
-    sizes = sizes_of(batch_size, density)  # type: ignore[arg-type]
-    inside = [
-        plate
-        for plate in sizes
-        if any(site.plates and site.plates[0] == plate for site in density.latents)
-    ]
+    outermost = {site.plates[0] for site in density.latents if site.plates}
+    inside = [plate for plate in sizes_of(batch_size, density) if plate in outermost]
     return guides.per_datum(spec, density, inside) if inside else spec.build(density)
 
 
-def require_local(guide: Guide, sizes: Mapping[Plate, int], multi_sample: bool) -> None:
-    """Refuse minibatches that the guide or the bound cannot take.
+def batches_for(request: Request, guide: Guide) -> BatchSource | None:
+    """What steps see of the data; all of them when None.
 
     Raises:
-        OptionError: If latents of a subsampled plate lie in a global block, or a multi-sample bound
-            would have N / B inside its logsumexp.
+        OptionError: If the guide, the bound or the engine cannot take minibatches of them.
     """
+    density = guide.density
+    if density.streamed is not None:
+        _require_streamable_bound(request, guide)
+        return StreamedBatches(density, request.batch_size, request.seed)  # type: ignore[arg-type]
+    sizes: dict[Plate, int] = {}
+    if request.batch_size is not None:
+        sizes = sizes_of(request.batch_size, density, guide)
+        require_subsamplable(density, sizes)
+        if density.sliced and request.engine == "pyro":
+            raise OptionError(
+                "engine='pyro' tells the model which rows to take, and this one does not ask (plate "
+                f"{next(iter(density.sliced))!r}): leave engine= out, or index in the model, "
+                "obs=y[i] in `with pyro.plate(name, len(y)) as i`"
+            )
+    _require_local(guide, sizes)
+    if request.objective.multi_sample:
+        _require_bound_per_datum(guide, sizes)
+    return Batches(sizes, device=density.device) if sizes else None
+
+
+def _require_local(guide: Guide, sizes: Mapping[Plate, int]) -> None:
+    """Refuse a global block with latents of a subsampled plate."""
+    shared = (site for b in guide.blocks if b.plate is None for site in b.sites)
+    for site in shared:
+        within = [plate.name for plate in site.plates if plate in sizes]
+        if within:
+            raise OptionError(
+                f"batch_size= takes some rows of plate {within[0]!r}, and this guide holds latent "
+                f"{site.name!r} for all rows at once: name the guide (guide={guide.name!r}) "
+                "instead of giving one that is built, or use guide='amortized'"
+            )
+
+
+def _require_bound_per_datum(guide: Guide, sizes: Mapping[Plate, int]) -> None:
+    """Refuse a multi-sample bound that would have N / B inside its logsumexp."""
     local = {block.plate.name for block in guide.blocks if block.plate is not None}
-    for block in guide.blocks:
-        for site in block.sites:
-            within = [plate.name for plate in site.plates if plate in sizes]
-            if block.plate is None and within:
-                raise OptionError(
-                    f"batch_size= takes some rows of plate {within[0]!r}, and this guide holds latent "
-                    f"{site.name!r} for all rows at once: name the guide (guide={guide.name!r}) "
-                    "instead of giving one that is built, or use guide='amortized'"
-                )
     for plate in sizes:
-        if multi_sample and plate.name not in local:
+        if plate.name not in local:
             raise OptionError(
                 f"a multi-sample bound on minibatches of plate {plate.name!r} would have N / B inside "
                 "its logsumexp and exceed the evidence, since no latent of the guide lies in that "
                 "plate: use objective='elbo', or leave batch_size= out"
             )
-    crossed = [
-        site.name
-        for site in guide.density.structure.likelihood
-        if len({plate.name for plate in site.plates} & local) > 1
-    ]
-    if multi_sample and crossed:
+    for site in guide.density.structure.likelihood:
+        if len({plate.name for plate in site.plates} & local) > 1:
+            raise OptionError(
+                f"site {site.name!r} depends on the latents of two plates, so that there is no bound "
+                "per datum: use objective='elbo'"
+            )
+
+
+# -- streamed data --------------------------------------------------------------------------------
+
+
+def require_streamable(request: Request, guide: object) -> None:
+    """Refuse what reads all data at each step, before any of them is read.
+
+    Raises:
+        OptionError: If the request is for such a fit.
+    """
+    if request.method == "lbfgs":
         raise OptionError(
-            f"site {crossed[0]!r} depends on the latents of two plates, so that there is no bound per "
-            "datum: use objective='elbo'"
+            "method='lbfgs' reads all data at each step, and these are streamed: use "
+            "method='stochastic', or pass tensors, vi.Model(fn, x, y)"
+        )
+    if request.engine == "pyro":
+        raise OptionError(
+            "engine='pyro' runs the model on all data, and these are streamed: leave engine= out, or "
+            "pass tensors, vi.Model(fn, x, y)"
+        )
+    if guide is not None and not isinstance(guide, str | Guide | GuideSpec):
+        raise OptionError(
+            "a Pyro guide callable is run by pyro.infer.SVI on all data, and these are streamed: name a "
+            "guide of vi.guides.names(), or pass tensors, vi.Model(fn, x, y)"
         )
 
 
-def start_on_rows(
-    guide: Guide,
-    names: Sequence[str],
-    seed: int,
-    budget: Budget,
-    start: Tensor | None,
-) -> bool:
+def _require_streamable_bound(request: Request, guide: Guide) -> None:
+    """Refuse combinations of guide and objective that a stream has no right bound for."""
+    streamed: Any = guide.density.streamed
+    local = [site.name for site in guide.density.latents if site.name in streamed.inside]
+    encoded = any(block.plate for block in guide.blocks)
+    if local and not encoded:
+        raise OptionError(
+            f"latent site(s) {', '.join(local)} lie in plate {streamed.plate!r}, whose rows are "
+            f"streamed, and guide {guide.name!r} would need a place for each of {streamed.rows:,} rows: "
+            "use guide='amortized', which reads them off the batch"
+        )
+    if request.objective.multi_sample and not encoded:
+        raise OptionError(
+            f"objective {request.objective.name!r} of a model without latents in plate "
+            f"{streamed.plate!r} takes the logsumexp of all data's log weights, which a batch of them "
+            "does not give: use objective='elbo', or pass tensors, vi.Model(fn, x, y)"
+        )
+
+
+# -- where they start -----------------------------------------------------------------------------
+
+
+def start_on_stream(training: Training, batches: StreamedBatches) -> Gaussian:
+    """A Gaussian near the posterior: fitted on a sample of rows, and moved to where all data put it."""
+    density, request = training.density, training.request
+    stream, streamed = streamed_parts(density)
+    rows = max(batches.size, min(_START_ROWS, _START_NUMBERS // stream.numbers))
+    sample = stream.sample(rows, seed_of(request.seed, "rows to start from"), density.dtype)
+    held = density.held(streamed.completed(sample, density.data))
+    search = Search(held, request.seed, training.budget)
+    gaussian = fixed_draws.prefit(search, training.point).best
+    if streamed.rows <= len(sample[0]) or batches.epoch > _STEPS_WORTH:
+        return gaussian
+
+    def evaluate(z: Tensor) -> tuple[float, Tensor] | None:
+        return _log_prob_of_stream(density, z, batches.all(), training.budget)
+
+    return _moved(gaussian, evaluate, request.tolerance)
+
+
+def start_on_rows(training: Training, names: Sequence[str]) -> bool:
     """Start the globals and the tables from a Gaussian fit to some of the rows.
 
     Scaled to all rows, it has the right width for the globals, and is some of these widths off; latents
     of a datum are N / B times too certain in it, which is put right.
 
     Args:
-        guide: The guide, untrained.
+        training: Its guide is changed in place.
         names: The plates that come in minibatches.
-        seed: Of the rows and of the fit.
-        budget: What may be spent.
-        start: Unconstrained point `[D]` of a model without latents in these plates; the search's own
-            choice when None.
 
     Returns:
         Whether there was such a Gaussian, in whose sds parameters are measured from now on.
     """
-    density = guide.density
-    if density.params or not all(_startable(guide.families[b.name]) for b in guide.blocks):
-        return False
-    if all(block.plate is not None and guide.table(block) is None for block in guide.blocks):
-        # Encoders alone: they read where to start off the data.
-        return False
+    guide, density, seed = training.guide, training.density, training.request.seed
     inside = {b.plate.name: b.dim for b in guide.blocks if b.plate is not None}
-    width = sum(_dim(guide, block.name) for block in guide.blocks if block.plate is None)
-    if width > _START_DIM or any(name not in names for name in inside):
+    width = sum(block.dim for block in guide.blocks if block.plate is None)
+    if not _startable(guide) or width > _START_DIM or not inside.keys() <= set(names):
         return False
     plates = [density.structure.plates[name] for name in names]
     with RandomStream(seed, "rows to start from"):
@@ -171,17 +249,20 @@ def start_on_rows(
             p.name: _some(density, p, inside.get(p.name, 0), width, len(plates)) for p in plates
         }
     part = density.subset(rows)
+    search = Search(part, seed, training.budget)
     try:
-        gaussian = fixed_draws.prefit(part, seed, budget, None if inside else start).best
-    except ModelError:
+        gaussian = fixed_draws.prefit(search, None if inside else training.point).best
+    except ModelError as error:
+        density.give_up(f"A start from a Gaussian fit to some rows: {in_words(error)}")
         return False
     if not inside and any(len(rows[p.name]) < p.size for p in plates):
-        gaussian = moved(gaussian, lambda z: _whole(density, z, budget), _TOLERANCE)
+        evaluate = functools.partial(_log_prob, density, budget=training.budget)
+        gaussian = _moved(gaussian, evaluate, _TOLERANCE)
     _hand_over(guide, part, gaussian, {p.name: p.size / len(rows[p.name]) for p in plates})
     return True
 
 
-def _whole(density: Density, z: Tensor, budget: Budget) -> tuple[float, Tensor] | None:
+def _log_prob(density: Density, z: Tensor, budget: Budget) -> tuple[float, Tensor] | None:
     """The log density of all data at `[D]`, nats, and its gradient; None where the budget is spent."""
     if budget.over:
         return None
@@ -189,14 +270,17 @@ def _whole(density: Density, z: Tensor, budget: Budget) -> tuple[float, Tensor] 
     return float(value), gradient[0]
 
 
-def _startable(family: object) -> bool:
+def _startable(guide: Guide) -> bool:
+    """Whether a Gaussian says where to start; encoders alone read that off the data."""
+    if guide.density.params or not all(map(_is_gaussian, guide.families.values())):
+        return False
+    return any(block.plate is None or guide.table(block) is not None for block in guide.blocks)
+
+
+def _is_gaussian(family: object) -> bool:
     if isinstance(family, LocalFamily):
         return not (family.scored or family.relaxed)  # discrete sites have no Gaussian
     return isinstance(family, GaussianFamily)
-
-
-def _dim(guide: Guide, name: str) -> int:
-    return next(block.dim for block in guide.blocks if block.name == name)
 
 
 def _some(density: Density, plate: Plate, inside: int, width: int, plates: int) -> Tensor:
@@ -207,6 +291,53 @@ def _some(density: Density, plate: Plate, inside: int, width: int, plates: int) 
         rows = min(rows, max(2, (_START_DIM - width) // (inside * plates)))
     order = torch.randperm(plate.size, device="cpu")
     return density.cast(order[: min(rows, plate.size)])
+
+
+def _moved(
+    gaussian: Gaussian, evaluate: Callable[[Tensor], tuple[float, Tensor] | None], tolerance: float
+) -> Gaussian:
+    """A Gaussian fitted to M of N rows, moved to the mode of all: Newton's method in its own metric.
+
+    The sample's mode is sqrt(N / M) posterior sds away. Each pass leaves about sqrt(D / M) of what was
+    missing. A step after which the density is lower is taken back, and ends it.
+
+    Args:
+        gaussian: From M rows.
+        evaluate: The log density of all data at `[D]`, nats, and its gradient; None once time ran out.
+        tolerance: Nats that may be missing.
+    """
+    best, value = gaussian, -torch.inf
+    at = gaussian.loc
+    for _ in range(_PASSES):
+        found = evaluate(at)
+        if found is None or not found[0] > value:
+            break
+        value, gradient = found
+        best = Gaussian(at, gaussian.scale_tril)
+        pulled = gaussian.scale_tril.T @ gradient
+        at = at + gaussian.scale_tril @ pulled
+        if 0.5 * float(pulled @ pulled) <= tolerance:
+            # So short a step needs no pass to see that it was right.
+            return Gaussian(at, gaussian.scale_tril)
+    return best
+
+
+def _log_prob_of_stream(
+    density: Density, z: Tensor, batches: Iterable[list[Tensor]], budget: Budget
+) -> tuple[float, Tensor] | None:
+    """The log density of all data at `[D]`, nats, and its gradient; None where the budget is spent."""
+    streamed: Any = density.streamed
+    z = z.detach().requires_grad_()
+    value, gradient, shared, seen = 0.0, torch.zeros_like(z), torch.zeros(()), 0
+    for data in batches:
+        if budget.over:
+            return None
+        terms = density.terms(density.block.unpack(z.unsqueeze(0)), data=data)
+        shared, rows = (part.sum() for part in streamed.split(terms))
+        gradient += gradient_of(rows, z)
+        value, seen = value + float(rows.detach()), seen + len(data[0])
+    scale = streamed.rows / seen
+    return float(shared.detach()) + scale * value, gradient_of(shared, z) + scale * gradient
 
 
 @torch.no_grad()

@@ -1,11 +1,11 @@
-"""Going on from an earlier fit: what it was, whether it fits the request, and both told as one."""
+"""Going on from an earlier fit or a checkpoint: what it was, and whether it is the one asked for."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 
 from pyro_vi_kit import guides, objectives
 from pyro_vi_kit.core.device import Device
-from pyro_vi_kit.core.errors import ModelError, OptionError, OtherDataWarning
+from pyro_vi_kit.core.errors import FileError, ModelError, OptionError, OtherDataWarning
 from pyro_vi_kit.core.runtime import seed_of
+from pyro_vi_kit.fitting.request import Options, Request
 from pyro_vi_kit.guides import Guide, GuideSpec
 from pyro_vi_kit.model import fingerprint
 from pyro_vi_kit.model.log_density import Density
@@ -54,6 +55,24 @@ def earlier_fit(
             f"resume= takes a posterior, or the path of a saved one, got {type(resume).__name__}"
         )
     return resume
+
+
+def completed(options: Options, earlier: Posterior) -> Options:
+    """The options of a fit that goes on: the earlier one's where nothing else is asked for."""
+    record, found = earlier.record, Options(**options)
+    if found.get("objective") is None:
+        found["objective"] = objective_of(record)
+    if (found.get("method"), record.method) == ("auto", "stochastic"):
+        found["method"] = "stochastic"
+    if (found.get("engine"), record.engine) == ("auto", "pyro"):
+        found["engine"] = "pyro"
+    if found.get("estimator") == "auto" and record.estimator not in (None, "dreg"):
+        found["estimator"] = record.estimator
+    if found.get("batch_size") is None:
+        found["batch_size"] = record.batch_size
+    if found.get("seed") is None:
+        found["seed"] = seed_after(earlier)
+    return found
 
 
 def same_guide(earlier: Posterior, guide: object) -> GuideSpec | Guide | Callable[..., Any]:
@@ -197,3 +216,127 @@ def _require_same(what: str, before: list[list[Any]], now: list[list[Any]]) -> N
             f"resume= is a fit of {what} {latents_in_words(before) or 'none'}; this model has "
             f"{latents_in_words(now) or 'none'}: go on with the model and data that it was fitted to"
         )
+
+
+# -- checkpoints: what a fit is, in plain words and numbers --------------------------------------------
+
+
+def identity_of(
+    request: Request,
+    init: object,
+    guide: object,
+    trainee: Guide | Callable[..., Any],
+    model_print: fingerprint.Fingerprint,
+    earlier: Posterior | None,
+) -> dict[str, Any]:
+    """All that the numbers of a fit depend on, but for the time it is given.
+
+    Args:
+        request: Its options.
+        init: Values by site, ``"auto"`` or ``"origin"``.
+        guide: What ``guide=`` stands for.
+        trainee: The guide itself.
+        model_print: What that computes.
+        earlier: The fit it goes on from with ``resume=``.
+    """
+    density = trainee.density if isinstance(trainee, Guide) else None
+    return {
+        "model": request.model.name,
+        "latents": None if density is None else latents_of(density),
+        "fingerprint": model_print,
+        "guide": _guide(guide),
+        "parameters": _shapes_of(trainee),
+        "objective": [request.objective.name, _plain(request.objective)],
+        "engine": _engine(request.engine),
+        "estimator": request.estimator,
+        "dtype": None if density is None else str(density.dtype),
+        "device": str(request.device if density is None else density.device),
+        "seed": request.seed,
+        "tol": request.tolerance if request.own_tolerance else None,
+        "steps": request.steps,
+        "init": repr(sorted(init.items())) if isinstance(init, Mapping) else init,
+        "optimizer": None if request.optimizer is None else _callable(request.optimizer),
+        "batch_size": _described(request.batch_size),
+        "epochs": None if request.epochs is None else request.epochs.described(),
+        "resume": None if earlier is None else [earlier.record.seed, len(earlier.losses)],
+    }
+
+
+def require_same_fit(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another fit.
+
+    Args:
+        path: The file.
+        before: The fit that it is of.
+        now: The one that is asked for.
+
+    Raises:
+        OptionError: If they differ; names what does.
+        FileError: If what the file says of its fit cannot be read.
+    """
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    told = [f"{k} {before.get(k)!r}, now {now.get(k)!r}" for k in keys if k != "fingerprint"]
+    remedy = " To change a fit that has ended, use resume="
+    if "fingerprint" in keys and "latents" not in keys:
+        found = _changed(path, before.get("fingerprint"), now["fingerprint"])
+        if found is not None:
+            told, remedy = [*told, found.words], ""
+    if told:
+        raise OptionError(
+            f"checkpoint= {path} is of another fit ({'; '.join(told)}): ask for the same, name another "
+            f"file, or delete it to begin anew.{remedy}"
+        )
+
+
+def _changed(
+    path: Path, before: Any, now: fingerprint.Fingerprint
+) -> fingerprint.Difference | None:
+    try:
+        return fingerprint.difference(before, now)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(
+            f"{path} is damaged: what it says of its model cannot be read; delete it to begin anew"
+        ) from error
+
+
+def _engine(name: str) -> str:
+    """How steps are executed: captured is what ``auto`` stands for."""
+    return "captured" if name == "auto" else name
+
+
+def _guide(guide: object) -> list[Any]:
+    if isinstance(guide, GuideSpec):
+        return [guide.name, _plain(guide)]
+    return [guide.name if isinstance(guide, Guide) else _callable(guide), {}]
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    """A dataclass's options, those that are no plain values by their type."""
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    return {name: _described(value) for name, value in values.items()}
+
+
+def _described(value: Any) -> Any:
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, tuple | list):
+        return [_described(part) for part in value]
+    if isinstance(value, Mapping):
+        return {str(key): _described(part) for key, part in value.items()}
+    if dataclasses.is_dataclass(value):
+        return [type(value).__qualname__, _plain(value)]
+    return type(value).__qualname__
+
+
+def _callable(function: Any) -> str:
+    """A function's name, of a partial its options too."""
+    inner = getattr(function, "func", function)
+    name = getattr(inner, "__qualname__", type(inner).__qualname__)
+    options: Mapping[str, Any] = getattr(function, "keywords", {})
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in sorted(options.items()))})"
+
+
+def _shapes_of(trainee: object) -> list[list[Any]]:
+    if not isinstance(trainee, Guide):
+        return []
+    return [[name, list(value.shape)] for name, value in trainee.state_dict().items()]

@@ -179,6 +179,11 @@ class Gradients:
             return "eager"
         return "compiled" if any(p.how in ("native", "c") for p in programs) else "captured"
 
+    @property
+    def note(self) -> str:
+        """Why some number of points is not captured that should be; empty otherwise."""
+        return next((shape.note for shape in self._shapes.values() if shape.note), "")
+
     def how(self, points: int) -> str:
         """How K points are evaluated, as `Program.how` has it, or ``eager``; with reasons."""
         shape = self._shapes.get(points, _Shape())

@@ -54,7 +54,7 @@ _PARTICLES = 8
 # Numbers of the model in one step; of more rows than that a step sees some.
 _NUMBERS = 2_000_000
 _RATE = 0.02
-_STRETCH = 100
+_WINDOW = 100
 # Of each row, to see how wide it is.
 _DRAWS = 16
 _SEED = 40_312
@@ -179,7 +179,7 @@ def _schedule(
     rows = sum(block.plate.size for block in guide.blocks if block.plate is not None)
     return stochastic.Schedule(
         rate=_RATE,
-        stretch=epoch * -(-_STRETCH // epoch),
+        window=epoch * -(-_WINDOW // epoch),
         patience=2,
         max_steps=steps or stochastic.MAX_STEPS,
         replicates=64 if batches is None else 16,

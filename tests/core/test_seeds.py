@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vi_kit as vi
 from pyro_vi_kit.core.runtime import RandomStream, generator_of, seed_of
-from pyro_vi_kit.optimize.deterministic.draws import matched_normals, sobol_normals
+from pyro_vi_kit.optimize.deterministic.search import matched_normals, sobol_normals
 from pyro_vi_kit.posterior.diagnostics.loo import LooWarning
 
 

@@ -16,7 +16,8 @@ from pyro_vi_kit import guides
 from pyro_vi_kit.cli import main
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import OptionError
-from pyro_vi_kit.fitting import auto, fit
+from pyro_vi_kit.fitting import auto
+from pyro_vi_kit.fitting.request import checked
 from pyro_vi_kit.guides import AffineCoupling
 from pyro_vi_kit.guides.flows.coupling import CouplingFlow
 from pyro_vi_kit.model.log_density import Density
@@ -34,14 +35,15 @@ class Scripted:
         self.script, self.asked = list(script), []
         self.density = Density(gaussian(dim)[0])
 
-    def __call__(self, request, spec, density):
-        self.asked.append((spec, request))
+    def __call__(self, candidate):
+        spec, density = candidate.spec, self.density
+        self.asked.append(candidate)
         level, elbo, khat, *rest = self.script.pop(0)
         if level == "raise":
             raise KeyboardInterrupt
         reason, modes = (*rest, "converged", 1)[:2] if rest else ("converged", 1)
         status = Status(reason == "converged", reason, "", modes=modes)
-        record = Record(request.objective, "lbfgs", "eager", status, np.zeros(4), 10, 0.1, 0)
+        record = Record(vi.objectives.Elbo(), "lbfgs", "eager", status, np.zeros(4), 10, 0.1, 0)
         guide = guides.make(spec, density)
 
         class Told:
@@ -54,15 +56,12 @@ class Scripted:
         return told
 
     def climb(self, budget=None):
-        request = fit.checked(
-            self.density.model, "elbo", "auto", "auto", None, budget, None, "auto", "auto", None,
-            None, 0, False, False,
-        )  # fmt: skip
-        return auto.climb(request, self.density, self)
+        request = checked(self.density.model, budget=budget, seed=0, progress=False)
+        return auto.search(request, self.density, "auto", self)
 
     @property
     def names(self):
-        return [spec.name for spec, _ in self.asked]
+        return [candidate.spec.name for candidate in self.asked]
 
 
 def chosen(posterior):
@@ -88,10 +87,10 @@ def test_mixtures_are_next_where_there_are_two_modes():
 def test_modes_are_looked_for_once_for_all_rungs():
     script = Scripted([("reject", -1.7, 0.9, "converged", 2), *3 * [("reject", -1.0, 0.9)]])
     script.climb()
-    found = [request.found for _, request in script.asked]
+    found = [candidate.found for candidate in script.asked]
     assert found[0] is None
     assert len({id(each) for each in found[1:]}) == 1
-    assert found[1].peaks
+    assert found[1].modes
 
 
 def test_it_climbs_to_the_top_while_guides_are_rejected_and_takes_the_highest_bound():
@@ -122,7 +121,7 @@ def test_where_it_is_not_all_are():
 
 
 def test_many_dimensions_begin_with_mean_field(monkeypatch):
-    monkeypatch.setattr(auto, "_work_per_step", lambda climb, spec: 1e-3)
+    monkeypatch.setattr(auto, "_work_per_step", lambda trials, spec: 1e-3)
     script = Scripted([("reject", -2.0, 1.0), ("reject", -1.0, 1.0)], dim=1)
     script.density = replace_dim(script.density, 1500)
     script.climb()
@@ -148,7 +147,7 @@ def test_one_dimension_has_no_flow():
 
 @pytest.mark.parametrize("budget", [None, 60.0])
 def test_a_rung_that_is_not_affordable_is_left_out_and_said(monkeypatch, budget):
-    monkeypatch.setattr(auto, "_work_per_step", lambda climb, spec: 1.0)
+    monkeypatch.setattr(auto, "_work_per_step", lambda trials, spec: 1.0)
     monkeypatch.setattr(auto, "WORK", 60.0)
     posterior = Scripted([("reject", -1.0, 1.0)]).climb(budget)
     first, *others = posterior.record.ladder
@@ -163,7 +162,7 @@ def test_deadlines_leave_time_for_what_comes_after():
     script = Scripted([("reject", -1.0, 1.0)] * 4)
     started = time.monotonic()
     script.climb(budget=100.0)
-    ends = [request.budget.deadline - started for _, request in script.asked]
+    ends = [candidate.budget.deadline - started for candidate in script.asked]
     assert ends[0] == pytest.approx(50.0, abs=3.0)
     # The last has all that is left but for the reserve; what the scripted rungs took is next to nothing.
     assert 75.0 < ends[1] < 90.0 < ends[-1] < 100.0
@@ -194,7 +193,7 @@ def test_an_interruption_of_the_first_rung_goes_through():
 def test_rungs_start_from_what_is_below():
     script = Scripted([("reject", -1.0, 1.0)] * 4)
     script.climb()
-    below = [request.below for _, request in script.asked]
+    below = [candidate.warm_start for candidate in script.asked]
     assert below[0] is None
     names = ["full_rank", "full_rank", "affine_coupling"]
     assert [guide.name for guide in below[1:]] == names

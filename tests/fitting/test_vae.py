@@ -9,7 +9,7 @@ from toys import load
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.fitting import fit
+from pyro_vi_kit.fitting import schedule
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
 from pyro_vi_kit.optimize.engines import Batches, EagerEngine
@@ -32,7 +32,7 @@ def short():
     def schedule(**options):
         return Schedule(**{**options, "stretch": 100, "max_steps": 600, "replicates": 2})
 
-    patch.setattr(fit.stochastic, "Schedule", schedule)
+    patch.setattr(schedule, "Schedule", schedule)
     yield
     patch.undo()
 
@@ -145,7 +145,7 @@ def test_both_engines_train_it_on_minibatches(zoo, engine, monkeypatch):
     def tiny(**options):
         return Schedule(**{**options, "stretch": 10, "max_steps": 20, "replicates": 2})
 
-    monkeypatch.setattr(fit.stochastic, "Schedule", tiny)
+    monkeypatch.setattr(schedule, "Schedule", tiny)
     own = {name: value.clone() for name, value in zoo.DECODER.state_dict().items()}
     posterior = vi.fit(zoo.MODEL, "amortized", Elbo(1), batch_size=50, engine=engine, seed=0)
     assert posterior.engine == engine

@@ -390,9 +390,9 @@ def test_a_conjugate_posterior_is_found(name):
 
 
 def test_the_start_moves_from_the_sample_to_all_data(monkeypatch):
-    from pyro_vi_kit.fitting import streaming
+    from pyro_vi_kit.fitting import minibatches
 
-    monkeypatch.setattr(streaming, "_ROWS", 200)
+    monkeypatch.setattr(minibatches, "_START_ROWS", 200)
     model = vi.Model(linear, TensorDataset(*data()))
     fit = vi.fit(model, "full_rank", batch_size=50, steps=1, seed=0, progress=False)
     mean, covariance = posterior_of(*data())
@@ -506,7 +506,7 @@ def test_a_multi_sample_bound_of_each_row():
 
 
 def test_a_look_at_very_many_batches_is_at_some(monkeypatch):
-    monkeypatch.setattr("pyro_vi_kit.optimize.engines.streaming._LOOK", 5)
+    monkeypatch.setattr("pyro_vi_kit.optimize.engines.batches._LOOK", 5)
     density = Density(vi.Model(linear, TensorDataset(*data())))
     batches = StreamedBatches(density, 20, 0)
     one, other = ([b[1] for b in batches.looked_at()] for _ in range(2))

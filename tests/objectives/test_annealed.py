@@ -19,8 +19,8 @@ from pyro_vi_kit.objectives import SCHEDULES, Annealed, evaluate
 from pyro_vi_kit.objectives.elbo import Elbo
 from pyro_vi_kit.optimize.deterministic import fixed_draws
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
+from pyro_vi_kit.optimize.deterministic.search import Search
 from pyro_vi_kit.optimize.engines import CapturedEngine, EagerEngine
-from pyro_vi_kit.optimize.result import Budget
 
 pytestmark = pytest.mark.usefixtures("float64", "own_param_store")
 
@@ -117,11 +117,11 @@ def two_modes():
 def test_it_starts_from_a_gaussian_of_the_flattened_target():
     """The best Gaussian of the target itself sits on one mode, with sd 0.5 about (2.5, 2.5)."""
     density = Density(vi.Model(two_modes))
-    found = fixed_draws.prefit(density, 0, Budget(), None)
+    found = fixed_draws.prefit(Search(density, 0), None)
     assert float(found.best.loc.abs().min()) > 2.0
     power = 0.02
     wide = Gaussian(found.best.loc, found.best.scale_tril / power**0.5)
-    flat = fixed_draws.prefit(density, 0, Budget(), wide, power=power).best
+    flat = fixed_draws.prefit(Search(density, 0, power=power), wide).best
     # At this temperature each mode has sd 3.5, and its neighbour is 7 away: one hump about the middle.
     assert float(flat.loc.abs().max()) < 1.0
     assert float(flat.scale_tril.diagonal().min()) > 2.5

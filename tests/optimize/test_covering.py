@@ -8,13 +8,10 @@ from toys import gaussian, load, local_model, perturb, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
-from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Annealed
 from pyro_vi_kit.optimize.deterministic import fixed_draws, forward_kl_refinement
-from pyro_vi_kit.optimize.deterministic.draws import sobol_normals
-from pyro_vi_kit.optimize.deterministic.search import Search
-from pyro_vi_kit.optimize.result import Budget
+from pyro_vi_kit.optimize.deterministic.search import Search, sobol_normals
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -40,7 +37,7 @@ def flow(model, name="affine_coupling", spread=0.0):
 
 
 def rounds_of(guide, seed=0):
-    search = Search(guide.density, seed, Budget(), Progress("", enabled=False))
+    search = Search(guide.density, seed)
     return forward_kl_refinement._Rounds(search, guide.families["latent"])
 
 
@@ -50,7 +47,7 @@ def values(guide):
 
 def improve(guide, tolerance=0.01):
     # By the draws of some seeds the weights are too uneven to begin with, rightly.
-    return forward_kl_refinement.improve(guide, seed=3, tolerance=tolerance, budget=Budget())
+    return forward_kl_refinement.improve(guide, Search(guide.density, 3, tolerance=tolerance))
 
 
 def test_sobol_normals_have_the_moments_of_normals():
@@ -85,7 +82,7 @@ def test_the_elbo_is_the_mean_log_weight():
 def test_a_round_gains_where_the_best_gaussian_falls_short(few):
     """The ELBO, by draws that nothing was fitted to; forward KL alone need not gain any of it."""
     guide = flow(load("banana").MODEL)
-    best = fixed_draws.prefit(guide.density, 0, Budget(), None).best
+    best = fixed_draws.prefit(Search(guide.density, 0), None).best
     guide.families["latent"].start_from(best.loc, best.scale_tril)
     rounds = rounds_of(guide)
     before = rounds.elbo()
@@ -190,7 +187,7 @@ def test_an_annealed_fit_counts_the_evaluations_of_its_rounds(few, monkeypatch):
 def test_density_of_the_annealed_start_is_raised_to_a_power():
     density = Density(two_scales_model())
     z = torch.randn(4, density.dim)
-    whole = Search(density, 0, Budget(), Progress("", enabled=False)).evaluate(z)
-    part = Search(density, 0, Budget(), Progress("", enabled=False), power=0.25).evaluate(z)
+    whole = Search(density, 0).evaluate(z)
+    part = Search(density, 0, power=0.25).evaluate(z)
     for found, expected in zip(part, whole, strict=True):
         torch.testing.assert_close(found, 0.25 * expected)

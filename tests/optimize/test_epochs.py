@@ -19,11 +19,11 @@ from pyro_vi_kit.core.errors import OptionError, UnknownNameError
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
-from pyro_vi_kit.optimize.engines import Stretch
+from pyro_vi_kit.optimize.engines import Window
 from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.optimize.stochastic import by_epochs
-from pyro_vi_kit.optimize.stochastic.course import Course
-from pyro_vi_kit.optimize.stochastic.validation import Held, Validation
+from pyro_vi_kit.optimize.stochastic.by_epochs import Course
+from pyro_vi_kit.optimize.stochastic.validation import HeldOut, Validation
 
 # -- options ----------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ class Walk:
         self.lengths.append(steps)
         walked = self.x + torch.arange(1.0, steps + 1)
         self.x = walked[-1:].clone()
-        return Stretch(-(walked - self._goal).abs().double(), {"x": walked.mean().reshape(1)})
+        return Window(-(walked - self._goal).abs().double(), {"x": walked.mean().reshape(1)})
 
     def scale_rates(self, factor):
         return None
@@ -134,7 +134,7 @@ def test_an_early_stop_keeps_the_best_epoch():
     engine = Walk()
     plan = vi.Epochs(50, validation=(), patience=3)
     # Best at 250 steps: the second and the third epoch are equally near, and the first of them stays.
-    outcome, _ = train(engine, plan, validate=lambda: Held(-abs(float(engine.x) - 250.0), 0.5))
+    outcome, _ = train(engine, plan, validate=lambda: HeldOut(-abs(float(engine.x) - 250.0), 0.5))
     assert float(engine.x) == 200.0
     assert outcome.history["validation"] == [-150, -50, -50, -150, -250]
     assert outcome.status.converged
@@ -147,7 +147,7 @@ def test_an_early_stop_keeps_the_best_epoch():
 def test_epochs_that_are_still_rising_say_so():
     engine = Walk()
     outcome, _ = train(
-        engine, vi.Epochs(4, validation=()), validate=lambda: Held(float(engine.x), 0.1)
+        engine, vi.Epochs(4, validation=()), validate=lambda: HeldOut(float(engine.x), 0.1)
     )
     assert float(engine.x) == 400.0
     assert "It was still rising: more epochs may help" in outcome.status.advice
@@ -202,7 +202,7 @@ def test_an_epoch_of_skipped_steps_diverges_and_keeps_the_one_before():
 
 
 def test_a_validation_bound_that_is_nan_diverges():
-    outcome, _ = train(Walk(), vi.Epochs(4, validation=()), validate=lambda: Held(math.nan, 0.0))
+    outcome, _ = train(Walk(), vi.Epochs(4, validation=()), validate=lambda: HeldOut(math.nan, 0.0))
     assert outcome.status.reason == "diverged"
 
 

@@ -16,7 +16,6 @@ from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic import mixtures
 from pyro_vi_kit.optimize.deterministic.mixtures import Components, _Blend, _log_q, _placed
 from pyro_vi_kit.optimize.deterministic.search import Search
-from pyro_vi_kit.optimize.result import Budget
 
 QUIET = Progress("", enabled=False)
 
@@ -69,7 +68,7 @@ def test_the_evidence_of_label_switching_by_quadrature():
     density = Density(module.MODEL)
     posterior = vi.fit(module.MODEL, "mixture", seed=0)
     logs = []
-    for gaussian_at in mixtures.find(density, 0, Budget(), None).gaussians:
+    for gaussian_at, _ in mixtures.find(Search(density, 0), None).modes:
         # 25 points over +- 6 sds along each whitened axis: a step of half a sd is exact to 1e-6.
         axis = torch.linspace(-6.0, 6.0, 25, dtype=torch.float64)
         grid = torch.cartesian_prod(axis, axis, axis)
@@ -122,8 +121,8 @@ def test_a_component_that_has_nothing_to_do_is_told_of():
     density = Density(gaussian(1)[0])
     guide = guides.make("mixture", density, components=2)
     family = guide.families[guide.blocks[0].name]
-    search = Search(density, 0, Budget(), QUIET)
-    status = mixtures._status(search, known, family, 0.0, 0.01)
+    search = Search(density, 0)
+    status = mixtures._status(search, known, family, 0.0)
     assert "1 of them idle: components=1 would do" in status.advice
 
 

@@ -95,7 +95,7 @@ def test_moments_that_were_given_up_are_told_of(monkeypatch, tmp_path):
     posterior = vi.fit(vi.Model(funnel), "full_rank", "forward_kl", seed=0)
     assert posterior.method == "stochastic"
     (note,) = posterior.status.notes
-    assert "Moments were tried first and given up for stochastic steps" in note
+    assert "method='moments' was tried first and given up: " in note
     assert "weighted draws only" in note
     assert note in repr(posterior)
     assert posterior.attrs(0)["notes"] == note

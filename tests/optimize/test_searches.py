@@ -8,8 +8,8 @@ from pyro.distributions import constraints
 from toys import gaussian, two_scales_model
 
 import pyro_vi_kit as vi
-from pyro_vi_kit.optimize.deterministic.inverse_hessian import along
-from pyro_vi_kit.optimize.deterministic.laplace import hessian
+from pyro_vi_kit.optimize.deterministic.modes import hessian
+from pyro_vi_kit.optimize.deterministic.pathfinder import along
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -108,7 +108,7 @@ def test_the_low_rank_form_is_bfgs(history):
     torch.testing.assert_close(dense.loc, path[-1] + expected @ gradients[-1])
     noise = torch.randn(4, 5, generator=generator)
     normal = torch.distributions.MultivariateNormal(dense.loc, scale_tril=dense.scale_tril)
-    torch.testing.assert_close(found.log_q(noise), normal.log_prob(found.place(noise)))
+    torch.testing.assert_close(found.log_q(noise), normal.log_prob(found.reparameterise(noise)))
 
 
 def test_pathfinder_is_near_a_gaussian_posterior():

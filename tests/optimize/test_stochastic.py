@@ -15,7 +15,7 @@ from pyro_vi_kit import guides
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae
-from pyro_vi_kit.optimize.engines import EagerEngine, Stretch
+from pyro_vi_kit.optimize.engines import EagerEngine, Window
 from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.optimize.stochastic import stochastic
 from pyro_vi_kit.optimize.stochastic.stochastic import Schedule
@@ -50,7 +50,7 @@ class Quadratic:
         for made in range(steps):
             bounds.append(self.step(rate))
             mean = mean + (self.x - mean) / (made + 1)
-        return Stretch(torch.tensor(bounds), {"x": mean})
+        return Window(torch.tensor(bounds), {"x": mean})
 
     def step(self, rate):
         self.rates.append(rate)
@@ -71,7 +71,7 @@ class Quadratic:
 
 def test_it_stops_at_the_optimum_by_itself():
     engine = Quadratic(noise=0.3)
-    outcome, bound = run(engine, rate=0.1, stretch=50, replicates=8)
+    outcome, bound = run(engine, rate=0.1, window=50, replicates=8)
     assert outcome.status.converged
     assert outcome.status.reason == "converged"
     # The stated meaning: nats still to gain, with their error, and the bound with its own.
@@ -89,7 +89,7 @@ def test_it_stops_at_the_optimum_by_itself():
 
 
 def test_the_end_of_the_steps_is_told_as_budget():
-    outcome, _ = run(Quadratic(start=100.0), rate=1e-4, stretch=10, max_steps=40, replicates=4)
+    outcome, _ = run(Quadratic(start=100.0), rate=1e-4, window=10, max_steps=40, replicates=4)
     assert outcome.status.reason == "budget"
     assert not outcome.status.converged
     assert "number of steps ran out" in outcome.status.advice
@@ -101,7 +101,7 @@ def test_the_end_of_the_time_is_told_as_budget():
     engine = Quadratic(start=100.0)
     engine.step = lambda rate: time.sleep(0.005) or -1.0
     started = time.monotonic()
-    outcome, _ = run(engine, budget=Budget.of_seconds(0.1), stretch=1000, replicates=4)
+    outcome, _ = run(engine, budget=Budget.of_seconds(0.1), window=1000, replicates=4)
     assert outcome.status.reason == "budget"
     assert "The budget ran out" in outcome.status.advice
     # One step more than the budget, and a busy machine's leeway.
@@ -118,7 +118,7 @@ def test_no_time_at_all_still_gives_one_step_and_a_finite_guide():
 
 
 def test_the_best_average_is_what_stays():
-    """The bound falls after the first stretch: what was best is kept."""
+    """The bound falls after the first window: what was best is kept."""
     engine = Quadratic(start=0.9)
     drift = count()
 
@@ -127,14 +127,14 @@ def test_the_best_average_is_what_stays():
         return 0.0
 
     engine.step = worse
-    outcome, bound = run(engine, stretch=50, replicates=4, max_steps=200)
-    # The average over the first stretch, 0.902 ... 1.0; the rest is far away.
+    outcome, bound = run(engine, window=50, replicates=4, max_steps=200)
+    # The average over the first window, 0.902 ... 1.0; the rest is far away.
     assert float(engine.x) == pytest.approx(0.951)
     assert bound == pytest.approx(-0.5 * 0.049**2)
     assert outcome.status.reason == "budget"
 
 
-def test_a_worse_stretch_starts_again_from_the_best():
+def test_a_worse_window_starts_again_from_the_best():
     engine = Quadratic(start=1.0)
     starts = []
 
@@ -144,17 +144,17 @@ def test_a_worse_stretch_starts_again_from_the_best():
         return 0.0
 
     engine.step = wander
-    run(engine, stretch=5, replicates=4, max_steps=60)
-    # Four stretches without a gain, then back to the best, the start.
+    run(engine, window=5, replicates=4, max_steps=60)
+    # Four windows without a gain, then back to the best, the start.
     assert starts[0] == starts[20] == 1.0
     assert float(engine.x) == 1.0
 
 
-def test_stretches_are_whole_epochs():
+def test_windows_are_whole_epochs():
     engine = Quadratic(start=10.0)
     looks, evaluate = [], engine.evaluate
     engine.evaluate = lambda replicates: looks.append(len(engine.rates)) or evaluate(replicates)
-    run(engine, rate=1e-4, stretch=20, epoch=14, replicates=4, max_steps=1400)
+    run(engine, rate=1e-4, window=20, epoch=14, replicates=4, max_steps=1400)
     # Of 20 steps at least, and later of a quarter of those made.
     assert looks[:4] == [0, 28, 56, 84]
     assert all(at % 14 == 0 for at in looks)
@@ -171,7 +171,7 @@ def test_an_interrupt_keeps_the_best():
         return step(rate)
 
     engine.step = interrupted
-    outcome, bound = run(engine, rate=0.05, stretch=50, replicates=4)
+    outcome, bound = run(engine, rate=0.05, window=50, replicates=4)
     assert outcome.status.reason == "interrupted"
     assert not outcome.status.converged
     assert "best parameters so far were kept" in outcome.status.advice
@@ -182,9 +182,9 @@ def test_an_interrupt_keeps_the_best():
 
 
 def test_slow_progress_is_given_time_in_proportion():
-    """Far away and without noise each stretch gains little of the whole; it must not stop early."""
+    """Far away and without noise each window gains little of the whole; it must not stop early."""
     engine = Quadratic(start=-30.0)
-    outcome, bound = run(engine, rate=0.003, stretch=20, replicates=4, tolerance=0.01)
+    outcome, bound = run(engine, rate=0.003, window=20, replicates=4, tolerance=0.01)
     assert outcome.status.converged
     assert bound > -0.05
 
@@ -195,8 +195,8 @@ def test_the_tolerance_is_absolute_unless_it_is_asked_to_follow_the_size():
             return super().evaluate(replicates) - 1e6
 
     fine, coarse = Large(start=-3.0), Large(start=-3.0)
-    run(fine, rate=0.003, stretch=20, replicates=4, tolerance=0.01)
-    run(coarse, rate=0.003, stretch=20, replicates=4, tolerance=0.01, relative=1e-4)
+    run(fine, rate=0.003, window=20, replicates=4, tolerance=0.01)
+    run(coarse, rate=0.003, window=20, replicates=4, tolerance=0.01, relative=1e-4)
     assert abs(float(fine.x) - 1) < 0.3
     assert len(coarse.rates) < len(fine.rates)
 
@@ -225,7 +225,7 @@ def test_gains_that_go_on_at_the_smallest_rate_are_no_convergence():
         return engine.x.repeat(replicates)
 
     engine.step, engine.evaluate = step, evaluate
-    outcome, bound = run(engine, stretch=5, replicates=4)
+    outcome, bound = run(engine, window=5, replicates=4)
     assert outcome.status.reason == "not converged"
     assert bound == 6.0
     assert "0.43 nats" in outcome.status.advice
@@ -241,7 +241,7 @@ def test_a_bound_that_is_never_finite_diverges_and_restores_the_start(hole):
 
     engine.step = bad
     engine.evaluate = lambda replicates: torch.full((replicates,), hole)
-    outcome, _ = run(engine, stretch=10, replicates=4)
+    outcome, _ = run(engine, window=10, replicates=4)
     assert outcome.status.reason == "diverged"
     assert outcome.skipped == 40
     assert all(math.isnan(loss) for loss in outcome.losses)
@@ -269,7 +269,7 @@ def test_a_few_skipped_steps_are_told_of_and_no_harm():
         return step(rate)
 
     engine.step = sometimes
-    outcome, _ = run(engine, rate=0.1, stretch=50, replicates=4)
+    outcome, _ = run(engine, rate=0.1, window=50, replicates=4)
     assert outcome.status.converged
     assert f"{engine.skipped} steps with a NaN gradient were skipped" in outcome.status.advice
     assert outcome.skipped == engine.skipped > 0
@@ -314,7 +314,7 @@ def test_a_target_that_is_nan_diverges_with_advice():
     # All but one draw in a million lie where it is NaN.
     guide = guides.make("mean_field", Density(vi.Model(nan)), init_scale=1e6)
     before = {key: value.clone() for key, value in guide.state_dict().items()}
-    outcome, _ = run(EagerEngine(guide, Elbo(4), seed=0), stretch=10, replicates=4)
+    outcome, _ = run(EagerEngine(guide, Elbo(4), seed=0), window=10, replicates=4)
     assert outcome.status.reason == "diverged"
     assert outcome.skipped == len(outcome.losses) == 40
     assert all(torch.equal(before[key], value) for key, value in guide.state_dict().items())

@@ -11,7 +11,7 @@ from pyro_vi_kit import guides
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic import fixed_draws
-from pyro_vi_kit.optimize.deterministic.natural_gradient import climb
+from pyro_vi_kit.optimize.deterministic.natural_gradient import natural_steps
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
 from pyro_vi_kit.optimize.deterministic.search import Search
 from pyro_vi_kit.optimize.result import Budget
@@ -32,7 +32,7 @@ def quiet():
 
 def fitted(name, family):
     guide = guides.make(family, Density(MODELS[name]()))
-    outcome = fixed_draws.fit(guide, seed=0, tolerance=0.01, budget=Budget(), progress=quiet())
+    outcome = fixed_draws.fit(guide, Search(guide.density, 0))
     return guide, outcome
 
 
@@ -58,7 +58,7 @@ def test_full_rank_cannot_be_improved_by_a_long_run_from_elsewhere(name):
     loc, tril = (t.detach() for t in guide.families["latent"].moments())
     off = Gaussian(loc + 0.5 * tril.sum(1) / math.sqrt(density.dim), 1.3 * tril)
     search = Search(density, 7, Budget(), quiet())
-    long_run = climb(search, off, steps=300)
+    long_run = natural_steps(search, off, steps=300)
     difference = torch.sub(*elbos(density, [long_run, Gaussian(loc, tril)]))
     se = float(difference.std()) / math.sqrt(len(difference))
     assert float(difference.mean()) < 0.02 + 3 * se

@@ -20,7 +20,7 @@ from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.work import marginal_work, work_of
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.model.log_density.dependence import centred_sites
-from pyro_vi_kit.optimize.deterministic.modes import Peak, left_out
+from pyro_vi_kit.optimize.deterministic.modes import Mode, missed_mass
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
 from pyro_vi_kit.posterior import Posterior, evaluation
 from pyro_vi_kit.posterior.approximation import GuideApproximation
@@ -148,12 +148,12 @@ def test_a_mode_that_q_leaves_out_is_a_rejection(options):
 def test_modes_that_draws_reach_are_not_missed():
     tril = 0.5 * torch.eye(1, dtype=torch.float64)
     at = [torch.tensor([x], dtype=torch.float64) for x in (-3.0, 3.0)]
-    peaks = [Peak(Gaussian(at[0], tril), math.log(0.7)), Peak(Gaussian(at[1], tril), math.log(0.3))]
+    modes = [Mode(Gaussian(at[0], tril), math.log(0.7)), Mode(Gaussian(at[1], tril), math.log(0.3))]
     both = torch.cat([at[0].expand(700, 1), at[1].expand(300, 1)])
-    assert left_out(peaks, both) == 0.0
-    assert left_out(peaks, both[:700]) == pytest.approx(0.3)
-    assert left_out(peaks, both[700:]) == pytest.approx(0.7)
-    assert left_out(peaks[:1], both) is None
+    assert missed_mass(modes, both) == 0.0
+    assert missed_mass(modes, both[:700]) == pytest.approx(0.3)
+    assert missed_mass(modes, both[700:]) == pytest.approx(0.7)
+    assert missed_mass(modes[:1], both) is None
 
 
 def test_logistic_regression_with_a_khat_of_one_is_good():

@@ -18,8 +18,8 @@ from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic.curvature import entries, hessian
-from pyro_vi_kit.optimize.deterministic.draws import matched_normals
 from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Diagonal, Gaussian
+from pyro_vi_kit.optimize.deterministic.search import matched_normals
 from pyro_vi_kit.posterior.corrections import linear_response
 
 QUIET = Progress("", enabled=False)
@@ -128,7 +128,7 @@ def tilted(density, shape, noise, i, t):
     x = shape.start().clone()
     curvature = hessian(density, shape, noise, QUIET)
     for _ in range(30):
-        z = shape.place(x, noise)
+        z = shape.reparameterise(x, noise)
         log_p, gradient = density.log_prob_and_grad(z)
         gradient[:, i] += t
         slope = shape.loss(x, noise, log_p + t * z[:, i], gradient)[1]
@@ -151,7 +151,7 @@ def test_the_hessian_is_that_of_the_loss(kind):
     noise = matched_normals(32, dim, 1)
 
     def slope(x):
-        return shape.loss(x, noise, *density.log_prob_and_grad(shape.place(x, noise)))[1]
+        return shape.loss(x, noise, *density.log_prob_and_grad(shape.reparameterise(x, noise)))[1]
 
     step = 1e-5 * torch.eye(len(shape.curvature), dtype=torch.float64)
     expected = torch.stack([(slope(s) - slope(-s)) / 2e-5 for s in step])

@@ -8,7 +8,7 @@ from toys import MODELS, gaussian
 
 from pyro_vi_kit import guides, objectives
 from pyro_vi_kit.core.errors import FileError, ModelError, OptionError, UnknownNameError, ViError
-from pyro_vi_kit.fitting import initialise, plan
+from pyro_vi_kit.fitting import plan
 from pyro_vi_kit.fitting.fit import fit
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.validation.suite import (
@@ -235,8 +235,8 @@ def test_the_bench_leaves_out_what_fit_refuses_and_nothing_else(guide, objective
     def reached(*args, **options):
         raise ReachedError
 
-    for module, name in ((plan, "_fit_by_search"), (plan, "_match_moments"), (initialise, "begin")):
-        monkeypatch.setattr(module, name, reached)
+    for method in plan.METHODS.values():
+        monkeypatch.setattr(type(method), "run", reached)
     reason = obstacle(Density(TOY), guide, objective)
     with pytest.raises(ReachedError if reason is None else OptionError) as raised:
         fit(TOY, guide, objective, seed=0, progress=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import ModelError, ViError, first_line
-from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.gaussian.factors import Factors
 from pyro_vi_kit.model.model import Update
-from pyro_vi_kit.optimize.result import Budget, Outcome, cut_short, stopped_by
+from pyro_vi_kit.optimize.deterministic.search import Search
+from pyro_vi_kit.optimize.result import Outcome, cut_short, stopped_by
 
 NAME = "cavi"
 _DRAWS = 1024
@@ -39,95 +39,73 @@ _WRONG = 0.05
 
 
 @dataclass
-class _Run:
-    """A fit under way."""
+class _Sweep:
+    """A fit under way: the search has what is spent, `factors` the state."""
 
     guide: Guide
+    search: Search
     factors: Factors
     updates: Mapping[str, Update]
-    seed: int
-    budget: Budget
-    progress: Progress
-    draws: int = _DRAWS
-    losses: list[float] = field(default_factory=list)
-    evaluations: int = 0
-    stopped: str = ""
-    error: BaseException | None = None
-
-    def check_time(self) -> None:
-        """Stop when the budget is spent."""
-        if self.budget.over:
-            self.stopped = "budget"
+    draws: int
 
 
 def fit(
-    guide: Guide,
-    updates: Mapping[str, Update],
-    *,
-    seed: int,
-    tolerance: float,
-    budget: Budget,
-    progress: Progress,
-    start: Tensor | None = None,
+    guide: Guide, search: Search, updates: Mapping[str, Update], start: Tensor | None = None
 ) -> Outcome:
     """Sweep over the sites until the ELBO stands still; the guide is changed in place.
 
     Args:
         guide: A `mean_field` guide, where to start.
+        search: Model, seed of the draws on which states are compared, budget, and the nats that further
+            sweeps may still bring, going by the rate at which they fell.
         updates: The optimal factor of each latent given the others; see `Model`.
-        seed: Of the draws on which states are compared.
-        tolerance: Nats that further sweeps may still bring, going by the rate at which they fell.
-        budget: What may be spent.
-        progress: Told each sweep.
         start: Unconstrained point `[D]` to put the factors at first; where they are when None.
 
     Raises:
         OptionError: If the guide has no factor for a site.
         ModelError: If an update raises, gives no factor of its site, or one that is not optimal.
     """
-    run = _Run(guide, Factors(guide), updates, seed, budget, progress)
+    data = sum(tensor.numel() for tensor in guide.density.data)
+    draws = max(64, min(_DRAWS, _MAX_NUMBERS // max(1, data)))
+    run = _Sweep(guide, search, Factors(guide), updates, draws)
     if start is not None:
         run.factors.centre_on(start)
-    data = sum(tensor.numel() for tensor in guide.density.data)
-    run.draws = max(64, min(_DRAWS, _MAX_NUMBERS // max(1, data)))
     left = math.inf
     try:
-        left = _sweeps(run, tolerance)
+        left = _sweeps(run)
     except ViError:
         raise
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
-        run.stopped, run.error = stopped_by(error), error
-    if not run.stopped and left < tolerance:
-        _require_optimal(run, max(_WRONG, 10.0 * tolerance))
-    status = _status(run, left, tolerance)
-    return Outcome(NAME, status, run.losses, run.evaluations, error=run.error)
+        search.stopped, search.error = stopped_by(error), error
+    if not search.stopped and left < search.tolerance:
+        _require_optimal(run, max(_WRONG, 10.0 * search.tolerance))
+    return search.outcome(NAME, _status(search, left))
 
 
-def _sweeps(run: _Run, tolerance: float) -> float:
+def _sweeps(run: _Sweep) -> float:
     """Sweep until further sweeps would bring less than the tolerance, nats: what they would."""
-    known = _log_weights(run)
+    known, search = _log_weights(run), run.search
     last, left = math.inf, math.inf
     for _ in range(_MAX_SWEEPS):
         before = float(known.mean())
         for site in run.factors.sites:
             known = _improve(run, site, known)
-            run.check_time()
-            if run.stopped:
+            search.check_budget()
+            if search.stopped:
                 return left
         elbo = float(known.mean())
-        run.losses.append(-elbo)
-        run.progress.step(elbo)
+        search.record(-elbo)
         gain = abs(elbo - before)
         # Sweeps converge linearly: the rest of a geometric series.
         rate = min(gain / last, 1.0) if last > 0.0 else 0.0
         left = gain * max(1.0, rate / (1.0 - rate) if rate < 1.0 else math.inf)
-        if gain == 0.0 or (left < tolerance and math.isfinite(last)):
+        if gain == 0.0 or (left < search.tolerance and math.isfinite(last)):
             return left if gain > 0.0 else 0.0
         last = gain
     return left
 
 
-def _improve(run: _Run, site: str, known: Tensor) -> Tensor:
+def _improve(run: _Sweep, site: str, known: Tensor) -> Tensor:
     """One update: log weights after it, from those before, `[S]` nats."""
     density = run.guide.density
     args, kwargs = density.arguments()
@@ -151,25 +129,24 @@ def _improve(run: _Run, site: str, known: Tensor) -> Tensor:
     return found
 
 
-def _log_weights(run: _Run) -> Tensor:
+def _log_weights(run: _Sweep) -> Tensor:
     """Log weights of the same noise as ever, `[S]`, nats."""
-    run.evaluations += run.draws
-    run.budget.spent += run.draws
-    with RandomStream(run.seed, "comparison"), torch.no_grad():
+    run.search.count(run.draws)
+    with RandomStream(run.search.seed, "comparison"), torch.no_grad():
         return run.guide.log_weights(run.draws).joint()
 
 
-def _require_optimal(run: _Run, tolerance: float) -> None:
+def _require_optimal(run: _Sweep, tolerance: float) -> None:
     """Refuse factors that others near by are clearly better than."""
     family: Any = run.guide.families[run.guide.blocks[0].name]
     slopes = []
-    with RandomStream(run.seed, "slopes"), torch.enable_grad():
+    with RandomStream(run.search.seed, "slopes"), torch.enable_grad():
         for _ in range(_BATCHES):
             # Log q at constant parameters: no variance where the factors are the posterior.
             draw = run.guide.draw(min(_BATCH, run.draws), detached=True)
             bound = run.guide.weigh(draw).joint().mean()
             slopes.append(torch.autograd.grad(bound, [family.loc, family.log_scale]))
-            run.evaluations += len(draw.shared)
+            run.search.count(len(draw.shared))
     for site in run.factors.sites:
         where = run.factors.columns(site)
         for position, curvature in ((0, 1.0), (1, 2.0)):
@@ -186,14 +163,14 @@ def _require_optimal(run: _Run, tolerance: float) -> None:
                 )
 
 
-def _status(run: _Run, left: float, tolerance: float) -> Status:
-    sweeps = f"{len(run.losses):,} sweeps"
-    if run.stopped == "budget":
+def _status(search: Search, left: float) -> Status:
+    sweeps = f"{len(search.losses):,} sweeps"
+    if search.stopped == "budget":
         words = f"The budget was over after {sweeps}. Give more budget=, or go on with resume=."
         return Status(False, "budget", words)
-    if run.error is not None:
-        return cut_short(run.error, f" after {sweeps}. Go on with resume=.")
-    if left < tolerance:
+    if search.error is not None:
+        return cut_short(search.error, f" after {sweeps}. Go on with resume=.")
+    if left < search.tolerance:
         words = f"After {sweeps} more would bring about {left:.2g} nats."
         return Status(True, "converged", words, gap=left)
     words = f"After {sweeps} more would still bring {left:.2g} nats: leave method= out."

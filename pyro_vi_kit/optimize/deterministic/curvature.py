@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.model.log_density import Density
-from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Shape
+from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, GaussianParametrisation
 
 # Numbers that one batch of draws may hold for each tensor of the model; its graph is kept.
 _MAX_NUMBERS = 2**20
@@ -24,7 +24,7 @@ _STEP = {torch.float64: 1e-4, torch.float32: 1e-2}
 _PROBED = 4
 
 
-def entries(shape: Shape) -> tuple[Tensor, Tensor]:
+def entries(shape: GaussianParametrisation) -> tuple[Tensor, Tensor]:
     """Rows and columns `[P - D]` of the factor C that the parameters behind the means stand for.
 
     The first D are its diagonal, by logs.
@@ -37,7 +37,9 @@ def entries(shape: Shape) -> tuple[Tensor, Tensor]:
     return torch.cat([diagonal, below[0]]), torch.cat([diagonal, below[1]])
 
 
-def hessian(density: Density, shape: Shape, noise: Tensor, progress: Progress) -> Tensor:
+def hessian(
+    density: Density, shape: GaussianParametrisation, noise: Tensor, progress: Progress
+) -> Tensor:
     """Hessian of minus the ELBO at the zero vector of a shape, nats.
 
     Args:
@@ -57,7 +59,7 @@ def hessian(density: Density, shape: Shape, noise: Tensor, progress: Progress) -
     exact = _differentiable_twice(density, shape, noise[:_PROBED])
     for piece in noise.split(max(1, _MAX_NUMBERS // max(1, data + dim))):
         paired = piece[:, columns]
-        z = shape.place(shape.start(), piece)
+        z = shape.reparameterise(shape.start(), piece)
         found = _directions(density, shape.frame.scale_tril, z, exact)
         for i, (gradient, second) in enumerate(found):
             products = second[:, rows] * paired
@@ -88,12 +90,12 @@ def _directions(
         yield inner[:, i], rows @ scale
 
 
-def _differentiable_twice(density: Density, shape: Shape, noise: Tensor) -> bool:
+def _differentiable_twice(density: Density, shape: GaussianParametrisation, noise: Tensor) -> bool:
     """Whether autograd's second derivatives are true: a model may cut its gradient off.
 
     In single precision differences are too coarse to tell, and it is taken to be so.
     """
-    z = shape.place(shape.start(), noise)
+    z = shape.reparameterise(shape.start(), noise)
     if z.dtype != torch.float64:
         return True
     direction = shape.frame.scale_tril.sum(1)

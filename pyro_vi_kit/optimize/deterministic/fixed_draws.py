@@ -17,23 +17,31 @@ import torch
 from torch import Tensor, nn
 
 from pyro_vi_kit.core.contracts import Reason, Status
-from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal, GaussianFamily, PointMass
 from pyro_vi_kit.guides.gaussian.low_rank import LowRankNormal
 from pyro_vi_kit.guides.gaussian.structured import BlockNormal
-from pyro_vi_kit.model.log_density import Density
-from pyro_vi_kit.optimize.deterministic.blocks import Blocked
-from pyro_vi_kit.optimize.deterministic.draws import matched_normals
-from pyro_vi_kit.optimize.deterministic.low_rank import LowRankShape
 from pyro_vi_kit.optimize.deterministic.minimise import Minimum
-from pyro_vi_kit.optimize.deterministic.modes import with_peaks
-from pyro_vi_kit.optimize.deterministic.natural_gradient import BATCH, climb, shortfall
-from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Diagonal, Gaussian, Shape
-from pyro_vi_kit.optimize.deterministic.search import Search
-from pyro_vi_kit.optimize.deterministic.starts import Found, find_frame, find_modes, starting_points
-from pyro_vi_kit.optimize.result import Budget, Outcome, cut_short
+from pyro_vi_kit.optimize.deterministic.modes import (
+    Found,
+    find_frame,
+    find_modes,
+    modes_words,
+    starting_points,
+    with_modes,
+)
+from pyro_vi_kit.optimize.deterministic.natural_gradient import BATCH, natural_steps, shortfall
+from pyro_vi_kit.optimize.deterministic.parametrisation import (
+    Blocked,
+    Dense,
+    Diagonal,
+    Gaussian,
+    GaussianParametrisation,
+    LowRank,
+)
+from pyro_vi_kit.optimize.deterministic.search import Search, matched_normals
+from pyro_vi_kit.optimize.result import Outcome
 
 NAME = "lbfgs"
 _MAX_DRAWS = 8192
@@ -43,8 +51,6 @@ _MAX_STEPS = 4096
 # Of the ELBO on one set of draws; a funnel takes fifty. The next set goes on from where it stopped.
 _MAX_EVALUATIONS = 200
 _CHECK = 2048
-# A mode this many nats behind holds a hundredth of the mass.
-_CLOSE_CALL = 4.6
 # What is asked for is out of reach in hundreds of dimensions: nats per dimension.
 _PER_DIM = 1e-4
 # Of more dimensions a dense Gaussian costs more than a better start is worth.
@@ -78,7 +84,7 @@ class Quality:
 class _Stage:
     """A Gaussian under way: the family's parameters, and what is known of them."""
 
-    shape: Shape
+    shape: GaussianParametrisation
     x: Tensor
     draws: int
     found: Minimum
@@ -99,133 +105,89 @@ def applies_to(guide: object) -> bool:
     return gaussian and guide.density.dim <= MAX_DIM
 
 
-def fit(
-    guide: Guide,
-    *,
-    seed: int,
-    tolerance: float,
-    budget: Budget,
-    progress: Progress,
-    start: Tensor | Gaussian | None = None,
-) -> Outcome:
+def fit(guide: Guide, search: Search, start: Tensor | Gaussian | None = None) -> Outcome:
     """Fit a Gaussian or point guide to the ELBO, in place.
 
     Args:
         guide: One for which `applies_to` holds.
-        seed: Of the fixed draws.
-        tolerance: Nats by which the ELBO may fall short of the family's best.
-        budget: What may be spent.
-        progress: Told each evaluation.
+        search: Model, seed of the fixed draws, tolerance and budget.
         start: Unconstrained starting point `[D]`, the only one then, or a Gaussian to go on from.
 
     Raises:
         ModelError: If no starting point has a finite log density.
     """
-    search = Search(guide.density, seed, budget, progress)
     family = guide.families[guide.blocks[0].name]
     if isinstance(family, PointMass):
         return _fit_point(family, search, start.loc if isinstance(start, Gaussian) else start)
-    frame = _frame(search, start)
-    best, stage = _fit_gaussian(search, family, frame, tolerance)
+    frame = find_frame(search, start)
+    best, stage = _fit_gaussian(search, family, frame)
     _hand_over(family, best, stage)
-    status = with_peaks(_status(search, stage, tolerance, frame), frame.peaks, guide)
-    return Outcome(
-        NAME,
-        status,
-        search.losses,
-        search.evaluations,
-        engine=search.engine,
-        error=search.error,
-    )
+    return search.outcome(NAME, with_modes(_status(search, stage, frame), frame.modes, guide))
 
 
-def prefit(
-    density: Density,
-    seed: int,
-    budget: Budget,
-    start: Tensor | Gaussian | None,
-    *,
-    power: float = 1.0,
-) -> Found:
+def prefit(search: Search, start: Tensor | Gaussian | None) -> Found:
     """A good Gaussian for a flow or a multi-sample fit to start from, and the modes that were met.
 
     Args:
-        density: The model.
-        seed: Of the fixed draws.
-        budget: What may be spent.
+        search: Model, seed and budget.
         start: Unconstrained starting point `[D]`, the only one then, or a Gaussian to go on from.
-        power: What the density is raised to, in (0, 1].
 
     Raises:
         KeyboardInterrupt: If the user interrupts: of the fit that it is for, nothing is done yet.
     """
-    search = Search(density, seed, budget, Progress("start", enabled=False), power=power)
-    found = _frame(search, start)
+    found = find_frame(search, start)
     best = found.best
     if not search.stopped:
-        stage = _grow(search, Dense(best) if density.dim <= _DENSE_DIM else Diagonal(best), 0.1)
+        shape = Dense(best) if search.density.dim <= _DENSE_DIM else Diagonal(best)
+        stage = _grow(search, shape, 0.1)
         best = stage.shape.gaussian(stage.x)
     search.require_whole()
-    return Found(best, found.trusted, found.peaks)
+    return Found(best, found.trusted, found.modes)
 
 
-def best_gaussian(
-    search: Search, found: Found, tolerance: float, *, diagonal: bool = False
-) -> Gaussian:
+def best_gaussian(search: Search, found: Found, *, diagonal: bool = False) -> Gaussian:
     """The Gaussian of the highest ELBO, as part of a fit of something else.
 
     Args:
         search: That fit.
         found: What its searches for modes came to.
-        tolerance: Nats by which its ELBO may fall short.
         diagonal: Whether latents are to be independent in it.
     """
     if search.stopped:
         return found.best
-    known = len(search.losses)
     shape = Diagonal(found.best) if diagonal else Dense(found.best)
+    return _rough(search, shape, search.tolerance)
+
+
+def _rough(search: Search, shape: GaussianParametrisation, tolerance: float) -> Gaussian:
+    """A rough fit, whose losses are not those of the guide that was asked for."""
+    known = len(search.losses)
     stage = _grow(search, shape, tolerance, polish=False)
-    # They are not the losses of the guide that was asked for.
     del search.losses[known:]
-    return stage.shape.gaussian(stage.x) if math.isfinite(stage.quality.elbo) else found.best
-
-
-def _frame(search: Search, start: Tensor | Gaussian | None) -> Found:
-    if isinstance(start, Gaussian):
-        return Found(start, True)
-    return find_frame(search, starting_points(search) if start is None else start.unsqueeze(0))
+    return stage.shape.gaussian(stage.x) if math.isfinite(stage.quality.elbo) else shape.frame
 
 
 def _fit_gaussian(
-    search: Search, family: nn.Module, found: Found, tolerance: float
+    search: Search, family: nn.Module, found: Found
 ) -> tuple[Gaussian, _Stage | None]:
     """The Gaussian to measure in, and the family's best; None where there was no time for it."""
     frame = found.best
     # Units taken off the way to no mode may be far too small, and so would be the gap seen in them.
     lost = isinstance(family, DiagonalNormal | BlockNormal) and not found.trusted
-    if (lost or isinstance(family, LowRankNormal)) and not search.stopped:
-        frame = _rough(search, frame, tolerance)
+    wanted = (lost or isinstance(family, LowRankNormal)) and search.density.dim <= _DENSE_DIM
+    if wanted and not search.stopped:
+        # Any covariance: the best of low rank is near its own, and that one is easier.
+        frame = _rough(search, Dense(frame), max(search.tolerance, _ROUGH))
     if search.stopped:
         return frame, None
-    return frame, _grow(search, _shape(family, frame), tolerance)
+    return frame, _grow(search, _shape(family, frame), search.tolerance)
 
 
-def _rough(search: Search, frame: Gaussian, tolerance: float) -> Gaussian:
-    """A rough fit of any covariance: the best of low rank is near its own, and that one is easier."""
-    if search.density.dim > _DENSE_DIM:
-        return frame
-    known = len(search.losses)
-    stage = _grow(search, Dense(frame), max(tolerance, _ROUGH), polish=False)
-    # They are not the losses of the guide that was asked for.
-    del search.losses[known:]
-    return stage.shape.gaussian(stage.x) if math.isfinite(stage.quality.elbo) else frame
-
-
-def _shape(family: nn.Module, frame: Gaussian) -> Shape:
+def _shape(family: nn.Module, frame: Gaussian) -> GaussianParametrisation:
     if isinstance(family, DenseNormal):
         return Dense(frame)
     if isinstance(family, LowRankNormal):
-        return LowRankShape(frame, family.factor.shape[1])
+        return LowRank(frame, family.factor.shape[1])
     if isinstance(family, BlockNormal):
         return Blocked(frame, family.layout)
     return Diagonal(frame)
@@ -234,7 +196,7 @@ def _shape(family: nn.Module, frame: Gaussian) -> Shape:
 def _hand_over(family: nn.Module, frame: Gaussian, stage: _Stage | None) -> None:
     """Give the family what was found; the frame's nearest member where nothing was."""
     if isinstance(family, LowRankNormal) and stage is not None:
-        shape: LowRankShape = stage.shape  # type: ignore[assignment]
+        shape: LowRank = stage.shape  # type: ignore[assignment]
         family.become(*shape.parts(stage.x))
     elif isinstance(family, GaussianFamily):
         gaussian = frame if stage is None else stage.shape.gaussian(stage.x)
@@ -249,7 +211,7 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
         family.loc.copy_(mode.x)
     search.losses.append(mode.value)
     if search.stopped:
-        status = stopped_status(search)
+        status = search.stopped_status()
     elif mode.converged:
         status = Status(True, "converged", "The mode of the constrained density was found.")
     else:
@@ -259,27 +221,22 @@ def _fit_point(family: PointMass, search: Search, start: Tensor | None) -> Outco
             f"The mode search gave up ({mode.message}): the density may have no mode (a hierarchical "
             "sd at 0 does this). Use guide='mean_field'.",
         )
-    return Outcome(
-        NAME,
-        status,
-        search.losses,
-        search.evaluations,
-        engine=search.engine,
-        error=search.error,
-    )
+    return search.outcome(NAME, status)
 
 
-def _grow(search: Search, shape: Shape, tolerance: float, *, polish: bool = True) -> _Stage:
+def _grow(
+    search: Search, shape: GaussianParametrisation, tolerance: float, *, polish: bool = True
+) -> _Stage:
     """Optimise on few draws, ask fresh ones, and go on with those until they agree."""
     tolerance = _reachable(search, tolerance)
-    max_draws = _LOW_RANK_DRAWS if isinstance(shape, LowRankShape) else _MAX_DRAWS
+    max_draws = _LOW_RANK_DRAWS if isinstance(shape, LowRank) else _MAX_DRAWS
     max_draws = max_draws if polish else _ROUGH_DRAWS
     many_dims = isinstance(shape, Dense) and search.density.dim > _FEW_DIMS
     draws = 2 ** math.ceil(math.log2(max(64, 4 * shape.noise)))
     x = shape.start()
     while True:
         x, found = _optimise(search, shape, x, _noise(search, shape, draws), tolerance)
-        shape, x = shape.reframed(x)
+        shape, x = shape.recentre(x)
         quality = _quality(search, shape, x, _noise(search, shape, 2 * draws))
         stage = _Stage(shape, x, draws, found, quality)
         if search.stopped or quality.gap <= tolerance or not math.isfinite(quality.elbo):
@@ -301,7 +258,7 @@ def _polished(search: Search, stage: _Stage, tolerance: float) -> _Stage:
     # The fixed draws count as steps taken: an average over them is what there is.
     steps = first = max(1, stage.draws // BATCH)
     while True:
-        gaussian = climb(search, gaussian, steps=steps, first=first)
+        gaussian = natural_steps(search, gaussian, steps=steps, first=first)
         first += steps
         shape = Dense(gaussian)
         x = shape.start()
@@ -316,19 +273,19 @@ def _polished(search: Search, stage: _Stage, tolerance: float) -> _Stage:
         steps = min(first, _MAX_STEPS - first)
 
 
-def _noise(search: Search, shape: Shape, draws: int) -> Tensor:
+def _noise(search: Search, shape: GaussianParametrisation, draws: int) -> Tensor:
     """The fixed normals for this many draws, `[draws, noise]`."""
     noise = matched_normals(draws, shape.noise, seed_of(search.seed, "fixed draws", draws))
     return search.density.cast(noise)
 
 
 def _optimise(
-    search: Search, shape: Shape, x: Tensor, noise: Tensor, tolerance: float
+    search: Search, shape: GaussianParametrisation, x: Tensor, noise: Tensor, tolerance: float
 ) -> tuple[Tensor, Minimum]:
     """Minimise the negative ELBO on this noise `[S, noise]`."""
 
     def negative_elbo(points: Tensor) -> tuple[Tensor, Tensor]:
-        log_p, gradient = search.evaluate(shape.place(points[0], noise))
+        log_p, gradient = search.evaluate(shape.reparameterise(points[0], noise))
         value, slope = shape.loss(points[0], noise, log_p, gradient)
         return value.unsqueeze(0), slope.unsqueeze(0)
 
@@ -347,12 +304,12 @@ def _optimise(
     return found.x, found
 
 
-def _quality(search: Search, shape: Shape, x: Tensor, noise: Tensor) -> Quality:
+def _quality(search: Search, shape: GaussianParametrisation, x: Tensor, noise: Tensor) -> Quality:
     """ELBO and its shortfall on fresh draws."""
-    log_p, gradient = search.evaluate(shape.place(x, noise))
+    log_p, gradient = search.evaluate(shape.reparameterise(x, noise))
     loss, slope = shape.loss(x, noise, log_p, gradient)
     gap = 0.5 * float((slope.square() / shape.curvature).sum())
-    pulled = shape.pull(x, gradient)
+    pulled = shape.vjp(x, gradient)
     # Matched draws average linear and quadratic functions without error; what is left is noise.
     linear, quadratic = pulled.mean(0), pulled.T @ noise / len(noise)
     explained = noise @ linear + 0.5 * ((noise @ quadratic) * noise).sum(-1)
@@ -363,9 +320,9 @@ def _quality(search: Search, shape: Shape, x: Tensor, noise: Tensor) -> Quality:
     return Quality(-float(loss), float(pairs.std()) / math.sqrt(half), gap)
 
 
-def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found) -> Status:
+def _status(search: Search, stage: _Stage | None, frame: Found) -> Status:
     if search.stopped or stage is None:
-        return stopped_status(search)
+        return search.stopped_status()
     quality, found = stage.quality, stage.found
     if not math.isfinite(quality.elbo + quality.gap):
         return Status(
@@ -378,44 +335,19 @@ def _status(search: Search, stage: _Stage | None, tolerance: float, frame: Found
         f"ELBO {quality.elbo:.3f} nats (s.e. {quality.se:.3f}) on {2 * stage.draws} fresh draws, "
         f"within {max(quality.gap, 0.001):.3f} of the guide's best"
     )
-    several = f" {modes_words(frame.modes)}." if len(frame.modes) > 1 else ""
-    tolerance = _reachable(search, tolerance)
-
-    def status(reason: Reason, advice: str) -> Status:
-        return Status(reason == "converged", reason, advice + several, quality.gap)
-
-    if quality.gap > tolerance and not found.converged:
-        return status(
-            "not converged",
+    tolerance = _reachable(search, search.tolerance)
+    reason: Reason = "not converged"
+    if quality.gap <= tolerance:
+        reason, advice = "converged", f"{said}."
+    elif not found.converged:
+        advice = (
             f"L-BFGS stopped ({found.message}); {said}. The posterior may have no end in some "
-            "direction: look at vi.check(model) for improper priors, or try method='stochastic'.",
+            "direction: look at vi.check(model) for improper priors, or try method='stochastic'."
         )
-    if quality.gap > tolerance:
-        return status(
-            "not converged",
+    else:
+        advice = (
             f"{said}, tolerance {tolerance:g}: this posterior needs more draws than were spent. "
-            "Give a larger tol=, or try guide='affine_coupling'.",
+            "Give a larger tol=, or try guide='affine_coupling'."
         )
-    return status("converged", f"{said}.")
-
-
-def modes_words(modes: tuple[float, ...]) -> str:
-    """What is to be said of several modes, given Laplace's log evidence of each, best first."""
-    lead = modes[0] - modes[1]
-    if lead < _CLOSE_CALL:
-        return (
-            f"Searches from several points ended in {len(modes)} modes, and Laplace's log evidence of "
-            f"the best is only {lead:.1f} nats above the next: this guide covers one of them"
-        )
-    return (
-        f"Searches from several points ended in {len(modes)} modes; this is the best, by "
-        f"{lead:.1f} nats of Laplace's log evidence"
-    )
-
-
-def stopped_status(search: Search) -> Status:
-    """How a fit ended that was cut short by its budget, by the user, or by what was raised."""
-    kept = "the best point so far was kept."
-    if search.error is not None:
-        return cut_short(search.error, f"; {kept}")
-    return Status(False, "budget", f"The budget ran out; {kept}")
+    several = f" {modes_words(frame.modes)}." if len(frame.modes) > 1 else ""
+    return Status(reason == "converged", reason, advice + several, quality.gap)

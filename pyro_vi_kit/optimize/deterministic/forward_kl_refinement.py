@@ -15,13 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
-from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.flows.flows import Flow
-from pyro_vi_kit.optimize.deterministic.draws import sobol_normals
-from pyro_vi_kit.optimize.deterministic.search import Search
-from pyro_vi_kit.optimize.result import Budget
+from pyro_vi_kit.optimize.deterministic.search import Search, sobol_normals
 
 # Fewer are fitted one by one: a network of 8 units bends between 2,048 of them, 0.3 nats off.
 _DRAWS = 8192
@@ -50,16 +47,15 @@ def applies_to(guide: object) -> bool:
     return draws <= _MAX_DRAWS and draws * numbers <= _MAX_NUMBERS
 
 
-def improve(guide: Guide, *, seed: int, tolerance: float, budget: Budget) -> int:
+def improve(guide: Guide, search: Search) -> int:
     """Round after round while the ELBO gains more than the tolerance; leave the best in the guide.
 
     The ELBO is compared on draws that nothing is fitted to.
 
     Args:
         guide: One for which `applies_to` holds.
-        seed: Of the fixed draws.
-        tolerance: Nats that a round must gain for another one to follow.
-        budget: What may be spent.
+        search: Model, seed of the fixed draws, budget, and the nats that a round must gain for another
+            one to follow.
 
     Returns:
         Per-sample gradient evaluations of the log density.
@@ -67,7 +63,6 @@ def improve(guide: Guide, *, seed: int, tolerance: float, budget: Budget) -> int
     Raises:
         KeyboardInterrupt: If the user interrupts, with the best so far in the guide.
     """
-    search = Search(guide.density, seed, budget, Progress("rounds", enabled=False))
     rounds = _Rounds(search, guide.families[guide.blocks[0].name])  # type: ignore[arg-type]
     best, elbo = rounds.read(), rounds.elbo()
     try:
@@ -78,7 +73,7 @@ def improve(guide: Guide, *, seed: int, tolerance: float, budget: Budget) -> int
             gain = rounds.elbo() - elbo
             if gain > 0.0:
                 best, elbo = rounds.read(), elbo + gain
-            if not gain > tolerance:
+            if not gain > search.tolerance:
                 break
     finally:
         rounds.write(best)

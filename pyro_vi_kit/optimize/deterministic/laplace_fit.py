@@ -8,77 +8,58 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.contracts import Status
-from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.gaussian.laplace import ModeNormal
-from pyro_vi_kit.optimize.deterministic.fixed_draws import NAME, modes_words, stopped_status
-from pyro_vi_kit.optimize.deterministic.laplace import Laplace, laplace
+from pyro_vi_kit.optimize.deterministic.fixed_draws import NAME
 from pyro_vi_kit.optimize.deterministic.minimise import Minimum
-from pyro_vi_kit.optimize.deterministic.modes import Peak, with_peaks
+from pyro_vi_kit.optimize.deterministic.modes import (
+    Laplace,
+    Mode,
+    find_modes,
+    laplace,
+    laplace_at_modes,
+    modes_words,
+    newton_refine,
+    starting_points,
+    with_modes,
+)
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian, round_at
 from pyro_vi_kit.optimize.deterministic.search import Search
-from pyro_vi_kit.optimize.deterministic.starts import (
-    expansions,
-    find_modes,
-    settled,
-    starting_points,
-)
-from pyro_vi_kit.optimize.result import Budget, Outcome
+from pyro_vi_kit.optimize.result import Outcome
 
 _TOLERANCE = 1e-9
 _NEWTON_STEPS = 5
 
 
-def fit(
-    guide: Guide,
-    *,
-    seed: int,
-    tolerance: float,
-    budget: Budget,
-    progress: Progress,
-    start: Tensor | Gaussian | None = None,
-) -> Outcome:
-    """Put a Laplace guide on the best mode, in place.
+def fit(guide: Guide, search: Search, start: Tensor | Gaussian | None = None) -> Outcome:
+    """Put a Laplace guide on the best mode, in place, as exactly as numbers allow.
 
     Args:
         guide: One whose only family is a `ModeNormal`.
-        seed: Of the starting points.
-        tolerance: Unused: the mode is found as exactly as numbers allow.
-        budget: What may be spent.
-        progress: Told each evaluation.
+        search: Model, seed of the starting points, and budget.
         start: Unconstrained starting point `[D]`, the only one then, or a Gaussian at whose mean to
             begin.
 
     Raises:
         ModelError: If no starting point has a finite log density.
     """
-    search = Search(guide.density, seed, budget, progress)
     family = cast(ModeNormal, guide.families[guide.blocks[0].name])
     point = start.loc if isinstance(start, Gaussian) else start
     starts = starting_points(search) if point is None else point.unsqueeze(0)
     found = sorted(find_modes(search, starts, tolerance=_TOLERANCE), key=lambda m: m.value)
-    modes = [] if search.stopped else expansions(search, found)
-    best = _polished(search, modes[0]) if modes else _at(search, found[0])
+    known = [] if search.stopped else laplace_at_modes(search, found)
+    best = _polished(search, known[0]) if known else _at(search, found[0])
     family.start_from(best.gaussian.loc, best.gaussian.scale_tril)
     search.losses.append(-best.log_prob)
-    peaks = tuple(Peak(m.gaussian, m.log_evidence) for m in modes)
-    status = _status(search, best, found[0], tuple(m.log_evidence for m in modes))
-    status = with_peaks(status, peaks, guide)
-    return Outcome(
-        NAME,
-        status,
-        search.losses,
-        search.evaluations,
-        engine=search.engine,
-        error=search.error,
-    )
+    modes = [m.mode for m in known]
+    return search.outcome(NAME, with_modes(_status(search, best, found[0], modes), modes, guide))
 
 
 def _at(search: Search, end: Minimum) -> Laplace:
     """The curvature where the best search ended, which is no mode with curvature on all sides."""
     if search.stopped or not bool(torch.isfinite(end.gradient).all()):
         return Laplace(round_at(end.x), -end.value, torch.inf)
-    return settled(search, laplace(search, end.x, -end.value, -end.gradient))
+    return newton_refine(search, laplace(search, end.x, -end.value, -end.gradient))
 
 
 def _polished(search: Search, mode: Laplace) -> Laplace:
@@ -97,13 +78,13 @@ def _polished(search: Search, mode: Laplace) -> Laplace:
     return mode
 
 
-def _status(search: Search, best: Laplace, end: Minimum, evidence: tuple[float, ...]) -> Status:
+def _status(search: Search, best: Laplace, end: Minimum, modes: list[Mode]) -> Status:
     if search.stopped:
-        return stopped_status(search)
-    if evidence:
+        return search.stopped_status()
+    if modes:
         said = "The mode of the unconstrained density was found, and the Hessian there"
-        if len(evidence) > 1:
-            said = f"{modes_words(evidence)}. The Hessian is of that one"
+        if len(modes) > 1:
+            said = f"{modes_words(modes)}. The Hessian is of that one"
         return Status(True, "converged", f"{said}.")
     if end.converged and best.flat:
         return Status(

@@ -65,6 +65,12 @@ class _State:
     converged: bool = False
     message: str = "given up"
 
+    @classmethod
+    def at(cls, start: Tensor) -> _State:
+        """A search that begins at `[P]`."""
+        x = start.detach().double().cpu().numpy()
+        return cls(x, math.inf, np.zeros(len(x)))
+
 
 _Ask = Generator[np.ndarray, tuple[float, np.ndarray], None]
 
@@ -128,48 +134,72 @@ def minimise_several(
     # The searches' own arithmetic is on the CPU, the function where the starts are.
     tensor = starts[0].new_tensor
     guess = None if curvature is None else curvature.cpu().numpy().astype(np.float64)
-    points = [start.detach().double().cpu().numpy() for start in starts]
-    searches = [_State(point, math.inf, np.zeros(len(point))) for point in points]
-    asking = {i: _lbfgs(s, tolerance, guess, max_evaluations) for i, s in enumerate(searches)}
-    points = {i: next(search) for i, search in asking.items()}
+    states = [_State.at(start) for start in starts]
+    running = _Running([_lbfgs(state, tolerance, guess, max_evaluations) for state in states])
     stopped, rounds, last = "", 0, math.inf
     raised: BaseException | None = None
     try:
-        while points and not stopped and rounds < last:
+        while running.points and not stopped and rounds < last:
             # A copy: results differ in their last bits with where NumPy's arrays happen to lie.
-            batch = tensor(np.stack(list(points.values())))
-            values, gradients = function(batch)
-            for i, value, gradient in zip(
-                list(points), values.tolist(), gradients.double().cpu().numpy(), strict=True
-            ):
-                try:
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        points[i] = asking[i].send((value, gradient))
-                except StopIteration:
-                    del points[i]
-                if on_value is not None and math.isfinite(value):
-                    on_value(value)
+            values, gradients = function(tensor(np.stack(list(running.points.values()))))
+            running.answer(values.tolist(), gradients.double().cpu().numpy(), on_value)
             rounds += 1
-            if math.isinf(last) and sum(s.converged for s in searches) > 1:
+            if math.isinf(last) and sum(state.converged for state in states) > 1:
                 last = patience * rounds
-            if budget is not None and budget.over:
-                stopped = "budget"
+            stopped = "budget" if budget is not None and budget.over else ""
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
         stopped, raised = stopped_by(error), error
     return [
-        Minimum(
-            tensor(s.x),
-            s.value,
-            tensor(s.gradient),
-            tensor(np.stack([s.x] if not s.path else s.path)),
-            s.evaluations,
-            s.converged,
-            stopped if i in points else "",
-            s.message,
-            raised if i in points else None,
-        )
-        for i, s in enumerate(searches)
+        _minimum(state, tensor, stopped, raised, i in running.points)
+        for i, state in enumerate(states)
     ]
+
+
+def _minimum(
+    state: _State,
+    tensor: Callable[..., Tensor],
+    stopped: str,
+    error: BaseException | None,
+    cut_short: bool,
+) -> Minimum:
+    """What a search has come to, on the device of the function."""
+    path = np.stack(state.path or [state.x])
+    return Minimum(
+        x=tensor(state.x),
+        value=state.value,
+        gradient=tensor(state.gradient),
+        path=tensor(path),
+        evaluations=state.evaluations,
+        converged=state.converged,
+        stopped=stopped if cut_short else "",
+        message=state.message,
+        error=error if cut_short else None,
+    )
+
+
+class _Running:
+    """The searches that have not ended.
+
+    Attributes:
+        points: What each of them asks for next, by its number.
+    """
+
+    def __init__(self, searches: Sequence[_Ask]) -> None:
+        self._searches = searches
+        self.points = {i: next(search) for i, search in enumerate(searches)}
+
+    def answer(
+        self, values: list[float], gradients: np.ndarray, on_value: Callable[[float], None] | None
+    ) -> None:
+        """Send each search what it has asked for."""
+        for i, value, gradient in zip(list(self.points), values, gradients, strict=True):
+            try:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    self.points[i] = self._searches[i].send((value, gradient))
+            except StopIteration:
+                del self.points[i]
+            if on_value is not None and math.isfinite(value):
+                on_value(value)
 
 
 def _lbfgs(state: _State, tolerance: float, guess: np.ndarray | None, limit: int) -> _Ask:
@@ -192,23 +222,28 @@ def _lbfgs(state: _State, tolerance: float, guess: np.ndarray | None, limit: int
             return
         size = 1.0 if known else min(1.0, 1.0 / _norm(state.gradient))
         x, gradient = state.x, state.gradient
-        found = yield from _line_search(state, direction, size, limit)
-        if not found and not pairs:
+        if (yield from _line_search(state, direction, size, limit)):
+            state.path.append(state.x)
+            _remember(pairs, state.x - x, state.gradient - gradient)
+        elif pairs:
+            pairs.clear()
+        else:
             # Converged if what is left to gain is lost in the rounding of the values.
             reach = promise if known else (_norm(x) + 1.0) * promise**0.5
             state.converged = reach < 1e-8 * max(1.0, abs(state.value))
             state.message = "no lower point along the gradient"
             return
-        if not found:
-            pairs.clear()
-            continue
-        state.path.append(state.x)
-        step, change = state.x - x, state.gradient - gradient
-        bend = _dot(step, change)
-        if bend > 1e-10 * _norm(step) * _norm(change):
-            pairs.append((step, change, bend))
-            del pairs[:-_MEMORY]
     state.message = f"{limit} evaluations did not end it"
+
+
+def _remember(
+    pairs: list[tuple[np.ndarray, np.ndarray, float]], step: np.ndarray, change: np.ndarray
+) -> None:
+    """Keep a step and the gradient's change along it, where that says something of the curvature."""
+    bend = _dot(step, change)
+    if bend > 1e-10 * _norm(step) * _norm(change):
+        pairs.append((step, change, bend))
+        del pairs[:-_MEMORY]
 
 
 def _ask(

@@ -19,19 +19,15 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.contracts import Status
-from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.mixtures.gaussian_mixture import GaussianMixture, conditional_sds, split
 from pyro_vi_kit.guides.mixtures.normal_mixture import NormalMixture
-from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic import fixed_draws
-from pyro_vi_kit.optimize.deterministic.draws import matched_normals
-from pyro_vi_kit.optimize.deterministic.modes import with_peaks
+from pyro_vi_kit.optimize.deterministic.modes import Found, Mode, find_frame, with_modes
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
-from pyro_vi_kit.optimize.deterministic.search import Search
-from pyro_vi_kit.optimize.deterministic.starts import Found, find_frame, starting_points
-from pyro_vi_kit.optimize.result import Budget, Outcome
+from pyro_vi_kit.optimize.deterministic.search import Search, matched_normals
+from pyro_vi_kit.optimize.result import Outcome
 
 # More points than one Gaussian needs: it is the other modes that are looked for.
 _STARTS = 16
@@ -72,21 +68,18 @@ def applies_to(guide: object) -> bool:
     return isinstance(guide.families[guide.blocks[0].name], GaussianMixture)
 
 
-def find(density: Density, seed: int, budget: Budget, start: Tensor | None) -> Found:
+def find(search: Search, start: Tensor | None) -> Found:
     """Modes from several points.
 
     Args:
-        density: The model.
-        seed: Of the points.
-        budget: What may be spent.
+        search: Model, seed of the points, and budget.
         start: The only point `[D]` where it is given.
 
     Raises:
         ModelError: If the log density is finite nowhere.
         KeyboardInterrupt: If the user interrupts: nothing is done yet.
     """
-    search = Search(density, seed, budget, Progress("modes", enabled=False))
-    found = _found(search, start)
+    found = find_frame(search, start, _STARTS)
     search.require_whole()
     return found
 
@@ -99,55 +92,42 @@ def number_of_components(found: Found) -> int:
 
 def fit(
     guide: Guide,
-    *,
-    seed: int,
-    tolerance: float,
-    budget: Budget,
-    progress: Progress,
+    search: Search,
     start: Tensor | Components | None = None,
+    *,
     found: Found | None = None,
-    below: Gaussian | None = None,
+    best: Gaussian | None = None,
 ) -> Outcome:
     """Fit a mixture to the ELBO, in place.
 
     Args:
         guide: One for which `applies_to` holds.
-        seed: Of the fixed draws.
-        tolerance: Nats that new draws may still have to add.
-        budget: What may be spent.
-        progress: Told each evaluation.
+        search: Model, seed of the fixed draws, budget, and the nats that new draws may still add.
         start: Unconstrained starting point `[D]`, the only one then, or components to go on from.
         found: What searches for modes came to, where they are done.
-        below: The best Gaussian, where it is known.
+        best: The best Gaussian, where it is known.
 
     Raises:
         ModelError: If no starting point has a finite log density.
     """
-    search = Search(guide.density, seed, budget, progress)
     family: GaussianMixture = guide.families[guide.blocks[0].name]  # type: ignore[assignment]
-    best = None
+    single = None
     if not isinstance(start, Components):
-        found = _found(search, start) if found is None else found
-        best, start = _start(search, family, found, tolerance, below)
+        found = find_frame(search, start, _STARTS) if found is None else found
+        single, start = _start(search, family, found, best)
         family.become(start.logits, start.locs, start.scale_trils)
-    blend, x, gain = _grow(search, _Blend(start, diagonal=family.diagonal), tolerance)
+    blend, x, gain = _grow(search, _Blend(start, diagonal=family.diagonal))
     end = blend.components(x)
-    if best is not None and search.error is None:
+    if single is not None and search.error is None:
         # Parts of a Gaussian may end as less than it, where draws or time were short; it is a mixture
         # too.
-        same, draws = _copies(best, family), _FEW if search.stopped else _CHECK
+        same, draws = _copies(single, family), _FEW if search.stopped else _CHECK
         if _elbo(search, same, family, draws)[0] > _elbo(search, end, family, draws)[0]:
             end = same
     family.become(end.logits, end.locs, end.scale_trils)
-    status = _status(search, end, family, gain, tolerance)
-    status = with_peaks(status, () if found is None else found.peaks, guide)
-    return Outcome(
-        fixed_draws.NAME,
-        status,
-        search.losses,
-        search.evaluations,
-        engine=search.engine,
-        error=search.error,
+    status = _status(search, end, family, gain)
+    return search.outcome(
+        fixed_draws.NAME, with_modes(status, () if found is None else found.modes, guide)
     )
 
 
@@ -162,37 +142,27 @@ def components_of(family: GaussianMixture) -> Components:
 # -- the start --------------------------------------------------------------------------------
 
 
-def _found(search: Search, start: Tensor | None) -> Found:
-    if start is not None:
-        return find_frame(search, start.unsqueeze(0))
-    return find_frame(search, starting_points(search, _STARTS))
-
-
-def _that_count(found: Found) -> list[Gaussian]:
-    """The Gaussians of the modes that hold a thousandth of the mass, best first."""
-    near = [e > found.modes[0] - _BEHIND for e in found.modes]
-    return [gaussian for gaussian, is_near in zip(found.gaussians, near, strict=True) if is_near]
+def _that_count(found: Found) -> list[Mode]:
+    """The modes that hold a thousandth of the mass, best first."""
+    least = found.modes[0].log_evidence - _BEHIND if found.modes else math.inf
+    return [mode for mode in found.modes if mode.log_evidence > least]
 
 
 def _start(
-    search: Search,
-    family: GaussianMixture,
-    found: Found,
-    tolerance: float,
-    below: Gaussian | None,
+    search: Search, family: GaussianMixture, found: Found, best: Gaussian | None
 ) -> tuple[Gaussian, Components]:
     """The best Gaussian, and the better of its parts and of the modes."""
-    best = below
     if best is None:
-        best = fixed_draws.best_gaussian(search, found, tolerance, diagonal=family.diagonal)
+        best = fixed_draws.best_gaussian(search, found, diagonal=family.diagonal)
     count = family.components
-    if search.stopped:
-        return best, _parts([best], best.loc.new_zeros(1), [count], search)
     candidates = [_parts([best], best.loc.new_zeros(1), [count], search)]
+    if search.stopped:
+        return best, candidates[0]
     modes = _that_count(found)[:count]
     if len(modes) > 1:
-        evidence = best.loc.new_tensor(found.modes[: len(modes)])
-        candidates.append(_parts(modes, evidence, _shared_out(evidence, count), search))
+        evidence = best.loc.new_tensor([mode.log_evidence for mode in modes])
+        gaussians = [mode.gaussian for mode in modes]
+        candidates.append(_parts(gaussians, evidence, _shared_out(evidence, count), search))
     elbos = [_elbo(search, candidate, family)[0] for candidate in candidates]
     return best, candidates[elbos.index(max(elbos))]
 
@@ -324,14 +294,14 @@ def _log_q(mixture: Components, z: Tensor) -> Tensor:
     return normals.log_prob(z)
 
 
-def _grow(search: Search, blend: _Blend, tolerance: float) -> tuple[_Blend, Tensor, float]:
+def _grow(search: Search, blend: _Blend) -> tuple[_Blend, Tensor, float]:
     """Optimise on few draws, then on twice as many new ones, until these gain next to nothing.
 
     Returns:
         The mixture, as a vector in units of a frame, and what the last draws gained on the mixture that
         the former ones had led to, nats.
     """
-    tolerance = max(tolerance, 1e-4 * blend.dim)
+    tolerance = _reachable(search, blend.dim)
     draws, x, gain = 2 ** math.ceil(math.log2(max(_DRAWS, 4 * blend.dim))), blend.start(), math.inf
     first = True
     while True:
@@ -403,15 +373,14 @@ def _elbo(
     return (elbo, se) if math.isfinite(elbo) else (-math.inf, math.inf)
 
 
-def _status(
-    search: Search,
-    mixture: Components,
-    family: GaussianMixture,
-    gain: float,
-    tolerance: float,
-) -> Status:
+def _reachable(search: Search, dim: int) -> float:
+    """What can be asked for in so many dimensions, nats."""
+    return max(search.tolerance, 1e-4 * dim)
+
+
+def _status(search: Search, mixture: Components, family: GaussianMixture, gain: float) -> Status:
     if search.stopped:
-        return fixed_draws.stopped_status(search)
+        return search.stopped_status()
     elbo, se = _elbo(search, mixture, family)
     if not math.isfinite(elbo):
         return Status(
@@ -428,12 +397,12 @@ def _status(
     idle = sum(weight < _IDLE for weight in weights)
     if idle:
         said += f", {idle} of them idle: components={len(weights) - idle} would do"
-    if gain <= max(tolerance, 1e-4 * len(mixture.locs[0])):
+    if gain <= _reachable(search, len(mixture.locs[0])):
         return Status(True, "converged", f"{said}. New draws gained {gain:.2g} nats.", gain)
     return Status(
         False,
         "not converged",
-        f"{said}. New draws still gained {gain:.2g} nats, tolerance {tolerance:g}: give a larger tol=, "
-        "fewer components=, or try guide='affine_coupling'.",
+        f"{said}. New draws still gained {gain:.2g} nats, tolerance {search.tolerance:g}: give a "
+        "larger tol=, fewer components=, or try guide='affine_coupling'.",
         gain if math.isfinite(gain) else None,
     )

@@ -11,21 +11,20 @@ lies between them says what the error is.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
 from pyro_vi_kit.core.contracts import Status
-from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.model.log_density import Density
-from pyro_vi_kit.optimize.deterministic.draws import normals_at
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
-from pyro_vi_kit.optimize.result import Budget, Outcome, cut_short
+from pyro_vi_kit.optimize.deterministic.search import Search, normals_at
+from pyro_vi_kit.optimize.result import Outcome
 
 NAME = "moments"
 MAX_DIM = 100
@@ -40,17 +39,13 @@ _KEPT = "the last estimate was kept. Go on with resume=."
 
 
 @dataclass
-class _Search:
-    density: Density
-    seed: int
-    budget: Budget
-    progress: Progress
+class _Rounds:
+    """Estimates under way: what the last one said."""
+
+    search: Search
     diagonal: bool
-    losses: list[float] = field(default_factory=list)
-    evaluations: int = 0
     bound: float = math.nan
     ess: float = 0.0
-    error: BaseException | None = None
 
 
 def applies_to(guide: Guide) -> bool:
@@ -64,95 +59,82 @@ def applies_to(guide: Guide) -> bool:
     return isinstance(family, DiagonalNormal | DenseNormal) and guide.density.dim <= MAX_DIM
 
 
-def fit(
-    guide: Guide,
-    start: Gaussian,
-    *,
-    seed: int,
-    tolerance: float,
-    budget: Budget,
-    progress: Progress,
-) -> tuple[Outcome, float]:
+def fit(guide: Guide, search: Search, start: Gaussian) -> tuple[Outcome, float]:
     """Give a Gaussian guide the posterior's mean and covariance, or its standard deviations, in place.
 
     Args:
         guide: One for which `applies_to` holds.
+        search: Model, seed of the draws, budget, and the nats of KL divergence that two estimates in a
+            row may lie apart.
         start: Where to draw from first.
-        seed: Of the draws.
-        tolerance: Nats of KL divergence that two estimates in a row may lie apart.
-        budget: What may be spent.
-        progress: Told each round.
 
     Returns:
         How the fit went, and E_p[log p - log q] at its end in nats.
     """
     family = guide.families[guide.blocks[0].name]
-    diagonal = isinstance(family, DiagonalNormal)
-    search = _Search(guide.density, seed, budget, progress, diagonal)
-    gaussian, status = _climb(search, start, tolerance)
-    best = _member(gaussian, diagonal)
+    rounds = _Rounds(search, isinstance(family, DiagonalNormal))
+    gaussian, status = _settle(rounds, start)
+    best = _member(gaussian, rounds.diagonal)
     family.start_from(best.loc, best.scale_tril)  # type: ignore[operator]
-    outcome = Outcome(NAME, status, search.losses, search.evaluations, error=search.error)
-    return outcome, search.bound
+    return search.outcome(NAME, status), rounds.bound
 
 
-def _climb(search: _Search, gaussian: Gaussian, tolerance: float) -> tuple[Gaussian, Status]:
+def _settle(rounds: _Rounds, gaussian: Gaussian) -> tuple[Gaussian, Status]:
     """Rounds at one number of draws, then at four times as many, until two in a row agree."""
+    search = rounds.search
     parameters = len(gaussian.loc) * (len(gaussian.loc) + 3) / 2
     draws, made = _FIRST, 0
     while draws <= _LAST:
         for _ in range(_ROUNDS):
             try:
-                found = _matched(search, gaussian, draws, seed_of(search.seed, "moments", made))
+                found = _matched(rounds, gaussian, draws, seed_of(search.seed, "moments", made))
             except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
                 search.error = error
-                return gaussian, cut_short(error, f"; {_KEPT}")
+                return gaussian, search.stopped_status(_KEPT)
             made += 1
             apart = math.inf if found is None else _divergence(found, gaussian)
             gaussian = gaussian if found is None else found
-            enough = search.ess >= _DRAWS_EACH * parameters
-            if enough and apart <= tolerance:
-                return gaussian, Status(True, "converged", _words(search, draws, apart))
+            enough = rounds.ess >= _DRAWS_EACH * parameters
+            if enough and apart <= search.tolerance:
+                return gaussian, Status(True, "converged", _words(rounds, draws, apart))
             if search.budget.over:
-                return gaussian, Status(False, "budget", f"The budget ran out; {_KEPT}")
+                return gaussian, search.stopped_status(_KEPT)
             # More rounds of as many draws would show their noise alone.
-            if not enough or apart <= 2.0 * parameters / search.ess:
+            if not enough or apart <= 2.0 * parameters / rounds.ess:
                 break
         draws *= _GROWTH
     return gaussian, Status(
         False,
         "not converged",
-        f"Of {_LAST:,} weighted draws only {search.ess:,.0f} count, and estimates still move: give a "
+        f"Of {_LAST:,} weighted draws only {rounds.ess:,.0f} count, and estimates still move: give a "
         "larger tol=, take method='stochastic', or a guide that comes nearer, such as "
         "'affine_coupling'.",
     )
 
 
 @torch.no_grad()
-def _matched(search: _Search, gaussian: Gaussian, draws: int, seed: int) -> Gaussian | None:
+def _matched(rounds: _Rounds, gaussian: Gaussian, draws: int, seed: int) -> Gaussian | None:
     """The moments of the posterior as draws of this Gaussian say; None where none of them counts."""
     z, log_proposal = _proposed(gaussian, draws, seed)
-    log_p = _log_prob(search.density, z)
-    search.evaluations += draws
-    search.budget.spent += draws
+    log_p = _log_prob(rounds.search.density, z)
+    rounds.search.count(draws)
     log_w = log_p - log_proposal
     log_w = torch.where(log_w.isfinite(), log_w, -math.inf)
     if not bool(log_w.isfinite().any()):
-        search.ess = 0.0
+        rounds.ess = 0.0
         return None
     weights = torch.softmax(log_w, 0)
-    search.ess = float(1.0 / weights.square().sum())
+    rounds.ess = float(1.0 / weights.square().sum())
     loc = weights @ z
     centred = (z - loc) * weights.sqrt().unsqueeze(-1)
     factor, failed = torch.linalg.cholesky_ex(centred.T @ centred)
     if bool(failed) or not bool(factor.isfinite().all()):
         return None
     found = Gaussian(loc, factor)
-    log_q = _log_prob_of(_member(found, search.diagonal), z)
+    log_q = _log_prob_of(_member(found, rounds.diagonal), z)
     gaps = torch.where(weights > 0.0, log_p - log_q, 0.0)
-    search.bound = float(weights @ gaps)
-    search.losses.append(-search.bound)
-    search.progress.step(search.bound)
+    rounds.bound = float(weights @ gaps)
+    rounds.search.record(-rounds.bound)
     return found
 
 
@@ -199,9 +181,9 @@ def _divergence(p: Gaussian, q: Gaussian) -> float:
     return float(0.5 * square + log_det)
 
 
-def _words(search: _Search, draws: int, apart: float) -> str:
+def _words(rounds: _Rounds, draws: int, apart: float) -> str:
     return (
         f"Two estimates of the posterior's moments, from {draws:,} weighted draws each "
-        f"({search.ess:,.0f} of them count), lie {max(apart, 0.0):.1g} nats apart. "
-        f"Bound {search.bound:.3f} nats."
+        f"({rounds.ess:,.0f} of them count), lie {max(apart, 0.0):.1g} nats apart. "
+        f"Bound {rounds.bound:.3f} nats."
     )

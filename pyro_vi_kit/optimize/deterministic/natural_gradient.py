@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from pyro_vi_kit.core.runtime import generator_of
-from pyro_vi_kit.optimize.deterministic.draws import standard_normals
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
-from pyro_vi_kit.optimize.deterministic.search import Search
+from pyro_vi_kit.optimize.deterministic.search import Search, standard_normals
 from pyro_vi_kit.optimize.result import stopped_by
 
 BATCH = 64
@@ -34,7 +33,7 @@ _MEMORY = 3.0
 _TRUST = 0.5
 
 
-def climb(search: Search, gaussian: Gaussian, *, steps: int, first: int = 0) -> Gaussian:
+def natural_steps(search: Search, gaussian: Gaussian, *, steps: int, first: int = 0) -> Gaussian:
     """Follow the natural gradient for some steps of 64 draws.
 
     Args:
@@ -52,7 +51,7 @@ def climb(search: Search, gaussian: Gaussian, *, steps: int, first: int = 0) -> 
     identity = torch.eye(dim, dtype=gaussian.loc.dtype, device=gaussian.loc.device)
     constant = 0.5 * dim * (1.0 + math.log(2.0 * math.pi))
     for step in range(first, first + steps):
-        noise = _mirrored(BATCH, gaussian, generator)
+        noise = _antithetic(BATCH, gaussian, generator)
         log_p, bend, shift = _ask(search, gaussian, noise)
         if search.stopped:
             break
@@ -81,7 +80,7 @@ def shortfall(search: Search, gaussian: Gaussian, draws: int) -> tuple[float, fl
     generator = generator_of(search.seed, "shortfall")
     slopes = []
     for _ in range(2):
-        noise = _mirrored(draws, gaussian, generator)
+        noise = _antithetic(draws, gaussian, generator)
         _, bend, shift = _ask(search, gaussian, noise)
         # The curvature is 1 for the mean, and 1/2 for the covariance's symmetric matrix as a whole.
         slopes.append(torch.cat([shift, bend.flatten() / math.sqrt(2.0)]))
@@ -90,7 +89,7 @@ def shortfall(search: Search, gaussian: Gaussian, draws: int) -> tuple[float, fl
     return 0.5 * float(slopes[0] @ slopes[1]), 0.5 * noise_power / math.sqrt(dim)
 
 
-def _mirrored(draws: int, gaussian: Gaussian, generator: torch.Generator) -> Tensor:
+def _antithetic(draws: int, gaussian: Gaussian, generator: torch.Generator) -> Tensor:
     """Normals beside their mirror images, `[draws, D]`."""
     half = standard_normals(draws // 2, len(gaussian.loc), generator)
     return torch.cat([half, -half]).to(gaussian.loc)
@@ -103,7 +102,7 @@ def _ask(search: Search, gaussian: Gaussian, noise: Tensor) -> tuple[float, Tens
     except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
         search.stopped, search.error = stopped_by(error), error
         return math.nan, noise, noise
-    search.check_time()
+    search.check_budget()
     inner = gradient @ gaussian.scale_tril + noise
     bend = inner.T @ noise / len(noise)
     return float(log_p.mean()), (bend + bend.T) / 2.0, inner.mean(0)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pyro_vi_kit.optimize.engines.base import Engine, Stretch
-from pyro_vi_kit.optimize.engines.batches import Batch, Batches, BatchSource
+from pyro_vi_kit.optimize.engines.base import Engine, Window
+from pyro_vi_kit.optimize.engines.batches import Batch, Batches, BatchSource, StreamedBatches
 from pyro_vi_kit.optimize.engines.captured import CapturedEngine
 from pyro_vi_kit.optimize.engines.eager import EagerEngine, OptimizerFactory
 from pyro_vi_kit.optimize.engines.pyro import PyroEngine
-from pyro_vi_kit.optimize.engines.streaming import StreamedBatches
 
 NAMES = ("auto", "captured", "compiled", "eager", "pyro")
 
@@ -22,5 +21,5 @@ __all__ = [
     "OptimizerFactory",
     "PyroEngine",
     "StreamedBatches",
-    "Stretch",
+    "Window",
 ]

@@ -1,7 +1,8 @@
-"""Adam on one flat vector, as a pure function of tensors (Kingma & Ba 2015)."""
+"""Adam on one flat vector, as a pure function of tensors (Kingma & Ba 2015), and clipping."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,3 +62,24 @@ def update(state: AdamState, gradient: Tensor, finite: Tensor, rate: float | Ten
     size = rate * taken / (1.0 - _BETA1**exponent)
     scale = (square / (1.0 - _BETA2**exponent)).sqrt() + _EPSILON
     return AdamState(state.x - size * mean / scale, mean, square, updates)
+
+
+# Keeps a gradient of length 0 from being divided by it.
+_SHORTEST = 1e-6
+
+
+def clipped(gradients: Sequence[Tensor], length: float | None) -> list[Tensor]:
+    """The parts of a gradient, shortened where it is longer than this (Pascanu, Mikolov & Bengio 2013).
+
+    As `torch.nn.utils.clip_grad_norm_` does it. Nothing here looks at a value, so that a step can be
+    captured as a graph. A gradient that is not finite stays so.
+
+    Args:
+        gradients: Its parts, of any shapes.
+        length: Its Euclidean length at the most, that of all parts together; None for any.
+    """
+    if length is None:
+        return list(gradients)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    factor = (length / (norm + _SHORTEST)).clamp_max(1.0)
+    return [gradient * factor for gradient in gradients]

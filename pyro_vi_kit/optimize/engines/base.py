@@ -13,7 +13,7 @@ from pyro_vi_kit.core.errors import OptionError, first_line, told
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Window:
     """What a run of steps gave.
 
     Attributes:
@@ -43,7 +43,7 @@ class Engine(Protocol):
         """Draws per step, K."""
         ...
 
-    def run(self, steps: int, rate: float) -> Stretch:
+    def run(self, steps: int, rate: float) -> Window:
         """So many updates, at least one, at this learning rate.
 
         An interrupt goes through, and leaves the parameters as a finished step left them.

@@ -14,7 +14,7 @@ from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.core.undefined import ERRORS
 from pyro_vi_kit.optimize.engines import adam, tables
 from pyro_vi_kit.optimize.engines.adam import AdamState
-from pyro_vi_kit.optimize.engines.base import Stretch
+from pyro_vi_kit.optimize.engines.base import Window
 from pyro_vi_kit.optimize.engines.batches import Batch
 from pyro_vi_kit.optimize.engines.eager import EagerEngine, settle
 from pyro_vi_kit.optimize.engines.tables import RowState
@@ -56,7 +56,7 @@ class CapturedEngine(EagerEngine):
             return "eager" if self._tried else self._was
         return "compiled" if self._program.how == "native" else "captured"
 
-    def run(self, steps: int, rate: float) -> Stretch:
+    def run(self, steps: int, rate: float) -> Window:
         """So many updates at this learning rate."""
         if not self._tried:
             self._tried = True
@@ -67,7 +67,7 @@ class CapturedEngine(EagerEngine):
 
     # -- replaying ----------------------------------------------------------------------------
 
-    def _replay(self, program: Program, steps: int, rate: float) -> Stretch:
+    def _replay(self, program: Program, steps: int, rate: float) -> Window:
         average = torch.zeros_like(self.adam.x)
         step_rate = self.adam.x.new_tensor(rate)
         weights = torch.arange(1, steps + 1, dtype=torch.float64).reciprocal().to(average)

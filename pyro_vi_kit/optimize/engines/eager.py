@@ -22,10 +22,8 @@ from pyro_vi_kit.objectives import Objective, surrogate
 from pyro_vi_kit.objectives.base import reduced
 from pyro_vi_kit.objectives.stratified import combined
 from pyro_vi_kit.optimize.engines import adam, tables
-from pyro_vi_kit.optimize.engines.base import Average, Stretch, torch_optimizer
-from pyro_vi_kit.optimize.engines.batches import Batch, BatchSource
-from pyro_vi_kit.optimize.engines.clipping import clipped
-from pyro_vi_kit.optimize.engines.streaming import StreamedBatches
+from pyro_vi_kit.optimize.engines.base import Average, Window, torch_optimizer
+from pyro_vi_kit.optimize.engines.batches import Batch, BatchSource, StreamedBatches
 from pyro_vi_kit.optimize.engines.tables import tables_of
 
 OptimizerFactory = Callable[[Iterable[Tensor]], Optimizer]
@@ -78,28 +76,42 @@ class EagerEngine:
         self.skipped = 0
         self.batches = batches
         self._stream = RandomStream(seed, "steps")
-        self._looks = seed_of(seed, "looks")
+        self._evaluation_seed = seed_of(seed, "looks")
         self.tables = [] if batches is None else tables_of(guide, batches.plates)
-        apart = {id(table.table.rows) for table in self.tables}
+        apart = self._rows_of_tables()
         self.trained = {
             n: p for n, p in self.parameters().items() if p.requires_grad and id(p) not in apart
         }
-        if optimizer is not None and self.tables:
+        self.adam = adam.start(_flattened(self.trained, guide.density))
+        self._optimizer = None if optimizer is None else self._made_by(optimizer)
+        self._rates = [group.get("lr") for group in self._groups]
+        # The noise of a minibatch does not know of draws: times a draw and its mirror image it cancels.
+        even = objective.particles % 2 == 0
+        self.antithetic = batches is not None and even and not objective.multi_sample
+        # A bound per datum holds for given globals, so all its particles share one draw of them.
+        self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
+
+    def _made_by(self, factory: OptimizerFactory) -> Optimizer:
+        """The optimiser of the user's.
+
+        Raises:
+            OptionError: If rows of a table are to be moved by their minibatches.
+        """
+        if self.tables:
             raise OptionError(
                 "optimizer= moves all rows of a plate at each step; with batch_size= and latents in "
                 f"plate {self.tables[0].plate!r} leave it out"
             )
-        self.adam = adam.start(_flattened(self.trained, guide.density))
-        self._optimizer = None
-        if optimizer is not None:
-            self._optimizer = torch_optimizer(optimizer)(self.trained.values())
-        groups = self._optimizer.param_groups if self._optimizer is not None else []
-        self._rates = [group.get("lr") for group in groups]
-        # The noise of a minibatch does not know of draws: times a draw and its mirror image it cancels.
-        even = objective.particles % 2 == 0
-        self.mirrored = batches is not None and even and not objective.multi_sample
-        # A bound per datum holds for given globals, so all its particles share one draw of them.
-        self.share = objective.multi_sample and any(b.plate for b in guide.blocks)
+        return torch_optimizer(factory)(self.trained.values())
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """What an optimiser of the user's moves, and at which rates."""
+        return [] if self._optimizer is None else self._optimizer.param_groups
+
+    def _rows_of_tables(self) -> set[int]:
+        """Which parameters are moved row by row."""
+        return {id(table.table.rows) for table in self.tables}
 
     @property
     def name(self) -> str:
@@ -116,7 +128,7 @@ class EagerEngine:
         guide = dict(self.guide.named_parameters())
         return guide | {f"model.{name}": value for name, value in self.params.items()}
 
-    def run(self, steps: int, rate: float) -> Stretch:
+    def run(self, steps: int, rate: float) -> Window:
         """So many updates at this learning rate."""
         bounds, average, density = [], Average(), self.guide.density
         for _ in range(steps):
@@ -134,17 +146,17 @@ class EagerEngine:
             average.add({"": self.adam.x})
         return self._told(bounds, average.values[""])
 
-    def _told(self, bounds: list[Tensor], average: Tensor) -> Stretch:
+    def _told(self, bounds: list[Tensor], average: Tensor) -> Window:
         """What a run gave: the bound of each step, and the mean of the trained parameters `[P]`."""
         found = torch.stack(bounds).double().cpu()
         self.skipped += int(found.isnan().sum())
         means = split(average, self.trained)
-        return Stretch(found, means | self._unmoved())
+        return Window(found, means | self._unmoved())
 
     def _unmoved(self) -> dict[str, Tensor]:
         """Parameters that no step moves. Tables are left out: their rows are averages already."""
         known = self.trained.keys()
-        apart = {id(table.table.rows) for table in self.tables}
+        apart = self._rows_of_tables()
         return {
             n: p.detach().clone()
             for n, p in self.parameters().items()
@@ -178,14 +190,14 @@ class EagerEngine:
                 batch,
                 share=self.share,
                 estimator=self.estimator,
-                mirrored=self.mirrored,
+                mirrored=self.antithetic,
             )
             wanted = [*self.trained.values(), *held]
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
         count = len(self.trained)
         parts = [gradient.reshape(-1) for gradient in gradients[:count]]
         flat = torch.cat(parts) if parts else self.adam.x
-        flat, *slopes = clipped([flat, *gradients[count:]], self.clip)
+        flat, *slopes = adam.clipped([flat, *gradients[count:]], self.clip)
         return bound.to(flat.dtype), flat, *slopes
 
     @contextlib.contextmanager
@@ -224,7 +236,7 @@ class EagerEngine:
         Returns:
             The first of them now; None where there is none.
         """
-        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        groups = self._groups
         for group, rate in zip(groups, self._rates, strict=True):
             if rate is not None:
                 group["lr"] = rate * factor
@@ -283,10 +295,10 @@ class EagerEngine:
         local = [b.plate for b in self.guide.blocks if b.plate is not None]
         density = self.guide.density
         reduce = self.objective.bound if report else self.objective.look
-        with RandomStream(self._looks), isolated(density.dtype, density.device):
+        with RandomStream(self._evaluation_seed), isolated(density.dtype, density.device):
             if isinstance(self.batches, StreamedBatches):
                 return self._evaluate_streamed(self.batches, replicates, bool(local), reduce).cpu()
-            index = self._looked_at(local)
+            index = self._rows_evaluated(local)
             if not self.objective.multi_sample or not local:
                 return self._joint_bounds(replicates, index, reduce).cpu()
             return torch.stack([self._bound(reduce, index) for _ in range(replicates)]).cpu()
@@ -312,8 +324,8 @@ class EagerEngine:
             bounds.append(reduce(joint.reshape(each, count)))
         return torch.cat(bounds)
 
-    def _looked_at(self, plates: Sequence[Plate]) -> dict[str, Tensor] | None:
-        """The rows that a look at the bound sees; all when None."""
+    def _rows_evaluated(self, plates: Sequence[Plate]) -> dict[str, Tensor] | None:
+        """The rows that the bound is evaluated on; all when None."""
         if any(block.plate is None for block in self.guide.blocks):
             # The optimum of some rows is not that of all: for N of them it is sqrt(N / rows) sds away.
             return None

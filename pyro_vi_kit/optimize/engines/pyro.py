@@ -28,7 +28,7 @@ from pyro_vi_kit.model.log_density.handlers import subsample_indices
 from pyro_vi_kit.model.log_density.visits import sample_sites
 from pyro_vi_kit.model.model import Model
 from pyro_vi_kit.objectives import Elbo, Objective
-from pyro_vi_kit.optimize.engines.base import Average, Stretch, all_finite, torch_optimizer
+from pyro_vi_kit.optimize.engines.base import Average, Window, all_finite, torch_optimizer
 from pyro_vi_kit.optimize.engines.batches import BatchSource
 
 
@@ -100,37 +100,31 @@ class PyroEngine:
         state: dict[str, Any] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        if isinstance(guide, Guide) and guide.density.discrete:
-            raise OptionError(
-                "engine='pyro' runs Trace_ELBO, which would draw the discrete site(s) "
-                f"{', '.join(site.name for site in guide.density.discrete)} from their prior; leave "
-                "engine= out to sum them out"
-            )
+        _require_no_discrete_sites(guide)
         self.model = model
         self.guide = guide
         self.objective = objective
+        self.batches = batches
         self._density = density
-        self._dtype = density.dtype if density is not None else default_dtype()
-        where = device or device_of((model.args, dict(model.kwargs)))
-        self.device = where if density is None else density.device
         self._stream = RandomStream(seed, "steps")
-        self._looks = seed_of(seed, "looks")
+        self._evaluation_seed = seed_of(seed, "looks")
         self._state: dict[str, Any] = state or {"params": {}, "constraints": {}}
+        if density is None:
+            self._dtype, self._fn, self._module_params = default_dtype(), model.fn, {}
+            self.device = device or device_of((model.args, dict(model.kwargs)))
+        else:
+            self._dtype, self._fn = density.dtype, density.each_run_anew(model.fn)
+            self._module_params = own_params(density, self._state)
+            self.device = density.device
         self._own_rate = optimizer is not None
         self._optim = _GuardedOptim(Adam if optimizer is None else torch_optimizer(optimizer), {})
-        self._loss = objective.stock_loss()
-        self._fn = model.fn if density is None else density.each_run_anew(model.fn)
-        self._svi: Any = SVI(
-            self._fn, guide, self._optim, self._loss.loss, loss_and_grads=self._loss_and_grads
-        )
-        self._module_params = {} if density is None else own_params(density, self._state)
-        self.batches = batches
+        self._loss, fn = objective.stock_loss(), self._fn
         self.sites = None if isinstance(guide, Guide) else self._looked_over(seed)
         if self.sites is not None and (self.sites.summed or self.sites.enumerated):
             self._loss, fn = self._enumerating(self.sites)
-            self._svi = SVI(
-                fn, guide, self._optim, self._loss.loss, loss_and_grads=self._loss_and_grads
-            )
+        self._svi: Any = SVI(
+            fn, guide, self._optim, self._loss.loss, loss_and_grads=self._loss_and_grads
+        )
         if objective.multi_sample:
             with self._running(RandomStream(seed, "first run")), self._casting():
                 _require_valid_multi_sample(self._traces(), objective, batches)
@@ -167,7 +161,7 @@ class PyroEngine:
         """What the private store holds, unconstrained, by Pyro's names."""
         return dict(self._state["params"])
 
-    def run(self, steps: int, rate: float) -> Stretch:
+    def run(self, steps: int, rate: float) -> Window:
         """So many calls of `SVI.step`; minus their losses, nats."""
         self._optim.rate = None if self._own_rate else rate
         args, kwargs = self._arguments()
@@ -178,13 +172,13 @@ class PyroEngine:
                 loss = self._svi.step(*args, **kwargs)
             bounds.append(float("nan") if self.skipped > before else -float(loss))
             average.add(self.parameters())
-        return Stretch(torch.tensor(bounds, dtype=torch.float64), average.values)
+        return Window(torch.tensor(bounds, dtype=torch.float64), average.values)
 
     def evaluate(self, replicates: int) -> Tensor:
         """Minus `SVI.evaluate_loss`, `[replicates]`, nats, on the same noise at every call."""
         args, kwargs = self._arguments()
         rows = subsample_indices({}) if self.batches else contextlib.nullcontext()
-        with self._running(RandomStream(self._looks)), rows, self._casting():
+        with self._running(RandomStream(self._evaluation_seed)), rows, self._casting():
             losses = [float(self._svi.evaluate_loss(*args, **kwargs)) for _ in range(replicates)]
         return -torch.tensor(losses, dtype=torch.float64)
 
@@ -255,6 +249,15 @@ class PyroEngine:
         return model, guide
 
 
+def _require_no_discrete_sites(guide: Callable[..., Any]) -> None:
+    if isinstance(guide, Guide) and guide.density.discrete:
+        raise OptionError(
+            "engine='pyro' runs Trace_ELBO, which would draw the discrete site(s) "
+            f"{', '.join(site.name for site in guide.density.discrete)} from their prior; leave "
+            "engine= out to sum them out"
+        )
+
+
 def _require_valid_multi_sample(
     traces: tuple[poutine.Trace, poutine.Trace], objective: Objective, batches: BatchSource | None
 ) -> None:
@@ -265,15 +268,7 @@ def _require_valid_multi_sample(
     per datum only if one plate encloses every sample site of the model and of the guide.
     """
     model, guide = (list(sample_sites(trace).values()) for trace in traces)
-    frames = [f for node in model for f in node["cond_indep_stack"]]
-    subsampled = {f.name for f in frames if f.full_size is not None and f.size != f.full_size}
-    if batches is not None or subsampled:
-        name = batches.plates[0] if batches is not None else sorted(subsampled)[0]
-        raise OptionError(
-            f"objective {objective.name!r} on minibatches of plate {name!r}: RenyiELBO scales inside "
-            "the logsumexp and its bound exceeds the evidence. Use engine='eager', which scales "
-            "afterwards, or objective='elbo', or the full data."
-        )
+    _require_all_rows(model, objective, batches)
     for node in guide:
         if not node["is_observed"] and not getattr(node["fn"], "has_rsample", False):
             raise OptionError(
@@ -281,10 +276,27 @@ def _require_valid_multi_sample(
                 "be reparameterised: RenyiELBO's gradient is wrong there. Use objective='elbo', whose "
                 "score-function gradient is unbiased, or a reparameterisable distribution."
             )
+    _require_one_kind_of_bound(model, guide, objective)
+
+
+def _require_all_rows(model: list[Any], objective: Objective, batches: BatchSource | None) -> None:
+    frames = [f for node in model for f in node["cond_indep_stack"]]
+    subsampled = {f.name for f in frames if f.full_size is not None and f.size != f.full_size}
+    if batches is not None:
+        subsampled = set(batches.plates[:1])
+    if subsampled:
+        raise OptionError(
+            f"objective {objective.name!r} on minibatches of plate {min(subsampled)!r}: RenyiELBO "
+            "scales inside the logsumexp and its bound exceeds the evidence. Use engine='eager', which "
+            "scales afterwards, or objective='elbo', or the full data."
+        )
+
+
+def _require_one_kind_of_bound(model: list[Any], guide: list[Any], objective: Objective) -> None:
+    """Refuse a bound that would be per row for a joint guide, or joint for a guide of rows."""
     enclosing = [_plates(node) for node in model if _counts(node)]
     everywhere = set.intersection(*enclosing) if enclosing else set()
-    in_guide = [_plates(node) for node in guide if _counts(node)]
-    if any(everywhere - plates for plates in in_guide):
+    if any(everywhere - _plates(node) for node in guide if _counts(node)):
         raise OptionError(
             f"objective {objective.name!r}: plate {sorted(everywhere)[0]!r} encloses every site of the "
             "model, so RenyiELBO takes a bound per row, but the guide holds all rows in one site. Use "

@@ -6,8 +6,10 @@ iterate of that epoch (Prechelt 1998). Without them it is the average of the las
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,18 +18,76 @@ from torch import Tensor
 
 from pyro_vi_kit.core.checkpoint import Checkpoint
 from pyro_vi_kit.core.contracts import Status
-from pyro_vi_kit.core.errors import ViError
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.optimize.engines import EagerEngine
-from pyro_vi_kit.optimize.result import HISTORY, Budget, Outcome, cut_short
-from pyro_vi_kit.optimize.stochastic.course import Course
-from pyro_vi_kit.optimize.stochastic.runs import Runs, read, write
-from pyro_vi_kit.optimize.stochastic.validation import Held
+from pyro_vi_kit.optimize.result import HISTORY, Budget, Outcome
+from pyro_vi_kit.optimize.stochastic.epochs import Epochs
+from pyro_vi_kit.optimize.stochastic.runs import Runs, carry_out, keep, read, write
+from pyro_vi_kit.optimize.stochastic.validation import HeldOut, Validation, data_plate
 
-NAME = "stochastic"
-
+# Steps of an epoch where each of them sees all data.
+_FULL_DATA_STEPS = 100
 _REPLICATES = 16
-_NOTHING = Held(-math.inf, math.nan)
+_NOTHING = HeldOut(-math.inf, math.nan)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a fit by epochs is to do.
+
+    Attributes:
+        plan: Epochs, schedule, patience.
+        rate: Learning rate at its highest.
+        steps: Of an epoch.
+        rows: Of the data, which bounds are told per row of; 1 where they have no plate.
+        max_steps: The most steps; None for no limit but the epochs.
+        validate: Gives the bound on data held out.
+    """
+
+    plan: Epochs
+    rate: float
+    steps: int
+    rows: int = 1
+    max_steps: int | None = None
+    validate: Callable[[], HeldOut] | None = None
+
+    @property
+    def total(self) -> int:
+        """Steps of all epochs."""
+        return self.plan.epochs * self.steps
+
+    @property
+    def limit(self) -> int:
+        """Steps after which to stop."""
+        return self.total if self.max_steps is None else min(self.total, self.max_steps)
+
+
+def laid_out(engine: EagerEngine, plan: Epochs, *, rate: float, max_steps: int | None) -> Course:
+    """The course of this plan.
+
+    Args:
+        engine: What will execute the steps.
+        plan: What was asked for.
+        rate: Learning rate, where the plan has none.
+        max_steps: The most steps; None for no limit but the epochs.
+
+    Raises:
+        OptionError: If the guide cannot say anything of the data to validate on.
+    """
+    batches, validate = engine.batches, None
+    if plan.validation is not None:
+        validation = Validation(engine.guide, engine.objective, plan.validation)
+        validate = functools.partial(validation, engine.params)
+    density = engine.guide.density
+    plate = data_plate(density) if batches is None else density.structure.plates[batches.plates[0]]
+    return Course(
+        plan=plan,
+        rate=rate if plan.rate is None else plan.rate,
+        steps=_FULL_DATA_STEPS if batches is None else batches.epoch,
+        rows=1 if plate is None else plate.size,
+        max_steps=max_steps,
+        validate=validate,
+    )
 
 
 @dataclass
@@ -48,7 +108,7 @@ class _Training:
     engine: EagerEngine
     history: list[list[float]] = field(default_factory=list)
     kept: dict[str, Tensor] = field(default_factory=dict)
-    held: Held = _NOTHING
+    held: HeldOut = _NOTHING
     best: int = 0
     seconds: float = 0.0
     status: Status | None = None
@@ -72,7 +132,11 @@ class _Training:
         self.engine.restore(state["engine"])
         self.runs.restore(state["runs"], state["losses"])
         self.history, self.kept = list(state["history"]), state["kept"]
-        self.held, self.best, self.seconds = Held(*state["held"]), state["best"], state["seconds"]
+        self.held, self.best, self.seconds = (
+            HeldOut(*state["held"]),
+            state["best"],
+            state["seconds"],
+        )
         self.status = None if state["status"] is None else Status.of(state["status"])
 
     @property
@@ -84,6 +148,11 @@ class _Training:
     def made(self) -> int:
         """Steps so far."""
         return len(self.runs.losses)
+
+    @property
+    def out_of_steps(self) -> bool:
+        """Whether all steps are made."""
+        return self.made >= self.course.limit
 
     @property
     def epoch(self) -> int:
@@ -112,44 +181,22 @@ def fit(
         How the fit went, and the bound at its end in nats.
     """
     training = _Training(course, Runs(engine, budget, progress), engine)
-    if checkpoint is not None and checkpoint.state is not None:
-        with checkpoint.restoring():
-            training.restore(checkpoint.state)
-    raised: BaseException | None = None
-    try:
-        status = training.status or _run(training, progress, checkpoint)
-    except ViError:
-        raise
-    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
-        raised, status = error, cut_short(error, f" in epoch {training.epoch}. {_kept(training)}")
-    if raised is not None and checkpoint is not None:
-        on = f" The same call goes on from {checkpoint.path}."
-        status = replace(status, advice=status.advice + on)
+    status, raised = carry_out(
+        training,
+        checkpoint,
+        lambda: _run(training, progress, checkpoint),
+        lambda: f" in epoch {training.epoch}. {_kept(training)}",
+    )
     if training.kept or training.runs.average:
         write(engine, training.kept or training.runs.average)
-    if checkpoint is not None:
-        _keep(training, status, checkpoint)
-    losses = training.runs.losses
-    columns = {
-        name: [row[i] for row in training.history]
-        for i, name in enumerate(HISTORY)
-        if training.history
-    }
-    evaluations = len(losses) * engine.particles
-    outcome = Outcome(NAME, status, losses, evaluations, engine.skipped, columns, error=raised)
+    keep(training, status, checkpoint)
+    columns = {}
+    if training.history:
+        columns = dict(zip(HISTORY, map(list, zip(*training.history, strict=True)), strict=True))
+    outcome = replace(training.runs.outcome(status, raised), history=columns)
     if status.reason == "failed":
         return outcome, math.nan
     return outcome, float(engine.evaluate(_REPLICATES).mean())
-
-
-def _keep(training: _Training, status: Status, checkpoint: Checkpoint) -> None:
-    """Write how it ended, or, where time ran out, how it stood before its last run."""
-    out_of_time = status.reason == "budget" and training.made < training.course.limit
-    if status.reason in ("interrupted", "failed") or out_of_time:
-        checkpoint.write()
-        return
-    training.status = status
-    checkpoint.mark(training.state, training.runs.losses, now=True)
 
 
 def _run(training: _Training, progress: Progress, checkpoint: Checkpoint | None) -> Status:
@@ -189,7 +236,7 @@ def _end_epoch(training: _Training, progress: Progress, rate: float) -> Status |
     number, failed = training.epoch, runs.failed
     average, steps = runs.end()
     bound = -float(torch.tensor(runs.losses[-steps:], dtype=torch.float64).nanmean()) / course.rows
-    held = Held(math.nan, math.nan) if course.validate is None else course.validate()
+    held = HeldOut(math.nan, math.nan) if course.validate is None else course.validate()
     row = [float(number), training.elapsed, rate, bound, held.bound]
     training.history.append(row)
     progress.line(f"epoch {number}/{course.plan.epochs}: {_numbers(bound, held.bound, rate)}")
@@ -203,7 +250,7 @@ def _end_epoch(training: _Training, progress: Progress, rate: float) -> Status |
         return Status(True, "converged", f"Stopped early in epoch {number}. {_kept(training)}")
     if number == course.plan.epochs:
         return _all_ran(training)
-    return _cut_short(training) if training.made >= course.limit or runs.late else None
+    return _cut_short(training) if training.out_of_steps or runs.late else None
 
 
 def _all_ran(training: _Training) -> Status:
@@ -226,8 +273,7 @@ def _all_ran(training: _Training) -> Status:
 
 
 def _cut_short(training: _Training) -> Status:
-    steps = training.made >= training.course.limit
-    what = "number of steps" if steps else "budget"
+    what = "number of steps" if training.out_of_steps else "budget"
     return Status(
         False,
         "budget",

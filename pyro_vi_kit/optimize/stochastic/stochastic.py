@@ -1,9 +1,9 @@
 """Stochastic steps that need no learning rate: it falls whenever the bound stops improving.
 
-Steps go in stretches at one rate. Behind each, the average of its iterates (Polyak & Juditsky 1992) is
+Steps go in windows at one rate. Behind each, the average of its iterates (Polyak & Juditsky 1992) is
 compared with the best average so far, on common noise. A rate has done its work when the second half
 of the steps made with it gained no more than the tolerance, so that slow progress is given time in
-proportion to what it has cost so far, and stretches grow with it. Then the rate falls and the search
+proportion to what it has cost so far, and windows grow with it. Then the rate falls and the search
 goes on from the best average.
 
 What is left to gain follows from what the last fall of the rate has gained. The error of averaged
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,18 +24,16 @@ from torch import Tensor
 
 from pyro_vi_kit.core.checkpoint import Checkpoint
 from pyro_vi_kit.core.contracts import Status
-from pyro_vi_kit.core.errors import ViError
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.optimize.engines import Engine
-from pyro_vi_kit.optimize.result import Budget, Outcome, cut_short
-from pyro_vi_kit.optimize.stochastic.runs import Runs, read, write
+from pyro_vi_kit.optimize.result import Budget, Outcome
+from pyro_vi_kit.optimize.stochastic.runs import Runs, carry_out, keep, read, write
 
-NAME = "stochastic"
 MAX_STEPS = 20_000
 
 _DECAY = 0.3
 _MAX_DECAYS = 5
-_MAX_BAD_STRETCHES = 4
+_MAX_BAD_WINDOWS = 4
 # Of fewer replicates a variance may be small by chance.
 _FEW = 16
 
@@ -46,10 +44,10 @@ class Schedule:
 
     Attributes:
         rate: First learning rate; parameters are measured in posterior sds.
-        stretch: Steps between two looks at the bound, at first; later a quarter of those made at the
+        window: Steps between two looks at the bound, at first; later a quarter of those made at the
             same rate.
-        epoch: Steps of an epoch, of which stretches are multiples.
-        patience: Stretches before a rate may fall. Networks go through long flat stretches that lead
+        epoch: Steps of an epoch, of which windows are multiples.
+        patience: Windows before a rate may fall. Networks go through long flat windows that lead
             somewhere; a Gaussian does not.
         max_steps: The most steps.
         replicates: Estimates of the bound in one look.
@@ -63,7 +61,7 @@ class Schedule:
     """
 
     rate: float = 0.005
-    stretch: int = 100
+    window: int = 100
     epoch: int = 1
     patience: int = 4
     max_steps: int = MAX_STEPS
@@ -104,9 +102,9 @@ class _Search:
     Attributes:
         decays: How often the rate has fallen; -1 before the first look.
         before: The best when this rate began.
-        steps: Made with this rate, in stretches that have ended.
+        steps: Made with this rate, in windows that have ended.
         history: The best behind each of them, and how many steps that was.
-        bad: Stretches in a row that failed.
+        bad: Windows in a row that failed.
         extra: Gradient evaluations behind the warm-up that were no steps.
         status: How it ended.
     """
@@ -139,6 +137,11 @@ class _Search:
         if self.runs.late:
             return "budget"
         return "steps" if len(self.runs.losses) >= self.schedule.max_steps else ""
+
+    @property
+    def out_of_steps(self) -> bool:
+        """Whether the steps have run out, and not the budget."""
+        return self.ended == "steps"
 
     def state(self) -> dict[str, Any]:
         """Everything that what follows depends on, but for the losses."""
@@ -191,47 +194,29 @@ def fit(
         How the fit went, and the bound at its end in nats.
     """
     search = _Search(schedule, Runs(engine, budget, progress))
-    if checkpoint is not None and checkpoint.state is not None:
-        with checkpoint.restoring():
-            search.restore(checkpoint.state)
-    raised: BaseException | None = None
-    try:
-        status = search.status or _run(search, checkpoint, behind_warmup)
-    except ViError:
-        raise
-    except (KeyboardInterrupt, Exception) as error:  # noqa: BLE001  told by `fit`
-        on = "" if checkpoint is None else f" The same call goes on from {checkpoint.path}."
-        raised, status = error, cut_short(error, f"; the best parameters so far were kept.{on}")
+    status, raised = carry_out(
+        search,
+        checkpoint,
+        lambda: _run(search, checkpoint, behind_warmup),
+        lambda: "; the best parameters so far were kept.",
+    )
     if search.best.values:
         write(engine, search.best.values)
-    if checkpoint is not None:
-        _keep(search, status, checkpoint)
-    losses = search.runs.losses
-    evaluations = len(losses) * engine.particles + search.extra
-    outcome = Outcome(NAME, status, losses, evaluations, engine.skipped, error=raised)
-    return outcome, search.best.bound
-
-
-def _keep(search: _Search, status: Status, checkpoint: Checkpoint) -> None:
-    """Write how it ended, or, where time ran out, how it stood before its last run."""
-    out_of_time = status.reason == "budget" and search.ended != "steps"
-    if status.reason in ("interrupted", "failed") or out_of_time:
-        checkpoint.write()
-        return
-    search.status = status
-    checkpoint.mark(search.state, search.runs.losses, now=True)
+    keep(search, status, checkpoint)
+    outcome = search.runs.outcome(status, raised)
+    return replace(outcome, evaluations=outcome.evaluations + search.extra), search.best.bound
 
 
 def _run(
     search: _Search, checkpoint: Checkpoint | None, behind_warmup: Callable[[], int] | None
 ) -> Status:
-    """Levels of ever smaller rates, each of stretches of steps."""
+    """Levels of ever smaller rates, each of windows of steps."""
     schedule, runs = search.schedule, search.runs
     if search.decays < 0:
         _warm_up(search, checkpoint)
         if behind_warmup is not None:
             search.extra = behind_warmup()
-        _look(search)
+        _evaluate(search)
         if schedule.tight and _spread(search) <= search.tolerance:
             return Status(
                 True,
@@ -277,22 +262,22 @@ def _begin_level(search: _Search) -> None:
 
 
 def _length(search: _Search) -> int:
-    """Steps of the next stretch: whole epochs, over which the noise of minibatches cancels."""
+    """Steps of the next window: whole epochs, over which the noise of minibatches cancels."""
     schedule = search.schedule
-    length = max(schedule.stretch, search.steps // 4)
+    length = max(schedule.window, search.steps // 4)
     length = -(-length // schedule.epoch) * schedule.epoch
     return min(length, schedule.max_steps - len(search.runs.losses))
 
 
 def _level_is_over(search: _Search) -> bool:
-    """Close a stretch; whether the second half of this rate's steps gained nothing that counts."""
+    """Close a window; whether the second half of this rate's steps gained nothing that counts."""
     schedule, engine = search.schedule, search.engine
     skipped = search.runs.failed
     average, made = search.runs.end()
     search.steps += made
     last = read(engine)
     write(engine, average)
-    finite = _look(search)
+    finite = _evaluate(search)
     write(engine, last)
     failed = skipped or not finite
     search.bad = search.bad + 1 if failed else 0
@@ -301,14 +286,14 @@ def _level_is_over(search: _Search) -> bool:
     search.history.append((search.steps, search.best.bounds))
     half = next(bounds for at, bounds in reversed(search.history) if at <= search.steps // 2)
     gain, se = _gain(search.best.bounds, half)
-    enough = search.steps >= schedule.patience * schedule.stretch
+    enough = search.steps >= schedule.patience * schedule.window
     return enough and gain <= max(search.tolerance, 2.0 * se)
 
 
 def _end_level(search: _Search) -> Status | None:
     """How the fit ends behind this rate; None where a smaller one is next, from the best average."""
     schedule, ended = search.schedule, search.ended
-    if search.bad >= _MAX_BAD_STRETCHES or (ended and not search.best.values):
+    if search.bad >= _MAX_BAD_WINDOWS or (ended and not search.best.values):
         return _diverged(search.engine)
     gain, se = _gain(search.best.bounds, search.before)
     if ended:
@@ -335,7 +320,7 @@ def _end_level(search: _Search) -> Status | None:
     )
 
 
-def _look(search: _Search) -> bool:
+def _evaluate(search: _Search) -> bool:
     """Keep the parameters as the best if they are; whether their bound is a number at all."""
     bounds = search.engine.evaluate(search.schedule.replicates).cpu()
     gain = float((bounds - search.best.bounds).mean())

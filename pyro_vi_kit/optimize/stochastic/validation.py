@@ -24,7 +24,7 @@ _ROWS = 2048
 _NUMBERS = 4_000_000
 
 
-class Held(NamedTuple):
+class HeldOut(NamedTuple):
     """A bound on held-out rows: its mean and the standard error of that over rows, nats per row."""
 
     bound: float
@@ -82,14 +82,14 @@ class Validation:
             )
 
     @torch.no_grad()
-    def __call__(self, params: Mapping[str, Tensor]) -> Held:
+    def __call__(self, params: Mapping[str, Tensor]) -> HeldOut:
         """The bound at the guide's current parameters, and these of the model."""
         self._guide.load_state_dict(self._source.state_dict())
         with RandomStream(_SEED), isolated(self._density.dtype, self._density.device):
             rows = self._local_rows(params) if self._local else self._shared_rows(params)
         rows = rows.double()
         se = float(rows.std()) / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
-        return Held(float(rows.mean()), se)
+        return HeldOut(float(rows.mean()), se)
 
     def _local_rows(self, params: Mapping[str, Tensor]) -> Tensor:
         """The bound of each row, `[N]`; of several plates, one after the other."""

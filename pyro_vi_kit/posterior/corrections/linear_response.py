@@ -28,9 +28,13 @@ from pyro_vi_kit.guides import FullRank
 from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic.curvature import entries, hessian
-from pyro_vi_kit.optimize.deterministic.draws import matched_normals
-from pyro_vi_kit.optimize.deterministic.parametrisation import Dense, Diagonal, Gaussian, Shape
-from pyro_vi_kit.optimize.deterministic.search import Search
+from pyro_vi_kit.optimize.deterministic.parametrisation import (
+    Dense,
+    Diagonal,
+    Gaussian,
+    GaussianParametrisation,
+)
+from pyro_vi_kit.optimize.deterministic.search import Search, matched_normals
 from pyro_vi_kit.optimize.result import Budget
 from pyro_vi_kit.posterior.approximation import GuideApproximation
 from pyro_vi_kit.posterior.labels import labels
@@ -70,7 +74,7 @@ class Response:
         seconds: Wall time.
     """
 
-    shape: Shape
+    shape: GaussianParametrisation
     inverse: Tensor
     draws: int
     left: float
@@ -209,14 +213,14 @@ def _scored(
     density, shape = approximation.density, response.shape
     draws = max(_VALUES, 8 * shape.noise)
     noise = density.cast(matched_normals(draws, shape.noise, seed))
-    z = density.block.unpack(shape.place(shape.start(), noise))
+    z = density.block.unpack(shape.reparameterise(shape.start(), noise))
     values = approximation.constrained(z, seed)
     rows, columns = entries(shape)
     score = noise[:, rows] * noise[:, columns] - (rows == columns).to(noise.dtype)
     return torch.cat([noise, score], 1).double().cpu(), named(values)
 
 
-def _refined(search: Search, shape: Shape, draws: int) -> Shape:
+def _refined(search: Search, shape: GaussianParametrisation, draws: int) -> GaussianParametrisation:
     """The family's best on the fixed draws, as its own frame.
 
     Raises:
@@ -252,18 +256,20 @@ def _refined(search: Search, shape: Shape, draws: int) -> Shape:
     return _own_frame(shape.gaussian(metric @ found.x), dense=isinstance(shape, Dense))
 
 
-def _loss(search: Search, shape: Shape, x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    log_p, gradient = search.evaluate(shape.place(x, noise))
+def _loss(
+    search: Search, shape: GaussianParametrisation, x: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    log_p, gradient = search.evaluate(shape.reparameterise(x, noise))
     return shape.loss(x, noise, log_p, gradient)
 
 
-def _own_frame(gaussian: Gaussian, *, dense: bool) -> Shape:
+def _own_frame(gaussian: Gaussian, *, dense: bool) -> GaussianParametrisation:
     """The family that a Gaussian is of, with it as its own frame."""
     return Dense(gaussian) if dense else Diagonal(gaussian, gaussian.scale_tril.diagonal())
 
 
 @torch.no_grad()
-def _framed(approximation: GuideApproximation) -> Shape:
+def _framed(approximation: GuideApproximation) -> GaussianParametrisation:
     """The fitted Gaussian as its own frame."""
     family: Any = approximation.guide.families[approximation.guide.blocks[0].name]
     if isinstance(family, DenseNormal):
@@ -272,7 +278,7 @@ def _framed(approximation: GuideApproximation) -> Shape:
     return _own_frame(Gaussian(q.mean, q.stddev.diag()), dense=False)
 
 
-def _inverse(curvature: Tensor, shape: Shape, density: Density) -> Tensor:
+def _inverse(curvature: Tensor, shape: GaussianParametrisation, density: Density) -> Tensor:
     """The inverse of a Hessian `[P, P]`.
 
     Raises:

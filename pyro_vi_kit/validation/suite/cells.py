@@ -146,11 +146,10 @@ def _with_options(names: Named) -> dict[str, Mapping[str, Any]]:
 def obstacle(density: Density, guide: Any, objective: Any) -> str | None:
     """Why a guide cannot be fitted to a model with an objective, as `fit` says it; None where it can."""
     try:
-        asked = request.checked(density.model, objective, seed=0)
-        if guide == guides.AUTO:
-            auto.require_possible(asked)
-        else:
-            plan.require_possible(asked, guides.make(guide, density))
+        asked = request.checked(density.model, objective=objective, seed=0)
+        if guide != guides.AUTO:
+            return plan.obstacle(asked, guides.make(guide, density))
+        auto.require_possible(asked)
     except OptionError as error:
         return str(error)
     return None

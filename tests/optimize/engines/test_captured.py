@@ -73,7 +73,7 @@ def test_strata_of_minibatches_come_in_mirror_images():
     guide = guides.Amortized(local="mixture")
     engines = pair(guide, local_model(), Elbo(2), batch_size=3, estimator="stratified")
     assert_same_run(*engines)
-    assert engines[1].mirrored
+    assert engines[1].antithetic
     assert engines[1].name == "captured", engines[1].note
 
 

@@ -11,7 +11,7 @@ from pyro_vi_kit import guides
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo
 from pyro_vi_kit.optimize.engines import CapturedEngine, EagerEngine
-from pyro_vi_kit.optimize.engines.clipping import clipped
+from pyro_vi_kit.optimize.engines.adam import clipped
 
 
 @pytest.mark.parametrize("length", [0.3, 1.0, 100.0])

@@ -24,7 +24,7 @@ import pyro_vi_kit as vi
 from pyro_vi_kit import guides
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.runtime import RandomStream
-from pyro_vi_kit.fitting import fit
+from pyro_vi_kit.fitting import schedule
 from pyro_vi_kit.guides import REGISTRY
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.objectives import Elbo, Iwae, Renyi
@@ -55,9 +55,9 @@ def short_fits(monkeypatch):
     """Stochastic fits of 40 steps."""
 
     def short(**options):
-        return Schedule(**{**options, "stretch": 20, "max_steps": 40, "replicates": 4})
+        return Schedule(**{**options, "window": 20, "max_steps": 40, "replicates": 4})
 
-    monkeypatch.setattr(fit.stochastic, "Schedule", short)
+    monkeypatch.setattr(schedule, "Schedule", short)
 
 
 def pair(name, model, objective, seed=3, **options):
