@@ -24,7 +24,6 @@ from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.psis import MIN_TAIL, fit_pareto, psis, tail_of, usable
 from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.core.undefined import ERRORS, is_undefined
-from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.model.groups import chunks_of, width_of
 from pyro_vi_kit.posterior.approximation import Approximation, GuideApproximation
 
@@ -116,16 +115,14 @@ def _gaussian(approximation: Approximation) -> tuple[Tensor, Tensor] | None:
     if not isinstance(approximation, GuideApproximation):
         return None
     guide = approximation.guide
-    family: Any = guide.families[guide.blocks[0].name]
-    single = len(guide.blocks) == 1 and guide.blocks[0].plate is None
-    if not single or guide.density.streamed is not None or guide.density.dim > _MAX_DIM:
+    family: Any = guide.family
+    if family is None or family.gaussian not in ("diagonal", "dense"):
         return None
-    if not isinstance(family, DiagonalNormal | DenseNormal):
+    if guide.density.streamed is not None or guide.density.dim > _MAX_DIM:
         return None
     with torch.no_grad():
-        q = family()
-        tril = q.scale_tril if isinstance(family, DenseNormal) else q.stddev.diag()
-    return q.mean.detach().double().cpu(), tril.detach().double().cpu()
+        mean, tril = family.moments()
+    return mean.double().cpu(), tril.double().cpu()
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.progress import Progress
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.guides import FullRank
-from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic.curvature import entries, hessian
 from pyro_vi_kit.optimize.deterministic.parametrisation import (
@@ -271,11 +270,8 @@ def _own_frame(gaussian: Gaussian, *, dense: bool) -> GaussianParametrisation:
 @torch.no_grad()
 def _framed(approximation: GuideApproximation) -> GaussianParametrisation:
     """The fitted Gaussian as its own frame."""
-    family: Any = approximation.guide.families[approximation.guide.blocks[0].name]
-    if isinstance(family, DenseNormal):
-        return _own_frame(Gaussian(*family.moments()), dense=True)
-    q = family()
-    return _own_frame(Gaussian(q.mean, q.stddev.diag()), dense=False)
+    family: Any = approximation.guide.family
+    return _own_frame(Gaussian(*family.moments()), dense=family.gaussian == "dense")
 
 
 def _inverse(curvature: Tensor, shape: GaussianParametrisation, density: Density) -> Tensor:
@@ -334,12 +330,12 @@ def _require_gaussian(approximation: object, record: Record) -> GuideApproximati
         raise OptionError(
             _only(f"guide {approximation.name!r} with latents row by row") + " without batch_size="
         )
-    family = guide.families[guide.blocks[0].name]
-    if not isinstance(family, DiagonalNormal | DenseNormal):
+    family = guide.family_of(guide.blocks[0])
+    if family.gaussian not in ("diagonal", "dense"):
         raise OptionError(_only(f"guide {approximation.name!r}"))
     if record.objective.multi_sample:
         raise OptionError(_only(f"objective {record.objective.name!r}") + ", objective='elbo'")
-    kind = "full_rank" if isinstance(family, DenseNormal) else "mean_field"
+    kind = "full_rank" if family.gaussian == "dense" else "mean_field"
     if guide.density.dim > MAX_DIM[kind]:
         remedy = (
             "fit guide='mean_field', whose linear response goes up to "
