@@ -253,7 +253,7 @@ def start_on_rows(training: Training, names: Sequence[str]) -> bool:
     try:
         gaussian = fixed_draws.prefit(search, None if inside else training.point).best
     except ModelError as error:
-        density.give_up(f"A start from a Gaussian fit to some rows: {in_words(error)}")
+        density.give_up(f"No start from a Gaussian fitted to some rows: {in_words(error)}")
         return False
     if not inside and any(len(rows[p.name]) < p.size for p in plates):
         evaluate = functools.partial(_log_prob, density, budget=training.budget)

@@ -321,3 +321,15 @@ def test_a_float32_model_can_be_subsampled():
 def test_full_data_models_are_as_before():
     posterior = vi.fit(two_scales_model(), "mean_field", seed=0)
     assert posterior.method == "lbfgs"
+
+
+def test_a_start_that_failed_is_told_of(monkeypatch):
+    def failing(search, start):
+        raise ModelError("not finite anywhere")
+
+    monkeypatch.setattr("pyro_vi_kit.optimize.deterministic.fixed_draws.prefit", failing)
+    posterior = vi.fit(local_model(), "mean_field", seed=0, batch_size=2, steps=2)
+    notes = [note for note in posterior.status.notes if "No start from a Gaussian" in note]
+    assert notes == [
+        "No start from a Gaussian fitted to some rows: ModelError: not finite anywhere"
+    ]

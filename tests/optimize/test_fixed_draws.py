@@ -12,6 +12,7 @@ from toys import gaussian, two_scales_model
 
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides
+from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.errors import ModelError
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic import fixed_draws
@@ -129,6 +130,22 @@ def test_the_hessian_falls_back_to_differences_of_gradients():
     # d2/dz2 of -z^2 / 2 - z^3; central differences of step 1e-4 err by the square of it.
     expected = (-1 - 6 * z).diag()
     torch.testing.assert_close(hessian(density, z), expected, rtol=0, atol=1e-6)
+    words = "A Hessian is by differences of gradients, not second derivatives: "
+    assert any(note.startswith(words) for note in density.given_up)
+
+
+def test_a_density_that_cannot_be_captured_is_told_of():
+    def counted(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0 + 0.0 * float(z.detach().mean())), obs=y)
+
+    density = Density(vi.Model(counted, torch.tensor(0.5)))
+    search = search_on(density)
+    for _ in range(62):
+        search.evaluate(torch.zeros(1, 1))
+    outcome = search.outcome("lbfgs", Status(True, "converged", ""))
+    assert outcome.engine == "eager"
+    assert any("run by Python and not captured: " in note for note in density.given_up)
 
 
 def test_laplace_of_a_gaussian_is_that_gaussian():
