@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
@@ -37,6 +38,7 @@ ABOUT = guides.About("this", "that", "then", "there")
 # A Laplace distribution is its own posterior: independent normals cannot follow it.
 MODEL = """
 import pyro
+import numpy as np
 import pyro.distributions as dist
 import torch
 import pyro_vi_kit as vi
@@ -320,3 +322,55 @@ def test_the_suite_takes_both(folder):
     assert done.exit_code == 0, done.output
     (record,) = Path("results/model").glob("laplace_product-halfway-seed*.json")
     assert json.loads(record.read_text())["row"]["status"] == "done"
+
+
+# -- Gaussians --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "own"), [("diagonal", "mean_field"), ("dense", "full_rank")])
+def test_a_gaussian_that_says_so_is_fitted_by_lbfgs_and_has_a_linear_response(folder, kind, own):
+    """In parameters of its own, it comes to the member that the package's guide comes to."""
+
+    class Precision(vi.guides.GaussianFamily):
+        gaussian = kind
+
+        def __init__(self, dim):
+            super().__init__()
+            self.loc = torch.nn.Parameter(torch.zeros(dim))
+            self.root = torch.nn.Parameter(torch.eye(dim) if kind == "dense" else torch.ones(dim))
+
+        def forward(self, context=None):
+            if kind == "diagonal":
+                return dist.Normal(self.loc, self.root.rsqrt()).to_event(1)
+            return dist.MultivariateNormal(self.loc, precision_matrix=self.root @ self.root.T)
+
+        @torch.no_grad()
+        def start_from(self, loc, scale_tril):
+            self.loc.copy_(loc)
+            precision = torch.cholesky_inverse(scale_tril)
+            dense = kind == "dense"
+            self.root.copy_(torch.linalg.cholesky(precision) if dense else precision.diagonal())
+
+        @torch.no_grad()
+        def centre_on(self, loc):
+            self.loc.copy_(loc)
+
+    @vi.guides.register
+    @dataclass(frozen=True)
+    class ByPrecision(vi.guides.GuideSpec):
+        """A normal by its precision."""
+
+        name = "by_precision"
+        about = ABOUT
+        methods = ("lbfgs", "stochastic")
+
+        def family(self, dim):
+            return Precision(dim)
+
+    model = pages_model()
+    found, known = vi.fit(model, "by_precision", seed=0), vi.fit(model, own, seed=0)
+    assert found.method == known.method == "lbfgs"
+    # The same search on the same fixed draws; its result is written in other parameters.
+    assert found.elbo == pytest.approx(known.elbo, abs=1e-6)
+    ours, theirs = (each.linear_response(draws=64).summary() for each in (known, found))
+    np.testing.assert_allclose(theirs["sd"], ours["sd"], rtol=1e-3)

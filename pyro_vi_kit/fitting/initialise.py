@@ -13,10 +13,8 @@ from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.fitting import minibatches
 from pyro_vi_kit.fitting.request import InitValues, Request, Training, starting_point
 from pyro_vi_kit.guides import Guide, GuideSpec
-from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal, GaussianFamily
-from pyro_vi_kit.guides.flows.coupling import CouplingFlow
+from pyro_vi_kit.guides.families import GaussianFamily
 from pyro_vi_kit.guides.flows.flows import Flow
-from pyro_vi_kit.guides.gaussian.low_rank import LowRankNormal
 from pyro_vi_kit.guides.mixtures.gaussian_mixture import GaussianMixture, Mixture
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic import fixed_draws, mixtures
@@ -125,7 +123,7 @@ def _initialise(training: Training, batches: BatchSource | None) -> Start:
             _centre_globals(guide, init)
         return Start(False)
     below, found = training.warm_start, training.found
-    if below is not None and _taken_over(family, below):
+    if below is not None and family.take_over(below.family_of(below.blocks[0])):
         return Start(True, () if found is None else found.modes)
     point = training.point
     if not _is_searched(training, family):
@@ -172,24 +170,6 @@ def _from_gaussian(
         with RandomStream(training.request.seed, "symmetry"):
             family.break_symmetry()
     return Start(True, modes)
-
-
-def _taken_over(family: GaussianFamily, below: Guide) -> bool:
-    """Become what a simpler guide is, where that can be said."""
-    known = below.families[below.blocks[0].name]
-    if isinstance(family, CouplingFlow) and isinstance(known, CouplingFlow):
-        family.extend(known)
-    elif isinstance(family, LowRankNormal) and isinstance(known, DiagonalNormal):
-        with torch.no_grad():
-            now = known().base_dist
-            # Not zero, which is a saddle: the columns have to part.
-            columns = 0.1 * torch.randn_like(family.factor) / family.factor.shape[1] ** 0.5
-            family.become(now.loc, now.scale, now.scale[:, None] * columns)
-    elif isinstance(known, DenseNormal):
-        family.start_from(*(part.detach() for part in known.moments()))
-    else:
-        return False
-    return True
 
 
 def _centre_globals(guide: Guide, init: Mapping[str, Any]) -> None:

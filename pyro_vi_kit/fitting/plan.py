@@ -445,13 +445,12 @@ def _with_particles(request: Request, guide: Guide) -> Objective:
     if not request.named_objective or objective.multi_sample:
         return objective
     particles = _affordable(request, guide)
-    scored = any(getattr(family, "scored", False) for family in guide.families.values())
     estimator = estimator_of(request, guide)
     if estimator == "stratified":
         # As many draws in all.
         strata = max(family.strata for family in guide.families.values())  # type: ignore[operator]
         particles = max(1, particles // strata // 2 * 2)
-    if scored or estimator == "score":
+    if guide.scored or estimator == "score":
         # Each draw is compared with the others, and the noise is many times that of other estimators.
         particles = max(particles, _SCORE_PARTICLES)
     return dataclasses.replace(objective, particles=particles)  # type: ignore[type-var]
@@ -479,7 +478,7 @@ def _affordable(request: Request, guide: Guide) -> int:
 
 def _with_kept(status: Status, guide: Guide) -> Status:
     """Say which latents are normal although the families were to follow the supports."""
-    kept = [name for family in guide.families.values() for name in getattr(family, "kept", ())]
+    kept = [name for block in guide.blocks for name in guide.family_of(block).kept]
     if not kept:
         return status
     names = ", ".join(map(repr, kept))

@@ -14,12 +14,12 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_vi_kit.core.contracts import Reason, Status
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal, GaussianFamily, PointMass
+from pyro_vi_kit.guides.families import Family, GaussianFamily, PointMass
 from pyro_vi_kit.guides.gaussian.low_rank import LowRankNormal
 from pyro_vi_kit.guides.gaussian.structured import BlockNormal
 from pyro_vi_kit.optimize.deterministic.minimise import Minimum
@@ -98,11 +98,10 @@ def applies_to(guide: object) -> bool:
     """
     if not isinstance(guide, Guide) or guide.density.params or len(guide.blocks) > 1:
         return False
-    family = guide.families[guide.blocks[0].name]
+    family = guide.family_of(guide.blocks[0])
     if isinstance(family, PointMass):
         return True
-    gaussian = isinstance(family, DiagonalNormal | DenseNormal | LowRankNormal | BlockNormal)
-    return gaussian and guide.density.dim <= MAX_DIM
+    return family.gaussian is not None and guide.density.dim <= MAX_DIM
 
 
 def fit(guide: Guide, search: Search, start: Tensor | Gaussian | None = None) -> Outcome:
@@ -116,7 +115,7 @@ def fit(guide: Guide, search: Search, start: Tensor | Gaussian | None = None) ->
     Raises:
         ModelError: If no starting point has a finite log density.
     """
-    family = guide.families[guide.blocks[0].name]
+    family = guide.family_of(guide.blocks[0])
     if isinstance(family, PointMass):
         return _fit_point(family, search, start.loc if isinstance(start, Gaussian) else start)
     frame = find_frame(search, start)
@@ -167,14 +166,12 @@ def _rough(search: Search, shape: GaussianParametrisation, tolerance: float) -> 
     return stage.shape.gaussian(stage.x) if math.isfinite(stage.quality.elbo) else shape.frame
 
 
-def _fit_gaussian(
-    search: Search, family: nn.Module, found: Found
-) -> tuple[Gaussian, _Stage | None]:
+def _fit_gaussian(search: Search, family: Family, found: Found) -> tuple[Gaussian, _Stage | None]:
     """The Gaussian to measure in, and the family's best; None where there was no time for it."""
     frame = found.best
     # Units taken off the way to no mode may be far too small, and so would be the gap seen in them.
-    lost = isinstance(family, DiagonalNormal | BlockNormal) and not found.trusted
-    wanted = (lost or isinstance(family, LowRankNormal)) and search.density.dim <= _DENSE_DIM
+    lost = family.gaussian in ("diagonal", "blocks") and not found.trusted
+    wanted = (lost or family.gaussian == "low_rank") and search.density.dim <= _DENSE_DIM
     if wanted and not search.stopped:
         # Any covariance: the best of low rank is near its own, and that one is easier.
         frame = _rough(search, Dense(frame), max(search.tolerance, _ROUGH))
@@ -183,8 +180,8 @@ def _fit_gaussian(
     return frame, _grow(search, _shape(family, frame), search.tolerance)
 
 
-def _shape(family: nn.Module, frame: Gaussian) -> GaussianParametrisation:
-    if isinstance(family, DenseNormal):
+def _shape(family: Family, frame: Gaussian) -> GaussianParametrisation:
+    if family.gaussian == "dense":
         return Dense(frame)
     if isinstance(family, LowRankNormal):
         return LowRank(frame, family.factor.shape[1])
@@ -193,7 +190,7 @@ def _shape(family: nn.Module, frame: Gaussian) -> GaussianParametrisation:
     return Diagonal(frame)
 
 
-def _hand_over(family: nn.Module, frame: Gaussian, stage: _Stage | None) -> None:
+def _hand_over(family: Family, frame: Gaussian, stage: _Stage | None) -> None:
     """Give the family what was found; the frame's nearest member where nothing was."""
     if isinstance(family, LowRankNormal) and stage is not None:
         shape: LowRank = stage.shape  # type: ignore[assignment]

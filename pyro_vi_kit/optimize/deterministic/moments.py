@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from torch.quasirandom import SobolEngine
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.guides import Guide
-from pyro_vi_kit.guides.families import DenseNormal, DiagonalNormal
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.optimize.deterministic.parametrisation import Gaussian
 from pyro_vi_kit.optimize.deterministic.search import Search, normals_at
@@ -55,8 +55,8 @@ def applies_to(guide: Guide) -> bool:
     """
     if guide.density.params or guide.density.streamed is not None or len(guide.blocks) > 1:
         return False
-    family = guide.families[guide.blocks[0].name]
-    return isinstance(family, DiagonalNormal | DenseNormal) and guide.density.dim <= MAX_DIM
+    family = guide.family_of(guide.blocks[0])
+    return family.gaussian in ("diagonal", "dense") and guide.density.dim <= MAX_DIM
 
 
 def fit(guide: Guide, search: Search, start: Gaussian) -> tuple[Outcome, float]:
@@ -71,11 +71,11 @@ def fit(guide: Guide, search: Search, start: Gaussian) -> tuple[Outcome, float]:
     Returns:
         How the fit went, and E_p[log p - log q] at its end in nats.
     """
-    family = guide.families[guide.blocks[0].name]
-    rounds = _Rounds(search, isinstance(family, DiagonalNormal))
+    family: Any = guide.family
+    rounds = _Rounds(search, family.gaussian == "diagonal")
     gaussian, status = _settle(rounds, start)
     best = _member(gaussian, rounds.diagonal)
-    family.start_from(best.loc, best.scale_tril)  # type: ignore[operator]
+    family.start_from(best.loc, best.scale_tril)
     return search.outcome(NAME, status), rounds.bound
 
 
