@@ -239,8 +239,7 @@ def start_on_rows(training: Training, names: Sequence[str]) -> bool:
         Whether there was such a Gaussian, in whose sds parameters are measured from now on.
     """
     guide, density, seed = training.guide, training.density, training.request.seed
-    inside = {b.plate.name: b.dim for b in guide.blocks if b.plate is not None}
-    width = sum(block.dim for block in guide.blocks if block.plate is None)
+    inside, width = _sizes_of_blocks(guide)
     if not _startable(guide) or width > _START_DIM or not inside.keys() <= set(names):
         return False
     plates = [density.structure.plates[name] for name in names]
@@ -260,6 +259,12 @@ def start_on_rows(training: Training, names: Sequence[str]) -> bool:
         gaussian = _moved(gaussian, evaluate, _TOLERANCE)
     _hand_over(guide, part, gaussian, {p.name: p.size / len(rows[p.name]) for p in plates})
     return True
+
+
+def _sizes_of_blocks(guide: Guide) -> tuple[dict[str, int], int]:
+    """Dimensions of a row of each local plate, by its name, and of the globals."""
+    inside = {b.plate.name: b.dim for b in guide.blocks if b.plate is not None}
+    return inside, sum(block.dim for block in guide.blocks if block.plate is None)
 
 
 def _log_prob(density: Density, z: Tensor, budget: Budget) -> tuple[float, Tensor] | None:
