@@ -215,7 +215,7 @@ def _prepared(request: Request, guide: object, dtype: torch.dtype | None, budget
                 "give its name"
             )
         return _Job(guide, guide, guide.density, located(request, guide.density))
-    if guide is not None and not isinstance(guide, str | GuideSpec) and callable(guide):
+    if guide is not None and not isinstance(guide, str | GuideSpec | type) and callable(guide):
         return _Job(guide, guide, _density_or_none(request))
     spec = guides.specify("full_rank" if guide is None else guide)  # type: ignore[arg-type]
     if dtype is None:

@@ -151,6 +151,8 @@ FUNCTIONS = {
     "load": (vi.load, {"path": "there is none.nc", "model": model}),
     "guides.make": (vi.guides.make, {"guide": "mean_field", "model": model}),
     "guides.specify": (vi.guides.specify, {"guide": "mean_field"}),
+    "guides.register": (vi.guides.register, {}),
+    "objectives.register": (vi.objectives.register, {}),
     "objectives.make": (vi.objectives.make, {"objective": "elbo"}),
     "plots.losses": (plots.losses, {"posteriors": posterior}),
     "plots.marginals": (
