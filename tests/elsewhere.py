@@ -96,8 +96,11 @@ class _Mode(TorchDispatchMode):
 def within() -> Iterator[torch.device]:
     """Let tensors be made on the device; yields it."""
     where = device()
-    known, lift = runtime._generators, torch._C._only_lift_cpu_tensors()
-    runtime._generators = lambda: [*known(), GENERATOR]
+    known, lift = runtime.new_generator, torch._C._only_lift_cpu_tensors()
+    # torch makes none for a device that it knows by name alone; its numbers are made on the CPU.
+    runtime.new_generator = lambda device: known(
+        torch.device("cpu" if device.type == NAME else device)
+    )
     # `torch.tensor` then makes its tensor on the CPU and copies it, which is an operation.
     torch._C._set_only_lift_cpu_tensors(True)
     try:
@@ -105,7 +108,7 @@ def within() -> Iterator[torch.device]:
             yield where
     finally:
         torch._C._set_only_lift_cpu_tensors(lift)
-        runtime._generators = known
+        runtime.new_generator = known
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

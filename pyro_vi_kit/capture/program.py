@@ -59,14 +59,19 @@ class Program:
 
     def __init__(self, graph: Graph, inputs: Sequence[Tensor], *, compiles: bool = True) -> None:
         self.graph = graph
-        self._lock = threading.Lock()
+        self._lock, self._drawing = threading.Lock(), threading.Lock()
         self._spent, self._next_look = 0.0, _PATIENCE
         self._run: replay.Run = replay.python(graph)
         self.how = "python"
         self._library: Library | None = None
         self._compiles = compiles
         self._function: CFunction | None = None
-        where = _elsewhere(inputs)
+        with torch._C.DisableTorchFunction():
+            self._begin(inputs, compiles)
+
+    def _begin(self, inputs: Sequence[Tensor], compiles: bool) -> None:
+        """Choose what replays it first."""
+        graph, where = self.graph, _elsewhere(inputs)
         if where is not None:
             compiles, self.note = False, self._launch_at_once(where, inputs)
         else:
@@ -91,7 +96,7 @@ class Program:
             # A replay that fails on the device takes all that is there with it.
             return "no CUDA graph: an index is computed from floating-point numbers"
         try:
-            self._run, self.how = replay.on_cuda(self._run, inputs), "cuda"
+            self._run, self.how = replay.on_cuda(self.graph, self._run, inputs), "cuda"
         except RuntimeError as error:
             return f"no CUDA graph: {first_line(error)}"
         return ""
@@ -100,14 +105,22 @@ class Program:
         """The function's results; noise is drawn from torch's global random state."""
         everything = [*inputs, *self.graph.draw_noise()] if self.graph.noise else inputs
         if self._library is None:
-            return self._run(*everything)
+            return self._replayed(everything)
         began = time.perf_counter()
-        results = self._run(*everything)
+        results = self._replayed(everything)
         if self._library is not None:
             self._spent += time.perf_counter() - began
             if self._spent > self._next_look:
                 self._look(everything)
         return results
+
+    def _replayed(self, everything: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What it is replayed by now gives; modes of torch functions see nothing of it."""
+        with torch._C.DisableTorchFunction():
+            if not self.graph.generators:
+                return self._run(*everything)
+            with self._drawing, self.graph.drawing():
+                return self._run(*everything)
 
     def expect(self, calls: int, inputs: Sequence[Tensor]) -> bool:
         """Start the compiler now if so many calls take as long as it does; else do without.
@@ -120,7 +133,7 @@ class Program:
         everything = [*inputs, *self.graph.draw_noise()]
         began = time.perf_counter()
         for _ in range(_SAMPLE):
-            self._run(*everything)
+            self._replayed(everything)
         each = (time.perf_counter() - began) / _SAMPLE
         if calls * each < _WORTHWHILE:
             self._library, self.note = None, "too short a run to compile"
@@ -153,7 +166,7 @@ class Program:
         try:
             function = CFunction(self.graph, points[0])
             for inputs in points:
-                pairs = zip(self._run(*inputs), function(*inputs), strict=True)
+                pairs = zip(self._replayed(inputs), function(*inputs), strict=True)
                 if not all(same(a, b) for a, b in pairs):
                     function.discard()
                     raise RefusedError("it computes something else")
@@ -205,7 +218,7 @@ class Program:
             return
         try:
             run = library.load()
-            pairs = zip(self._run(*inputs), run(*inputs), strict=True)
+            pairs = zip(self._replayed(inputs), run(*inputs), strict=True)
             if all(same(a, b) for a, b in pairs):
                 self._run, self.how = run, "native"
                 return
