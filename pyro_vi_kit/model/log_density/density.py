@@ -792,9 +792,11 @@ class Density:
         single: Callable[[Values], Any],
         z: Mapping[str, Tensor],
         mode: Batching | None = None,
+        *,
+        draws: bool = False,
     ) -> Any:
         size = next(iter(z.values())).shape[0]
-        with self._runner.isolated():
+        with self._runner.isolated(settled=not draws):
             # One point needs no vmap, and is what NUTS and mode searches ask for.
             return batched(single, z, mode or ("loop" if size == 1 else self.batching))
 
@@ -802,11 +804,11 @@ class Density:
         """As `_batched`, for functions that may draw: vmap has no rule for some samplers."""
         try:
             with warnings_here("ignore", "There is a performance drop"), VectorisedCauchy():
-                return self._batched(single, z)
+                return self._batched(single, z, draws=True)
         except ViError:
             raise
         except Exception as error:  # noqa: BLE001  whatever vmap cannot do, the loop may
-            found = self._batched(single, z, "loop")
+            found = self._batched(single, z, "loop", draws=True)
             self.give_up(f"Draws are made point by point in a Python loop: {in_words(error)}")
             return found
 

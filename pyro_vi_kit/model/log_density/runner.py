@@ -185,11 +185,18 @@ class Runner:
             yield
 
     @contextlib.contextmanager
-    def isolated(self, *, validate: bool = False) -> Iterator[None]:
-        """Alone with Pyro, in this precision and on this device."""
+    def isolated(self, *, validate: bool = False, settled: bool = False) -> Iterator[None]:
+        """Alone with Pyro, in this precision and on this device.
+
+        Args:
+            validate: Whether Pyro and torch check arguments.
+            settled: Whether what runs inside is what ran before `settle`, with every latent given:
+                anything else, a prior that is drawn from or a start, may need a default dtype.
+        """
         nothing = contextlib.nullcontext()
+        mode = self.precision or (self._mode if settled else None)
         with (
-            isolated(self.dtype, self.device, validate=validate, mode=self.precision or self._mode),
+            isolated(self.dtype, self.device, validate=validate, mode=mode),
             nothing if validate else plain(),
         ):
             yield
