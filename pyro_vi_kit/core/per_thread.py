@@ -207,11 +207,10 @@ def _device_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.device:
 
 def drawn(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any], device: torch.device) -> Tensor:
     """Random numbers of this thread by an ATen operation, whose arguments lack the generator."""
-    if not HERE.streams:
-        return op(*args, **kwargs)
-    if not takes_generator(op):
-        return _lent(op, args, kwargs)
-    return op(*args, **kwargs, generator=HERE.streams[-1].on(device))
+    if takes_generator(op):
+        own = HERE.streams[-1].on(device) if HERE.streams else None
+        return op(*args, **kwargs, generator=own)
+    return _lent(op, args, kwargs) if HERE.streams else op(*args, **kwargs)
 
 
 def takes_generator(op: Any) -> bool:
