@@ -28,6 +28,8 @@ _RIGHT = {
     "starting point is the way",
     r"not finite at any of": "no density near the origin; `init=` with the example's own starting "
     "point is the way",
+    r"holds a dense covariance": "a dense covariance of so many dimensions; `mean_field` and `low_rank` "
+    "are the way",
     r"each have a parameter": "Pyro's store holds one of two parameters of a name, and the other is "
     "never trained",
     r"numpy\(\) on Tensor|grad_dtype": "the density leaves torch (NumPy, an inference inside of it)",
