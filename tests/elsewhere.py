@@ -96,11 +96,8 @@ class _Mode(TorchDispatchMode):
 def within() -> Iterator[torch.device]:
     """Let tensors be made on the device; yields it."""
     where = device()
-    known, lift = runtime.new_generator, torch._C._only_lift_cpu_tensors()
-    # torch makes none for a device that it knows by name alone; its numbers are made on the CPU.
-    runtime.new_generator = lambda device: known(
-        torch.device("cpu" if device.type == NAME else device)
-    )
+    known, lift = runtime._generators, torch._C._only_lift_cpu_tensors()
+    runtime._generators = lambda: [*known(), GENERATOR]
     # `torch.tensor` then makes its tensor on the CPU and copies it, which is an operation.
     torch._C._set_only_lift_cpu_tensors(True)
     try:
@@ -108,7 +105,7 @@ def within() -> Iterator[torch.device]:
             yield where
     finally:
         torch._C._set_only_lift_cpu_tensors(lift)
-        runtime.new_generator = known
+        runtime._generators = known
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from pyro_vi_kit.core.per_thread import drawn, generator_here
 
 _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # What ATen calls the arguments that say which elements of another are meant.
@@ -62,23 +59,21 @@ class Noise:
 
     Attributes:
         op: The ATen overload that drew them.
-        args: Its arguments without the generator; for one that fills a tensor in place, without that
-            tensor.
-        kwargs: Its keyword arguments, without the generator.
+        args: Its arguments; for one that fills a tensor in place, without that tensor.
+        kwargs: Its keyword arguments.
         like: The tensor that is filled in place, or None.
-        device: Where the numbers are.
     """
 
     op: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     like: Tensor | None
-    device: torch.device
 
     def draw(self) -> Tensor:
-        """Fresh numbers, the next ones of this thread."""
-        filled = () if self.like is None else (torch.empty_like(self.like),)
-        return drawn(self.op, (*filled, *self.args), self.kwargs, self.device)
+        """Fresh numbers from torch's global random state."""
+        if self.like is None:
+            return self.op(*self.args, **self.kwargs)
+        return self.op(torch.empty_like(self.like), *self.args, **self.kwargs)
 
 
 @dataclass
@@ -91,8 +86,6 @@ class Graph:
         nodes: The operations.
         constants: Tensors that no input reaches, by name; copies, so that nothing can change them.
         noise: Where the last inputs come from, one for each.
-        generators: Where operations draw from whose distribution depends on inputs, by device: objects
-            of the graph's own, among the arguments of nodes.
     """
 
     inputs: list[str]
@@ -100,21 +93,10 @@ class Graph:
     nodes: list[Node]
     constants: dict[str, Tensor]
     noise: list[Noise] = field(default_factory=list)
-    generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
     def draw_noise(self) -> list[Tensor]:
-        """The last inputs, drawn anew: the next random numbers of this thread."""
-        with torch._C.DisableTorchFunction():
-            return [source.draw() for source in self.noise]
-
-    @contextlib.contextmanager
-    def drawing(self) -> Iterator[None]:
-        """For a replay: operations that draw go on from this thread's random numbers."""
-        for device, own in self.generators.items():
-            own.set_state(generator_here(device).get_state())
-        yield
-        for device, own in self.generators.items():
-            generator_here(device).set_state(own.get_state())
+        """The last inputs, drawn anew from torch's global random state."""
+        return [source.draw() for source in self.noise]
 
     def source(self, name: str = "replay") -> tuple[str, dict[str, Any]]:
         """The graph as Python source, and the names that the source refers to."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -36,7 +35,7 @@ def hoisted(graph: Graph, changing: int, held: Sequence[Tensor]) -> tuple[Graph,
     rest = [name for name in known if name in read and name not in graph.constants]
     first, noise = graph.inputs[:changing], graph.inputs[changing + len(held) :]
     constants = {name: value for name, value in graph.constants.items() if name in read}
-    whole = replace(graph, inputs=first + rest + noise, nodes=late, constants=constants)
+    whole = Graph(first + rest + noise, graph.outputs, late, constants, graph.noise)
     return whole, [known[name] for name in rest]
 
 

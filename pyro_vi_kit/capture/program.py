@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from pyro_vi_kit.capture import replay, turns
+from pyro_vi_kit.capture import replay
 from pyro_vi_kit.capture.graph import Graph, computes_indices
 from pyro_vi_kit.capture.hoist import hoisted
 from pyro_vi_kit.capture.in_c import CFunction, RefusedError
@@ -23,18 +24,14 @@ _MAX_SCRIPT = 4000
 # are that large, Python's time does not count.
 _MAX_SCRIPT_BYTES = 2**26
 # Seconds of replay after which a compiler is started: as long again is likely to follow, and it takes
-# no time of the fit's own. Those after which what it has made takes over; it takes 10 to 60 seconds, and
-# is waited for then. Both are counted in calls and not timed, or the same seed would not give the same
-# numbers: what is compiled rounds differently.
-_PATIENCE, _TAKES_OVER = 5.0, 20.0
-# Seconds of replay to come for which it is compiled at once, where it is known how many: as long as
-# the compiler takes.
-_WORTHWHILE = 30.0
-# The longest that a compiler is waited for, in seconds of the clock: whoever gives it up says so.
-_LONGEST = 600.0
-# Seconds that an operation takes in TorchScript, and each number that it puts out; that the C compiler
-# takes for an operation, and at the least.
-_SCRIPT_SECONDS, _NUMBER_SECONDS = 1e-6, 1e-9
+# no time of the fit's own.
+_PATIENCE = 5.0
+_BETWEEN_LOOKS = 0.2
+# Seconds of replay to come for which a compiler is started at once, where it is known how many.
+_WORTHWHILE = 8.0
+_SAMPLE = 5
+# Seconds that an operation takes in TorchScript; that the C compiler takes for it, and at the least.
+_SCRIPT_SECONDS = 1e-6
 _C_SECONDS, _C_LEAST = 2e-3, 0.15
 
 Function = Callable[..., Sequence[Tensor]]
@@ -43,11 +40,11 @@ Function = Callable[..., Sequence[Tensor]]
 class Program:
     """A captured function, for inputs of the shapes that it was captured on.
 
-    It begins in TorchScript. After as many calls as take some five seconds it has itself compiled,
-    beside what goes on, where the machine has time for that (`turns`); after as many as take twenty it
-    goes on compiled, and waits for that where it has to, whether the graph was compiled before or not.
-    On a GPU it is a CUDA graph instead, and is not compiled. Who has many calls to come may have it
-    written in C, which takes some tenths of a second and is for small work.
+    It begins in TorchScript. Once it has run for five seconds it has itself compiled, beside what goes
+    on, where the machine has time for that (`turns`), and is faster when that is done; a graph that was
+    compiled before is compiled from the start. On a GPU it is a CUDA graph instead, and is not compiled.
+    Who has many calls to come may have it written in C, which takes some tenths of a second and is for
+    small work.
 
     Args:
         graph: The recording.
@@ -62,31 +59,25 @@ class Program:
 
     def __init__(self, graph: Graph, inputs: Sequence[Tensor], *, compiles: bool = True) -> None:
         self.graph = graph
-        self._lock, self._drawing = threading.Lock(), threading.Lock()
-        self._calls, self._each = 0, len(graph.nodes) * _SCRIPT_SECONDS
+        self._lock = threading.Lock()
+        self._spent, self._next_look = 0.0, _PATIENCE
         self._run: replay.Run = replay.python(graph)
         self.how = "python"
         self._library: Library | None = None
         self._compiles = compiles
         self._function: CFunction | None = None
-        with torch._C.DisableTorchFunction():
-            self._begin(inputs, compiles)
-
-    def _begin(self, inputs: Sequence[Tensor], compiles: bool) -> None:
-        """Choose what replays it first."""
-        graph, where = self.graph, _elsewhere(inputs)
+        where = _elsewhere(inputs)
         if where is not None:
             compiles, self.note = False, self._launch_at_once(where, inputs)
         else:
             self.note = impossible(graph) if compiles else ""
         if compiles and not self.note and not _mixed(graph):
             self._library = Library(graph, inputs)
+            self._adopt(inputs)
         # TorchScript leaves out casts to half precision and back, and so rounds differently.
         if self.how == "python" and len(graph.nodes) <= _MAX_SCRIPT and not _mixed(graph):
             try:
-                size = replay.bytes_of(self._run, inputs)
-                self._each += size / 8 * _NUMBER_SECONDS
-                if size <= _MAX_SCRIPT_BYTES:
+                if replay.bytes_of(self._run, inputs) <= _MAX_SCRIPT_BYTES:
                     self._run, self.how = replay.script(self._run, inputs), "script"
             except RuntimeError as error:  # an operation that TorchScript does not know
                 reasons = [self.note, f"no TorchScript: {first_line(error)}"]
@@ -100,7 +91,7 @@ class Program:
             # A replay that fails on the device takes all that is there with it.
             return "no CUDA graph: an index is computed from floating-point numbers"
         try:
-            self._run, self.how = replay.on_cuda(self.graph, self._run, inputs), "cuda"
+            self._run, self.how = replay.on_cuda(self._run, inputs), "cuda"
         except RuntimeError as error:
             return f"no CUDA graph: {first_line(error)}"
         return ""
@@ -109,39 +100,34 @@ class Program:
         """The function's results; noise is drawn from torch's global random state."""
         everything = [*inputs, *self.graph.draw_noise()] if self.graph.noise else inputs
         if self._library is None:
-            return self._replayed(everything)
-        self._calls += 1
-        spent = self._calls * self._each
-        if spent > _PATIENCE and not turns.side_by_side():
-            with self._lock:
-                if spent > _TAKES_OVER:
-                    self._take_over(everything)
-                # Not at each call: asking whether the machine has time costs more than a small one.
-                elif self._library is not None and (
-                    spent - self._each <= _PATIENCE or int(spent) > int(spent - self._each)
-                ):
-                    self._library.start()
-        return self._replayed(everything)
+            return self._run(*everything)
+        began = time.perf_counter()
+        results = self._run(*everything)
+        if self._library is not None:
+            self._spent += time.perf_counter() - began
+            if self._spent > self._next_look:
+                self._look(everything)
+        return results
 
-    def _replayed(self, everything: Sequence[Tensor]) -> Sequence[Tensor]:
-        """What it is replayed by now gives; modes of torch functions see nothing of it."""
-        with torch._C.DisableTorchFunction():
-            if not self.graph.generators:
-                return self._run(*everything)
-            with self._drawing, self.graph.drawing():
-                return self._run(*everything)
+    def expect(self, calls: int, inputs: Sequence[Tensor]) -> bool:
+        """Start the compiler now if so many calls take as long as it does; else do without.
 
-    def expect(self, calls: int, inputs: Sequence[Tensor]) -> None:
-        """Have it compiled now if so many calls take as long as that does; else do without.
-
-        A count of operations says so, and no clock.
+        Returns:
+            Whether the compiler is at work.
         """
         if self._library is None:
-            return
-        if calls * self._each < _WORTHWHILE or turns.side_by_side():
+            return False
+        everything = [*inputs, *self.graph.draw_noise()]
+        began = time.perf_counter()
+        for _ in range(_SAMPLE):
+            self._run(*everything)
+        each = (time.perf_counter() - began) / _SAMPLE
+        if calls * each < _WORTHWHILE:
             self._library, self.note = None, "too short a run to compile"
-        else:
-            self.compile(inputs)
+            return False
+        self._library.start()
+        self._next_look = 0.0
+        return self._library.at_work
 
     def worth_c(self, calls: int) -> bool:
         """Whether so many calls take longer than it takes to compile C.
@@ -167,7 +153,7 @@ class Program:
         try:
             function = CFunction(self.graph, points[0])
             for inputs in points:
-                pairs = zip(self._replayed(inputs), function(*inputs), strict=True)
+                pairs = zip(self._run(*inputs), function(*inputs), strict=True)
                 if not all(same(a, b) for a, b in pairs):
                     function.discard()
                     raise RefusedError("it computes something else")
@@ -179,7 +165,7 @@ class Program:
         self._library, self.note = None, ""
         return function
 
-    def compile(self, inputs: Sequence[Tensor], seconds: float = _LONGEST) -> bool:
+    def compile(self, inputs: Sequence[Tensor], seconds: float = 600.0) -> bool:
         """Have it compiled now and wait for that; whether it is.
 
         Args:
@@ -187,7 +173,8 @@ class Program:
             seconds: How long to wait at the most.
         """
         if self._library is not None:
-            self._take_over([*inputs, *self.graph.draw_noise()], seconds)
+            self._library.wait(seconds)
+            self._adopt([*inputs, *self.graph.draw_noise()])
         return self.how == "native"
 
     def stop(self) -> None:
@@ -195,18 +182,30 @@ class Program:
         if self._library is not None:
             self._library.stop()
 
-    def _take_over(self, inputs: Sequence[Tensor], seconds: float = _LONGEST) -> None:
-        """Replay by the compiled library from now on, if it can be made and computes the same."""
-        library, self._library = self._library, None
-        if library is None:
+    def _look(self, inputs: Sequence[Tensor]) -> None:
+        """Start the compiler, or see how far it is; one thread at a time."""
+        if not self._lock.acquire(blocking=False):
             return
-        if not library.wait(seconds):
-            library.stop()
-            self.note = library.problem or f"the compiler was not done after {seconds:.0f} seconds"
+        try:
+            self._next_look = self._spent + _BETWEEN_LOOKS
+            if self._library is not None:
+                self._library.start()
+                self._adopt(inputs)
+        finally:
+            self._lock.release()
+
+    def _adopt(self, inputs: Sequence[Tensor]) -> None:
+        """Replay by the compiled library from now on, if it is there and computes the same."""
+        library = self._library
+        if library is None or not (library.poll() or library.problem):
+            return
+        self._library = None
+        if library.problem:
+            self.note = library.problem
             return
         try:
             run = library.load()
-            pairs = zip(self._replayed(inputs), run(*inputs), strict=True)
+            pairs = zip(self._run(*inputs), run(*inputs), strict=True)
             if all(same(a, b) for a, b in pairs):
                 self._run, self.how = run, "native"
                 return

@@ -8,7 +8,6 @@ vectorised density, its gradient and the update that follows as one flat list. N
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ from pyro_vi_kit.capture.graph import Graph, Node, Noise, Ref
 from pyro_vi_kit.capture.layout import Layout
 from pyro_vi_kit.capture.simplify import simplified
 from pyro_vi_kit.core.errors import ViError
-from pyro_vi_kit.core.per_thread import takes_generator
-from pyro_vi_kit.core.runtime import new_generator
 from pyro_vi_kit.core.work import Watcher
 
 _READ = torch.ops.aten._local_scalar_dense.default
@@ -114,7 +111,6 @@ class _Recorder(Watcher):
         self._nodes: list[Node] = []
         self._constants: dict[str, Tensor] = {}
         self._noise: list[Noise] = []
-        self._generators: dict[torch.device, torch.Generator] = {}
         self._inputs = [f"i{position}" for position in range(len(inputs))]
         for name, tensor in zip(self._inputs, inputs, strict=True):
             self._bind(tensor, name)
@@ -159,9 +155,6 @@ class _Recorder(Watcher):
         if plain is not None:
             self._rename(targets[0])
         func = reshaped or plain or func
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            keywords = self._drawing(func, references, keywords, results[0].device)
-            references = tuple(v for v in references if not isinstance(v, torch.Generator))
         names = tuple(self._new(tensor) for tensor in results)
         if many and func._schema.name.endswith("_ex"):
             self._factors[names[0]] = results[0]
@@ -169,16 +162,6 @@ class _Recorder(Watcher):
             Node(func, references, keywords, names, many, bool(targets) and plain is None)
         )
         return result
-
-    def _drawing(
-        self, func: Any, args: tuple, kwargs: dict[str, Any], device: torch.device
-    ) -> dict[str, Any]:
-        """The keywords of an operation that draws, with the recording's own generator."""
-        if not takes_generator(func):
-            raise CaptureError(f"random numbers depend on inputs, and take no generator ({func})")
-        if device not in self._generators:
-            self._generators[device] = new_generator(device)
-        return kwargs | {"generator": self._generators[device]}
 
     def reaches(self, value: Any) -> bool:
         """Whether inputs reach a tensor, or one in a list."""
@@ -190,14 +173,7 @@ class _Recorder(Watcher):
         """The recording, as a function of inputs and noise."""
         outputs = [self._name(result) for result in results]
         noise = [f"n{position}" for position in range(len(self._noise))]
-        graph = Graph(
-            self._inputs + noise,
-            outputs,
-            self._nodes,
-            self._constants,
-            self._noise,
-            self._generators,
-        )
+        graph = Graph(self._inputs + noise, outputs, self._nodes, self._constants, self._noise)
         return _pruned(simplified(graph, self._layouts))
 
     def _counted(self, func: Any, args: Any) -> Any:
@@ -250,9 +226,7 @@ class _Recorder(Watcher):
             self._forget(targets[0])
             rest, like = args[1:], _copy(args[0])
         name = f"n{len(self._noise)}"
-        free = tuple(value for value in rest if not isinstance(value, torch.Generator))
-        named = {key: value for key, value in kwargs.items() if key != "generator"}
-        self._noise.append(Noise(func, free, named, like, result.device))
+        self._noise.append(Noise(func, tuple(rest), dict(kwargs), like))
         self._bind(result, name)
         self._reached[_storage(result)] = name
 
@@ -447,4 +421,4 @@ def _pruned(graph: Graph) -> Graph:
         needed.update(node.reads())
         nodes.append(node)
     constants = {name: value for name, value in graph.constants.items() if name in needed}
-    return replace(graph, nodes=nodes[::-1], constants=constants)
+    return Graph(graph.inputs, graph.outputs, nodes[::-1], constants, graph.noise)

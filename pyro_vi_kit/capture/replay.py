@@ -8,6 +8,7 @@ without Python's lock. `native` (a module of its own) is compiled by Inductor, a
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +17,6 @@ from torch import Tensor
 
 from pyro_vi_kit.capture.graph import Graph
 from pyro_vi_kit.core import work
-from pyro_vi_kit.core.per_thread import warnings_here
 
 Run = Callable[..., Sequence[Tensor]]
 
@@ -53,8 +53,9 @@ def script(function: Run, inputs: Sequence[Tensor]) -> Run:
     Raises:
         RuntimeError: If TorchScript does not take one of its operations.
     """
-    # TorchScript is deprecated in favour of torch.compile, whose start costs more than most fits.
-    with warnings_here("ignore"):
+    with warnings.catch_warnings():
+        # TorchScript is deprecated in favour of torch.compile, whose start costs more than most fits.
+        warnings.simplefilter("ignore")
         scripted = _unshared(lambda *tensors: tuple(function(*tensors)), tuple(inputs))
     for _ in range(2):
         # TorchScript plans in its first two calls.
@@ -73,15 +74,14 @@ def _unshared(function: Run, inputs: tuple[Tensor, ...]) -> Run:
     return compiler._create_function_from_graph("replay", graph)
 
 
-def on_cuda(recording: Graph, function: Run, inputs: Sequence[Tensor]) -> Run:
+def on_cuda(function: Run, inputs: Sequence[Tensor]) -> Run:
     """A graph as a CUDA graph: one launch for all of its kernels.
 
     Inputs are copied into memory of the graph's own, and results out of it. Noise is among the inputs,
     so that it follows the random state that it is drawn from.
 
     Args:
-        recording: The graph.
-        function: The same, as `python` has it.
+        function: The graph as `python` has it.
         inputs: An example of its inputs, noise included, all on one CUDA device.
 
     Raises:
@@ -98,8 +98,6 @@ def on_cuda(recording: Graph, function: Run, inputs: Sequence[Tensor]) -> Run:
             for _ in range(_WARM_UP):
                 function(*static)
         torch.cuda.current_stream(device).wait_stream(side)
-        for generator in recording.generators.values():
-            graph.register_generator_state(generator)
         # Other threads may use the device meanwhile.
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             results = function(*static)

@@ -64,8 +64,9 @@ class SharedProgram:
         """See `Program.note`."""
         return self._program.note
 
-    def expect(self, calls: int, inputs: Sequence[Tensor]) -> None:
-        """See `Program.expect`: it is not compiled."""
+    def expect(self, calls: int, inputs: Sequence[Tensor]) -> bool:
+        """See `Program.expect`: no compiler is at work on it."""
+        return self._program.expect(calls, inputs)
 
     def stop(self) -> None:
         """See `Program.stop`: there is nothing to stop."""

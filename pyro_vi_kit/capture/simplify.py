@@ -8,7 +8,6 @@ numbers, bit for bit but for the sign of a zero.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ class _Simplifier:
             if kept is not None:
                 nodes.extend(self._joins.replaced(kept))
         outputs = [self._same.get(name, name) for name in self._graph.outputs]
-        return replace(self._graph, outputs=outputs, nodes=nodes, constants=self._constants)
+        return Graph(self._graph.inputs, outputs, nodes, self._constants, self._graph.noise)
 
     def _kept(self, node: Node) -> Node | None:
         """The node with its arguments renamed, or None where its result is known already."""

@@ -36,7 +36,7 @@ def busy() -> str:
     Nothing is started where on average over the last minute more processes wanted a processor than there
     are: a compiler would take the time of another's work then.
     """
-    if side_by_side():
+    if os.environ.get(SIDE_BY_SIDE):
         return f"fits run side by side ({SIDE_BY_SIDE})"
     count = processors()
     with contextlib.suppress(OSError, AttributeError):  # no such thing on Windows
@@ -44,11 +44,6 @@ def busy() -> str:
         if load > count:
             return f"the machine is busy (a load of {load:.1f} on {count} processors)"
     return ""
-
-
-def side_by_side() -> bool:
-    """Whether fits run at the same time as others, by their user's word."""
-    return bool(os.environ.get(SIDE_BY_SIDE))
 
 
 def take() -> int | None:

@@ -1,45 +1,30 @@
-"""What Pyro and torch keep for the whole process, as a fit has it: dtype, random numbers, parameters.
+"""The process-wide state of Pyro and torch, borrowed under one lock and given back as it was.
 
-The default dtype, torch's random state, the validation switch, Pyro's handler stack and its parameter
-store are the process's. Whatever runs a Pyro model does it inside `isolated`; whatever draws random
-numbers does it inside a `RandomStream`. What these set up is the thread's own (`per_thread`): other
-threads see nothing of it, and two may fit at once. Models are run under `LOCK`, one at a time, since two
-fits may share a user's module. In a process that is forked meanwhile the lock is free, and nothing of
-other threads is left.
+Pyro's handler stack is one module-level list, and the default dtype, the validation switch, the
+parameter store and torch's random state are as global. Whatever runs a Pyro model does it inside
+`isolated`; whatever draws random numbers does it inside a `RandomStream`. Both hold `LOCK`, so two
+threads may fit at once without seeing each other. A process that is forked meanwhile has none of the
+other threads: there, what they had borrowed is given back, and the lock is free.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import hashlib
 import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
+import pyro
 import torch
-from pyro.distributions import util as distributions_util
-from pyro.params.param_store import ParamStoreDict
-from pyro.poutine.runtime import _DimAllocator, _EnumAllocator
+from pyro import distributions, infer, poutine
+from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 
-from pyro_vi_kit.core import per_thread
 from pyro_vi_kit.core.errors import OptionError
 from pyro_vi_kit.core.options import told
-from pyro_vi_kit.core.per_thread import (
-    HERE,
-    Depth,
-    Function,
-    Swaps,
-    default_dtype,
-    having,
-)
-
-__all__ = ["default_dtype"]
 
 LOCK = threading.RLock()
 
@@ -62,11 +47,14 @@ def if_forked(give_back: Callable[[], None]) -> Iterator[None]:
 
 def _after_fork() -> None:
     """In a forked process: have everything as if no other thread had ever been inside a block."""
-    if not LOCK._is_owned():  # type: ignore[attr-defined]
-        while _BORROWED:
-            _BORROWED.pop()()
-        LOCK._at_fork_reinit()  # type: ignore[attr-defined]
-    Swaps.forget_other_threads()
+    if LOCK._is_owned():  # type: ignore[attr-defined]
+        return  # by the thread that forked, which goes on in its block
+    while _BORROWED:
+        _BORROWED.pop()()
+    LOCK._at_fork_reinit()  # type: ignore[attr-defined]
+    users, _OneThread.users = _OneThread.users, min(1, _OneThread.nesting.depth)
+    if users and not _OneThread.users:
+        torch.set_num_threads(_OneThread.outer)
 
 
 if hasattr(os, "register_at_fork"):
@@ -101,6 +89,12 @@ def generator_of(seed: int, *purpose: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(seed, *purpose))
 
 
+def default_dtype() -> torch.dtype:
+    """The user's default dtype, and not the one that a fit in another thread has borrowed it for."""
+    with LOCK:
+        return torch.get_default_dtype()
+
+
 def a_dtype(option: str, value: Any) -> torch.dtype:
     """A rule of `options.checks`: a precision that models are run in."""
     if not isinstance(value, torch.dtype) or value not in (torch.float32, torch.float64):
@@ -130,26 +124,24 @@ def _memory() -> float:
         return float("inf")
 
 
-def random_state() -> list[bytes]:
-    """What this thread's random numbers stand at: equal to an earlier one where nothing was drawn.
+def _generators() -> list[torch.Generator]:
+    """The global generators of torch: the CPU's, and those of the CUDA devices once these are in use."""
+    cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    return [torch.default_generator, *cuda]
 
-    In a `RandomStream` these are the stream's, else torch's global generators.
-    """
-    if HERE.streams:
-        states = HERE.streams[-1].state()
-    else:
-        cuda = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
-        states = [generator.get_state() for generator in (torch.default_generator, *cuda)]
+
+def random_state() -> list[bytes]:
+    """What torch's global generators stand at: equal to an earlier one where nothing was drawn."""
     # Past the modes that a model runs under: they would take these tensors for the model's.
     with torch._C.DisableTorchFunction():
-        return [state.numpy().tobytes() for state in states]
+        return [generator.get_state().numpy().tobytes() for generator in _generators()]
 
 
 class RandomStream:
-    """Random numbers of its own: inside ``with stream:`` all that this thread draws is of this stream.
+    """Random numbers of its own: inside ``with stream:`` torch's global generators are this stream.
 
-    The next ``with`` goes on where this one stopped. That holds for numbers on the CPU and on CUDA
-    devices.
+    The user's random state comes back on exit, and the next ``with`` goes on where this one stopped.
+    That holds for the CPU's generator and for those of the CUDA devices.
 
     Args:
         seed: The same seed gives the same numbers on the same machine and device.
@@ -158,49 +150,28 @@ class RandomStream:
 
     def __init__(self, seed: int, *purpose: str | int) -> None:
         self._seed = seed_of(seed, *purpose)
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._restored: list[torch.Tensor] = []
-        self._mode: list[contextlib.AbstractContextManager[Any]] = []
-        self._outer: list[tuple[Any, ...]] = []
+        self._states: list[torch.Tensor] = []
+        self._outer: list[list[torch.Tensor]] = []
 
     def state(self) -> list[torch.Tensor]:
         """Where each generator stands, as bytes; none where nothing was drawn yet."""
-        states = [generator.get_state() for generator in self._generators.values()]
-        return states + [state.clone() for state in self._restored[len(states) :]]
+        return [state.clone() for state in self._states]
 
     def restore(self, state: Sequence[torch.Tensor]) -> None:
         """Go on from `state`."""
-        self._generators, self._restored = {}, [one.clone() for one in state]
-
-    def on(self, device: torch.device) -> torch.Generator:
-        """The generator of a device."""
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device not in self._generators:
-            self._make(torch.device("cpu"))
-            # All of them, so that the order of `state` says which is which.
-            of_cuda = torch.cuda.device_count() if device.type == "cuda" else 0
-            for one in [*(torch.device("cuda", index) for index in range(of_cuda)), device]:
-                self._make(one)
-        return self._generators[device]
-
-    def _make(self, device: torch.device) -> None:
-        if device in self._generators:
-            return
-        made, position = new_generator(device), len(self._generators)
-        if position < len(self._restored):
-            made.set_state(self._restored[position])
-        else:
-            made.manual_seed(self._seed)
-        self._generators[device] = made
+        self._states = [generator.clone() for generator in state]
 
     def __enter__(self) -> RandomStream:
-        self.on(torch.device("cpu"))
-        self._outer.append(HERE.streams)
-        HERE.streams = (*HERE.streams, self)
-        self._mode.append(per_thread.under_defaults())
-        self._mode[-1].__enter__()
-        _SEEDING.__enter__()
+        LOCK.acquire()
+        generators = _generators()
+        outer = [generator.get_state() for generator in generators]
+        self._outer.append(outer)
+        _BORROWED.append(lambda: _set_states(generators, outer))
+        for position, generator in enumerate(generators):
+            if position < len(self._states):
+                generator.set_state(self._states[position])
+            else:
+                generator.manual_seed(self._seed)
         return self
 
     def __exit__(
@@ -209,81 +180,84 @@ class RandomStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _SEEDING.__exit__(kind, error, trace)
-        self._mode.pop().__exit__(kind, error, trace)
-        HERE.streams = self._outer.pop()
+        generators = _generators()
+        self._states = [generator.get_state() for generator in generators]
+        _set_states(generators, self._outer.pop())
+        _BORROWED.pop()
+        LOCK.release()
 
 
-def new_generator(device: torch.device) -> torch.Generator:
-    """A generator on a device."""
-    return torch.Generator(device)
+def _set_states(generators: Sequence[torch.Generator], states: Sequence[torch.Tensor]) -> None:
+    for generator, state in zip(generators, states, strict=False):
+        generator.set_state(state)
 
 
-def _own() -> torch.Generator:
-    return HERE.streams[-1].on(torch.device("cpu"))
+# Each has a validation switch of its own.
+_CHECKING: tuple[Any, ...] = (distributions, infer, poutine)
 
 
-# What a model, or a data set's augmentation, may do about random numbers in a stream.
-_SEEDING = Swaps(
-    Function(torch, "manual_seed", lambda original: lambda seed: _own().manual_seed(int(seed))),
-    Function(torch, "get_rng_state", lambda original: lambda: _own().get_state()),
-    Function(torch, "set_rng_state", lambda original: lambda state: _own().set_state(state)),
-)
+class _Users:
+    """What the user's own code is run with, outside of all blocks of `isolated`; under `LOCK`."""
+
+    blocks: ClassVar[int] = 0
+    validation: ClassVar[bool] = True
 
 
 def validated_by_user() -> bool:
-    """Whether the user has not switched the checks of all distributions off."""
-    return distributions_util._VALIDATION_ENABLED
+    """Whether the user has not switched the checks of all distributions off; under `LOCK`."""
+    return distributions.is_validation_enabled() if not _Users.blocks else _Users.validation
 
 
 @contextlib.contextmanager
 def validation(enabled: bool) -> Iterator[None]:
-    """Pyro's and torch's checks on or off, in this thread."""
-    with per_thread.VALIDATION, having(validation=enabled):
+    """Pyro's and torch's checks on or off, under the lock: two threads would leave each other's."""
+    with LOCK, pyro.validation_enabled(enabled):
         yield
 
 
 @contextlib.contextmanager
 def isolated(
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-    *,
-    validate: bool = False,
-    mode: contextlib.AbstractContextManager[Any] | None = None,
+    dtype: torch.dtype, device: torch.device | None = None, *, validate: bool = False
 ) -> Iterator[None]:
     """Run Pyro code alone: under the lock, with these defaults and this validation switch.
-
-    Handlers that were entered around it do not reach inside: Pyro's stack does not say of which thread
-    they are.
 
     Args:
         dtype: Becomes the default dtype, so that literals in the model take it too.
         device: Becomes the default device, for the same; None leaves it as it is.
         validate: Whether Pyro and torch check arguments and supports. Their messages are good, so the
             first run has them; the hot loop does not.
-        mode: What there is in the place of `Defaults`, which costs each torch function a microsecond:
-            what does more, or nothing for what is known to need none.
     """
-    outermost = HERE.handlers is None
-    handlers: dict[str, Any] = {}
-    if outermost:
-        handlers = {"handlers": [], "dims": _DimAllocator(), "enumerated": _EnumAllocator()}
-    with (
-        LOCK,
-        _DEFAULTS,
-        per_thread.HANDLERS,
-        per_thread.VALIDATION,
-        having(dtype=dtype, device=device or HERE.device, validation=validate, **handlers),
-        mode or per_thread.under_defaults(),
-        default_device(device),
-    ):
-        yield
+    with LOCK:
+        outer, torchs_own = torch.get_default_dtype(), torch.broadcast_shapes
+        checks = [module.is_validation_enabled() for module in _CHECKING]
+        handlers, dims = len(_PYRO_STACK), len(_DIM_ALLOCATOR._stack)
+
+        def give_back() -> None:
+            torch.broadcast_shapes = torchs_own
+            torch.set_default_dtype(outer)
+            for module, check in zip(_CHECKING, checks, strict=True):
+                module.enable_validation(check)
+            del _PYRO_STACK[handlers:], _DIM_ALLOCATOR._stack[dims:]
+            _Users.blocks = 0
+
+        with if_forked(give_back):
+            _Users.validation = validated_by_user()
+            _Users.blocks += 1
+            torch.set_default_dtype(dtype)
+            torch.broadcast_shapes = broadcast_shapes
+            try:
+                with pyro.validation_enabled(validate), default_device(device):
+                    yield
+            finally:
+                _Users.blocks -= 1
+                torch.broadcast_shapes = torchs_own
+                torch.set_default_dtype(outer)
 
 
 def default_device(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors that are made without a device land on this one."""
     # A context of torch's costs each call of a torch function: none where tensors land there anyway.
-    if device is None or torch.empty(0, dtype=torch.int64).device == device:
+    if device is None or torch.empty(0).device == device:
         return contextlib.nullcontext()
     return device  # a torch.device is such a context
 
@@ -304,17 +278,6 @@ def broadcast_shapes(*shapes: int | Sequence[int]) -> torch.Size:
     return torch.Size(common)
 
 
-def _set_default_dtype(dtype: Any) -> None:
-    HERE.dtype = dtype
-
-
-_DEFAULTS = Swaps(
-    Function(torch, "broadcast_shapes", lambda original: broadcast_shapes),
-    Function(torch, "get_default_dtype", lambda original: default_dtype),
-    Function(torch, "set_default_dtype", lambda original: _set_default_dtype),
-)
-
-
 @contextlib.contextmanager
 def private_params(state: Any = None) -> Iterator[Any]:
     """A parameter store of one's own; yields its state, which holds what was written on exit.
@@ -322,69 +285,66 @@ def private_params(state: Any = None) -> Iterator[Any]:
     Args:
         state: The state to start from, as `ParamStoreDict.get_state` gives it; empty when None.
     """
-    own = ParamStoreDict()
-    own.set_state(inner := {"params": {}, "constraints": {}} if state is None else state)
-    with per_thread.PARAMS, having(params=own):
-        yield inner
-        inner.update(own.get_state())
+    store = pyro.get_param_store()
+    with LOCK:
+        outer = store.get_state()
+
+        def give_back() -> None:
+            store.clear()
+            store.set_state(outer)
+
+        with if_forked(give_back), store.scope(state) as inner:
+            yield inner
 
 
-_NESTING = Depth()
+class _Nesting(threading.local):
+    """How many `one_thread` blocks this thread is in."""
+
+    depth = 0
+
+
+class _OneThread:
+    """How many threads are in such a block, and how many threads torch had before the first."""
+
+    nesting = _Nesting()
+    users = 0
+    outer = 1
 
 
 @contextlib.contextmanager
 def one_thread(wanted: bool = True) -> Iterator[None]:
-    """Run torch on one thread: on tensors of a few thousand numbers more threads only wait."""
-    if not wanted or _NESTING.depth:
+    """Run torch on one thread: on tensors of a few thousand numbers more threads only wait.
+
+    Torch keeps the number for each thread that calls it, and for threads yet to come, so each of them
+    sets its own to 1 and back to what the first of them found.
+    """
+    if not wanted:
         yield
         return
-    before = torch.get_num_threads()
-    _NESTING.depth += 1
-    _set_own_threads(1)
+    _enter_one_thread()
     try:
-        with Swaps.standing():
-            yield
+        yield
     finally:
-        _NESTING.depth -= 1
-        _set_own_threads(before)
+        _leave_one_thread()
 
 
-def _set_own_threads(number: int) -> None:
-    """Have this thread compute on so many.
-
-    Torch keeps the number for each thread that calls it, and the last one that was set for those yet to
-    come. So not torch is told but what it tells: OpenMP, and MKL where it is there. Where these cannot
-    be called, threads that are started while a fit sets or takes back its number may have it too.
-    """
-    # Asking first: a thread's first question sets its number, to what the process last set.
-    if number == torch.get_num_threads():
+def _enter_one_thread() -> None:
+    _OneThread.nesting.depth += 1
+    if _OneThread.nesting.depth > 1:
         return
-    libraries = _libraries()
-    if libraries is None:
-        for_others = _in_new_thread(torch.get_num_threads)
-        torch.set_num_threads(number)
-        _in_new_thread(lambda: torch.set_num_threads(for_others))
+    with LOCK:
+        # Asking first: a thread's first question sets its number, to what the process last set.
+        before = torch.get_num_threads()
+        if _OneThread.users == 0:
+            _OneThread.outer = before
+        _OneThread.users += 1
+        torch.set_num_threads(1)
+
+
+def _leave_one_thread() -> None:
+    _OneThread.nesting.depth -= 1
+    if _OneThread.nesting.depth > 0:
         return
-    for function in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local"):
-        if hasattr(libraries, function):
-            getattr(libraries, function)(number)
-
-
-@functools.cache
-def _libraries() -> ctypes.CDLL | None:
-    """The library of torch's that brings OpenMP with it; None where that cannot be found."""
-    folder = Path(torch.__file__).with_name("lib")
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        with contextlib.suppress(OSError, AttributeError):
-            found = ctypes.CDLL(str(folder / name))
-            found.omp_set_num_threads  # noqa: B018  raises where there is none
-            return found
-    return None
-
-
-def _in_new_thread(work: Callable[[], Any]) -> Any:
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(work()))
-    thread.start()
-    thread.join()
-    return found[0]
+    with LOCK:
+        _OneThread.users -= 1
+        torch.set_num_threads(_OneThread.outer)

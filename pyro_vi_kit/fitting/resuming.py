@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from pyro_vi_kit import guides, objectives
 from pyro_vi_kit.core.device import Device
 from pyro_vi_kit.core.errors import FileError, ModelError, OptionError, OtherDataWarning
-from pyro_vi_kit.core.per_thread import warnings_here
 from pyro_vi_kit.core.runtime import seed_of
 from pyro_vi_kit.fitting.request import Options, Request
 from pyro_vi_kit.guides import Guide, GuideSpec
@@ -46,8 +46,9 @@ def earlier_fit(
     """
     if isinstance(resume, str | Path):
         known: Any = None if isinstance(guide, str) else guide
-        # Refused by `require_same_model`, in words that speak of resume=.
-        with warnings_here("ignore", category=OtherDataWarning):
+        with warnings.catch_warnings():
+            # Refused by `require_same_model`, in words that speak of resume=.
+            warnings.simplefilter("ignore", OtherDataWarning)
             return load(resume, model, guide=known, device=device)
     if not isinstance(resume, Posterior):
         raise OptionError(

@@ -129,11 +129,16 @@ class Gradients:
                 raise
             return float("nan"), np.full_like(point, np.nan)
 
-    def expect(self, evaluations: int, z: Tensor) -> None:
-        """Say how many evaluations of points like ``z``, `[K, D]`, are to come, if that is known."""
+    def expect(self, evaluations: int, z: Tensor) -> bool:
+        """Say how many evaluations of points like ``z``, `[K, D]`, are to come, if that is known.
+
+        Returns:
+            Whether a compiler is at work on them.
+        """
         shape = self._shapes.get(len(z))
-        if shape is not None and shape.program is not None:
-            shape.program.expect(evaluations, (z, *shape.rest))
+        if shape is None or shape.program is None:
+            return False
+        return shape.program.expect(evaluations, (z, *shape.rest))
 
     def to_c(self, evaluations: int, point: np.ndarray) -> bool:
         """Have single points evaluated in C from now on, if that pays and can be done.

@@ -40,8 +40,7 @@ def test_compiled_graph_is_the_function_and_is_found_again(cache):
     assert first.how == "script"
     assert first.compile(inputs(2)), first.note
     again = program()
-    assert again.how == "script"
-    assert again.compile(inputs(2), 0.0), again.note  # it is there, and not waited for
+    assert again.how == "native"
     for found in (first, again):
         with RandomStream(3):
             expected = function(*inputs(4))
@@ -105,7 +104,7 @@ def test_a_library_that_computes_something_else_is_not_used(cache, monkeypatch):
         def __init__(self, graph, inputs):
             pass
 
-        def wait(self, seconds):
+        def poll(self):
             return True
 
         def load(self):
@@ -116,6 +115,5 @@ def test_a_library_that_computes_something_else_is_not_used(cache, monkeypatch):
 
     monkeypatch.setattr(program_module, "Library", Wrong)
     captured = program()
-    assert not captured.compile(inputs(2))
     assert captured.how == "script"
     assert "something else" in captured.note

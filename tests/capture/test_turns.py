@@ -7,9 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,9 +16,7 @@ import models.eight_schools
 import pyro_vi_kit as vi
 from pyro_vi_kit.capture import native, turns
 from pyro_vi_kit.capture import program as programs
-from pyro_vi_kit.capture.graph import Graph
 from pyro_vi_kit.capture.recorder import record
-from pyro_vi_kit.capture.replay import python
 
 pytestmark = [
     pytest.mark.skipif(os.name != "posix", reason="groups of processes"),
@@ -98,6 +94,7 @@ def test_not_where_there_is_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_ends_with_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "_PATIENCE", 0.0)
+    monkeypatch.setattr(programs, "_BETWEEN_LOOKS", 0.0)
     started: list[int] = []
     begin = native.Library.start
 
@@ -144,70 +141,3 @@ def test_it_ends_with_the_process_that_asked(cache: Path) -> None:
     parent.stdout.close()
     assert gone(group)
     assert not scratch.exists()
-
-
-class Slow:
-    """A compiler that takes so many looks, and whose results round differently."""
-
-    looks = 0
-    problem = ""
-
-    def __init__(self, graph: Graph, inputs: object) -> None:
-        self.run, self.left, self.started = python(graph), self.looks, 0
-
-    def start(self, *, asked: bool = False) -> None:
-        self.started += 1
-
-    def wait(self, seconds: float) -> bool:
-        while self.left:
-            self.left -= 1
-        return True
-
-    def load(self) -> Callable[..., list[torch.Tensor]]:
-        return lambda *inputs: [
-            result * (1.0 + 1e-12) if result.is_floating_point() else result
-            for result in self.run(*inputs)
-        ]
-
-    def stop(self) -> None:
-        pass
-
-
-@pytest.mark.parametrize("guide", ["affine_coupling", "full_rank"])
-def test_numbers_do_not_depend_on_when_a_compiler_is_done(
-    monkeypatch: pytest.MonkeyPatch, guide: str
-) -> None:
-    """It takes over at a counted call, whatever the clock says and whether it has been there before."""
-    monkeypatch.setattr(programs, "_PATIENCE", 1e-3)
-    monkeypatch.setattr(programs, "_TAKES_OVER", 0.01)
-    monkeypatch.setattr(programs, "Library", Slow)
-    taken: list[int] = []
-    take_over = programs.Program._take_over
-
-    def noted(self: programs.Program, *args: Any) -> None:
-        taken.extend([self._calls] if self._library is not None else [])
-        take_over(self, *args)
-
-    monkeypatch.setattr(programs.Program, "_take_over", noted)
-    found, calls = [], []
-    for looks, pause in ((0, 0.0), (10_000, 0.002)):
-        monkeypatch.setattr(Slow, "looks", looks)
-        replayed = programs.Program._replayed
-
-        def slowly(
-            self: programs.Program, everything: Any, pause: float = pause, run: Any = replayed
-        ) -> Any:
-            time.sleep(pause)
-            return run(self, everything)
-
-        with monkeypatch.context() as slowed:
-            slowed.setattr(programs.Program, "_replayed", slowly)
-            posterior = vi.fit(
-                models.eight_schools.MODEL, guide=guide, seed=0, steps=40, progress=False
-            )
-        found.append([posterior.elbo, *posterior.losses.tolist()])
-        calls.append(list(taken))
-        taken.clear()
-    assert found[0] == found[1]
-    assert calls[0] == calls[1]
-    assert calls[0] or guide == "full_rank"

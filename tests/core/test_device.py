@@ -15,7 +15,6 @@ from toys import MODELS, load, two_scales_model
 import pyro_vi_kit as vi
 from pyro_vi_kit import guides, objectives
 from pyro_vi_kit.capture import Program, replay
-from pyro_vi_kit.capture.graph import Graph
 from pyro_vi_kit.capture.recorder import record
 from pyro_vi_kit.cli import main
 from pyro_vi_kit.core.device import checked, device_of
@@ -177,7 +176,7 @@ def pretend_cuda(monkeypatch):
 
 def test_a_cuda_graph_reads_its_own_memory_and_gives_copies(pretend_cuda):
     example = [torch.ones(2), torch.ones(2)]
-    run = replay.on_cuda(Graph([], [], [], {}), pair, example)
+    run = replay.on_cuda(pair, example)
     first = run(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
     second = run(torch.tensor([5.0, 6.0]), torch.tensor([7.0, 8.0]))
     assert [value.tolist() for value in first] == [[4.0, 6.0], [3.0, 8.0]]
@@ -188,7 +187,7 @@ def test_a_cuda_graph_reads_its_own_memory_and_gives_copies(pretend_cuda):
 @without_cuda
 def test_a_graph_that_cuda_refuses_goes_to_torchscript(monkeypatch):
     with pytest.raises(RuntimeError):
-        replay.on_cuda(Graph([], [], [], {}), pair, [torch.ones(2), torch.ones(2)])
+        replay.on_cuda(pair, [torch.ones(2), torch.ones(2)])
     inputs = [torch.ones(2), torch.ones(2)]
     graph = record(lambda a, b: (a + b,), inputs)
 

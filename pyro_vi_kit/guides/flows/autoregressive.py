@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_vi_kit.core.per_thread import default_dtype
 from pyro_vi_kit.core.registry import About
 from pyro_vi_kit.guides.flows.coupling_layers import MAX_LOG_SCALE
 from pyro_vi_kit.guides.flows.flows import OUTPUT_UNIT, Layer, LayeredSpec, Step
@@ -134,4 +133,4 @@ def _masks(dim: int, hidden: Sequence[int]) -> list[Tensor]:
     degrees = [torch.arange(dim), *inner]
     masks = [(before[:, None] <= after).double() for before, after in pairwise(degrees)]
     last = (degrees[-1][:, None] < torch.arange(dim)).double() * OUTPUT_UNIT
-    return [mask.to(default_dtype()) for mask in (*masks, last.repeat(1, 2))]
+    return [mask.to(torch.get_default_dtype()) for mask in (*masks, last.repeat(1, 2))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, default_collate
 
 from pyro_vi_kit.core.errors import ModelError
-from pyro_vi_kit.core.per_thread import warnings_here
-from pyro_vi_kit.core.runtime import RandomStream, random_state
+from pyro_vi_kit.core.runtime import RandomStream
 from pyro_vi_kit.model.data.order import mix
 
 _PROBE = 4
@@ -66,9 +66,9 @@ class Rows:
         if self.draws is False:
             return self.fetch(index)
         with RandomStream(seed):
-            before = random_state()
+            before = torch.get_rng_state()
             batch = self.fetch(index)
-            self.draws = self.draws or random_state() != before
+            self.draws = self.draws or not torch.equal(before, torch.get_rng_state())
         return batch
 
     def _one_by_one(self, index: np.ndarray) -> Any:
@@ -78,8 +78,9 @@ class Rows:
         """Whether an array of row numbers gives what its rows give one by one."""
         some = np.unique(np.linspace(0, self.rows - 1, _PROBE).astype(np.int64))[::-1].copy()
         try:
-            # Rows of a read-only array are read here, and not written to.
-            with warnings_here("ignore", "The given NumPy array is not writable"):
+            with warnings.catch_warnings():
+                # Rows of a read-only array are read here, and not written to.
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
                 whole, single = self.dataset[some], self._one_by_one(some)
         except Exception:  # noqa: BLE001  whatever a dataset raises on an array, single rows may do
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from pyro_vi_kit.core.errors import in_words
-from pyro_vi_kit.core.per_thread import warnings_here
 
 _FACTORIES = (
     torch.zeros,
@@ -77,8 +77,9 @@ def first_that_agrees(
     modes: tuple[Batching, ...] = ("vmap", "lift", "lift_all")
     for mode in modes:
         try:
-            # Where vmap has a slow rule only, the next way may have a fast one.
-            with warnings_here("error", "There is a performance drop"):
+            with warnings.catch_warnings():
+                # Where vmap has a slow rule only, the next way may have a fast one.
+                warnings.filterwarnings("error", message="There is a performance drop")
                 results = found(mode)
         except Exception as error:  # noqa: BLE001  whatever vmap cannot do, the loop can
             reasons.append(in_words(error))

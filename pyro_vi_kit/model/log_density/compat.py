@@ -6,7 +6,8 @@ with a plain loop before they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,11 +15,42 @@ from pyro.ops import special
 from torch import Tensor
 from torch.distributions import Distribution, transforms
 
-from pyro_vi_kit.core.per_thread import Depth, Function, Swaps
+from pyro_vi_kit.core.runtime import if_forked
 from pyro_vi_kit.model.log_density import supports
 
 _NO_DIMS = torch.Size()
 _original_triangle = transforms.vec_to_tril_matrix
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Run without what neither vmap nor a capture can follow, and what it does not need.
+
+    An explicit ``validate_args=True`` is ignored, whose checks branch on values. Pyro's safe logarithm
+    (behind `DiscreteHMM`) is written with torch functions; its own is an autograd function of the old
+    kind. Triangular matrices (behind `LKJCholesky`) are filled and read by integer indices; torch's
+    boolean ones have a number of results that no graph can know. Call it under the lock of `runtime`;
+    the first runs of a model do without.
+    """
+    swaps = [
+        (Distribution, "__init__", _unvalidated(Distribution.__init__)),
+        (special, "_SafeLog", _SafeLog),
+        (transforms, "tril_matrix_to_vec", _below_diagonal),
+        (transforms, "vec_to_tril_matrix", _triangular),
+    ]
+    before = [getattr(owner, name) for owner, name, _ in swaps]
+
+    def give_back() -> None:
+        for (owner, name, _), old in zip(swaps, before, strict=True):
+            setattr(owner, name, old)
+
+    with if_forked(give_back):
+        for owner, name, new in swaps:
+            setattr(owner, name, new)
+        try:
+            yield
+        finally:
+            give_back()
 
 
 def _unvalidated(init: Callable[..., None]) -> Callable[..., None]:
@@ -54,39 +86,9 @@ def _triangular(vec: Tensor, diag: int = 0) -> Tensor:
 
 
 class _SafeLog:
-    """The logarithm, -inf at 0 without an infinite gradient there; in the place of Pyro's own."""
+    """The logarithm, -inf at 0 without an infinite gradient there."""
 
-    def put(self, inside: Depth) -> None:
-        """See `per_thread.Swap`."""
-        self._inside, self._own = inside, special._SafeLog
-        special._SafeLog = self
-
-    def take_back(self) -> None:
-        """See `per_thread.Swap`."""
-        special._SafeLog = self._own
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Log x."""
-        if not self._inside.depth:
-            return self._own.apply(x)
+    @staticmethod
+    def apply(x: Tensor) -> Tensor:
         tiny = torch.finfo(x.dtype).tiny
         return torch.where(x < tiny, x.detach().log(), x.clamp(min=tiny).log())
-
-
-_PLAIN = Swaps(
-    Function(Distribution, "__init__", _unvalidated),
-    _SafeLog(),
-    Function(transforms, "tril_matrix_to_vec", lambda original: _below_diagonal),
-    Function(transforms, "vec_to_tril_matrix", lambda original: _triangular),
-)
-
-
-def plain() -> Swaps:
-    """Run without what neither vmap nor a capture can follow, and what it does not need.
-
-    An explicit ``validate_args=True`` is ignored, whose checks branch on values. Pyro's safe logarithm
-    (behind `DiscreteHMM`) is written with torch functions; its own is an autograd function of the old
-    kind. Triangular matrices (behind `LKJCholesky`) are filled and read by integer indices; torch's
-    boolean ones have a number of results that no graph can know. The first runs of a model do without.
-    """
-    return _PLAIN

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from pyro_vi_kit.core.device import Device, checked
 from pyro_vi_kit.core.errors import ModelError, ModelWarning, ViError, in_words
-from pyro_vi_kit.core.per_thread import HERE, Swaps, warnings_here
 from pyro_vi_kit.core.runtime import LOCK, RandomStream
 from pyro_vi_kit.model.log_density.batching import (
     Batching,
@@ -144,7 +143,6 @@ class Density:
     """
 
     @torch.enable_grad()  # a caller may have gradients off; what follows differentiates
-    @Swaps.standing()
     def __init__(
         self,
         model: Model,
@@ -219,28 +217,26 @@ class Density:
             ModelError: If it is not the density of Pyro's own trace, its gradient or its sum over
                 discrete latents is wrong, or a latent with an improper prior has no influence.
         """
-        stream = RandomStream(1)
-        with stream:
+        with RandomStream(1):
             # Three is no likely size of a model's dimension; four, ten or sixteen would be.
             away = self.cast(torch.randn(3, self.dim, dtype=self.dtype, device="cpu"))
-        # Numbers of float32, so that a model in either precision has them exactly.
-        z = self._around(away).float().to(self.dtype)
-        exact = self._compared(z)
-        self.batching, reason = first_that_agrees(lambda mode: self._in_mode(mode, z), exact)
-        again = exact
-        if self.batching == "loop":
-            self.give_up(f"The density is evaluated point by point in a Python loop: {reason}")
-            again = self._in_mode("loop", z)
-        changes = not all(agree(a, b, 1e-9, 1e-4) for a, b in zip(exact, again, strict=True))
-        # A model that is not the same twice agrees with itself in no way.
-        problem = next(chance_problems(first), None) if changes else None
-        with stream:
+            # Numbers of float32, so that a model in either precision has them exactly.
+            z = self._around(away).float().to(self.dtype)
+            exact = self._compared(z)
+            self.batching, reason = first_that_agrees(lambda mode: self._in_mode(mode, z), exact)
+            again = exact
+            if self.batching == "loop":
+                self.give_up(f"The density is evaluated point by point in a Python loop: {reason}")
+                again = self._in_mode("loop", z)
+            changes = not all(agree(a, b, 1e-9, 1e-4) for a, b in zip(exact, again, strict=True))
+            # A model that is not the same twice agrees with itself in no way.
+            problem = next(chance_problems(first), None) if changes else None
             problem = problem or self.slope_problem(z, exact[1])
             problem = problem or self.sum_problem(z) or self.aimless_problem(z)
-        if problem is not None:
-            raise ModelError(str(problem))
-        self.leaving = self._sites_that_leave()
-        self._runner.guarded = frozenset(self.leaving)
+            if problem is not None:
+                raise ModelError(str(problem))
+            self.leaving = self._sites_that_leave()
+            self._runner.guarded = frozenset(self.leaving)
 
     def _packed(self, values: Mapping[str, Tensor]) -> Tensor:
         """One point `[D]`; drawn discrete sites, which have no value among these, stand at zeros."""
@@ -677,7 +673,8 @@ class Density:
 
         args, kwargs = self.arguments(rows_among(self.data, sliced, index))
         model = Model(some, *args, kwargs=kwargs)
-        with warnings_here("ignore", category=ModelWarning):  # they were said of all rows
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ModelWarning)  # they were said of all rows
             density = Density(
                 model,
                 dtype=self.dtype,
@@ -792,23 +789,22 @@ class Density:
         single: Callable[[Values], Any],
         z: Mapping[str, Tensor],
         mode: Batching | None = None,
-        *,
-        draws: bool = False,
     ) -> Any:
         size = next(iter(z.values())).shape[0]
-        with self._runner.isolated(settled=not draws):
+        with self._runner.isolated():
             # One point needs no vmap, and is what NUTS and mode searches ask for.
             return batched(single, z, mode or ("loop" if size == 1 else self.batching))
 
     def _sampled(self, single: Callable[[Values], Values], z: Mapping[str, Tensor]) -> Values:
         """As `_batched`, for functions that may draw: vmap has no rule for some samplers."""
         try:
-            with warnings_here("ignore", "There is a performance drop"), VectorisedCauchy():
-                return self._batched(single, z, draws=True)
+            with warnings.catch_warnings(), VectorisedCauchy():
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                return self._batched(single, z)
         except ViError:
             raise
         except Exception as error:  # noqa: BLE001  whatever vmap cannot do, the loop may
-            found = self._batched(single, z, "loop", draws=True)
+            found = self._batched(single, z, "loop")
             self.give_up(f"Draws are made point by point in a Python loop: {in_words(error)}")
             return found
 
@@ -827,9 +823,7 @@ class Density:
         seen: list[Seen] = []
         try:
             with self.watched() as sizes:
-                HERE.gave_dtype = False
                 exact = self._exact(z, seen)
-                gave_dtype = HERE.gave_dtype
         except ViError:
             raise
         except Exception as error:
@@ -847,7 +841,8 @@ class Density:
                 f"the log density is NaN, and {bad}: drop the rows, or fill the values"
             )
         self._require_same_as_pyro(z, seen)
-        self._runner.settle(gave_dtype)
+        if self._runner.precision and not self._runner.precision.met:
+            self._runner.precision = None
         return exact
 
     @contextlib.contextmanager

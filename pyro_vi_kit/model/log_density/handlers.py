@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from pyro_vi_kit.core.errors import ModelError
-from pyro_vi_kit.core.per_thread import Function, Swaps, default_dtype
 from pyro_vi_kit.model.log_density import supports
 from pyro_vi_kit.model.log_density.drawn import Choice, Drawn, hardened
 from pyro_vi_kit.model.log_density.initial import InitFunction, point_at
@@ -135,7 +133,7 @@ class Replay(Messenger):
             visit.value = visit.fn.sample() if moved or value is None else value
             return
         if given is None and value is not None:
-            given = choice.weights(value, torch.empty((), dtype=default_dtype()))
+            given = choice.weights(value, torch.empty((), dtype=torch.get_default_dtype()))
         visit.unconstrained = hardened(self.fill(choice.shape())) if given is None else given
         visit.value = choice.value(visit.unconstrained)
         batch = visit.unconstrained.shape[: visit.unconstrained.dim() - 1 - choice.inner]
@@ -266,23 +264,6 @@ def _require_one_value(visit: Visit, transform: Any) -> None:
         )
 
 
-class _Choosing(threading.local):
-    """How plates choose their rows in this thread."""
-
-    choose: Callable[..., Any] | None = None
-
-
-_CHOOSING = _Choosing()
-_PYROS_OWN = SubsampleMessenger._subsample
-
-
-def _choose(*args: Any, **kwargs: Any) -> Any:
-    return (_CHOOSING.choose or _PYROS_OWN)(*args, **kwargs)
-
-
-_SUBSAMPLE = Swaps(Function(SubsampleMessenger, "_subsample", lambda original: _choose))
-
-
 @contextlib.contextmanager
 def subsample_indices(
     index: Mapping[str, Tensor],
@@ -293,7 +274,7 @@ def subsample_indices(
     """Make every plate use these indices, all of its rows where none are given.
 
     A plate that declares ``subsample_size`` refuses any other length, and only this function stands
-    between the declaration and the refusal.
+    between the declaration and the refusal. Call it under the lock of `runtime`.
 
     Args:
         index: Indices [B] by plate name.
@@ -302,9 +283,9 @@ def subsample_indices(
             hand already, as its arguments: its rows are the first ones.
         at_hand: Other plates that have the subsample they declare as their arguments.
     """
-    outer = _CHOOSING.choose
+    original = SubsampleMessenger._subsample
 
-    def choose(
+    def subsample(
         name: str,
         size: int | None = None,
         subsample_size: int | None = None,
@@ -312,25 +293,23 @@ def subsample_indices(
         use_cuda: bool | None = None,
         device: str | None = None,
     ) -> Any:
-        beyond = outer or _PYROS_OWN
         if size is None or subsample is not None:
-            return beyond(name, size, subsample_size, subsample, use_cuda, device)
+            return original(name, size, subsample_size, subsample, use_cuda, device)
         if declared is not None and subsample_size is not None and subsample_size < size:
             declared[name] = int(subsample_size)
         given = index.get(name)
         here = size == streamed_rows or name in at_hand
         if given is None and subsample_size is not None and here:
             first = torch.arange(min(subsample_size, size), device=device)
-            return beyond(name, size, None, first, use_cuda, device)
+            return original(name, size, None, first, use_cuda, device)
         chosen = torch.arange(size, device=device) if given is None else given
-        return beyond(name, size, None, chosen, use_cuda, device)
+        return original(name, size, None, chosen, use_cuda, device)
 
-    with _SUBSAMPLE:
-        _CHOOSING.choose = choose
-        try:
-            yield
-        finally:
-            _CHOOSING.choose = outer
+    SubsampleMessenger._subsample = staticmethod(subsample)
+    try:
+        yield
+    finally:
+        SubsampleMessenger._subsample = staticmethod(original)
 
 
 @dataclass(eq=False)  # a stack of handlers asks which of them it holds

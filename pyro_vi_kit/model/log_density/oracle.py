@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_vi_kit.core.errors import ModelError, first_line
-from pyro_vi_kit.core.per_thread import default_dtype, warnings_here
 from pyro_vi_kit.core.runtime import RandomStream, isolated, private_params
 from pyro_vi_kit.model.log_density.problems import changing_problem
 from pyro_vi_kit.model.log_density.raised import Problem
@@ -131,8 +131,8 @@ class Oracle:
         device = runner.device if double else runner.own_device
         given = _Given(point.values, device)
         with (
-            isolated(dtype, runner.device if double else None),
             RandomStream(0),
+            isolated(dtype, runner.device if double else None),
             _own_params(self.parameters, dtype, device),
             runner.learned(self.params) if double else contextlib.nullcontext(),
             runner.as_written(),
@@ -259,7 +259,7 @@ def _dtype_of(fn: Any, otherwise: torch.dtype) -> torch.dtype:
     try:
         return fn.sample().dtype
     except Exception:  # noqa: BLE001  an improper prior cannot be sampled, others fail at odd parameters
-        return default_dtype() if otherwise.is_floating_point else otherwise
+        return torch.get_default_dtype() if otherwise.is_floating_point else otherwise
 
 
 @contextlib.contextmanager
@@ -274,8 +274,8 @@ def _own_params(
             value = parameter.value.to(device)
             params[name] = value.to(dtype) if value.is_floating_point() else value
             constraints[name] = parameter.constraint
-    unregistered = warnings_here("ignore", ".*was not registered in the param store")
-    with private_params({"params": params, "constraints": constraints}), unregistered:
+    with private_params({"params": params, "constraints": constraints}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was not registered in the param store")
         yield
 
 

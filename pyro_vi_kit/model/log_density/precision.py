@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
 from pyro_vi_kit.core.errors import ModelError
-from pyro_vi_kit.core.per_thread import Defaults, called
 from pyro_vi_kit.core.work import Watcher
 
 # Conversions by name, and what they ask for.
@@ -28,7 +28,7 @@ _CONVERSIONS = frozenset((*_NAMED, Tensor.to, Tensor.type, Tensor.type_as))
 _SURPLUS, _BYTES = 4, 2**26
 
 
-class Precision(Defaults):
+class Precision(TorchFunctionMode):
     """Lets a model compute in another precision, or on another device, than it was written for.
 
     The default dtype does so for literals. Where the model names a dtype, it gets this one in its place.
@@ -110,7 +110,7 @@ class Precision(Defaults):
         asked = kwargs.get("dtype")
         args = tuple(self._own(value, inert) for value in args)
         kwargs = {key: self._own(value, inert) for key, value in kwargs.items()}
-        result = called(func, args, kwargs)
+        result = func(*args, **kwargs)
         if isinstance(asked, torch.dtype) and isinstance(result, Tensor):
             self._name(result, asked)
         return result if self.copies and _is_view(result, args) else self._registered(result)
@@ -222,7 +222,7 @@ class Precision(Defaults):
             if asked is not None and func is Tensor.type:
                 return self._registered(source.to(asked))
             others = {key: self._own(value) for key, value in kwargs.items()}
-            return self._registered(called(func, (source, *rest), others))
+            return self._registered(func(source, *rest, **others))
         wanted = self._dtype(asked)
         with torch._C.DisableTorchFunction():
             if asked in (torch.float16, torch.bfloat16):

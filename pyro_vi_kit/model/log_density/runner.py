@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_vi_kit.core.device import device_of
 from pyro_vi_kit.core.errors import ModelError, ViError
-from pyro_vi_kit.core.per_thread import process_default_dtype, warnings_here
 from pyro_vi_kit.core.runtime import (
     RandomStream,
     default_dtype,
@@ -115,28 +115,12 @@ class Runner:
         self.guarded: frozenset[str] = frozenset()
         self.outer = default_dtype()
         self.precision: Precision | None = Precision(dtype, self.device, self.outer)
-        self._mode: contextlib.AbstractContextManager[Any] | None = None
         self.centre: dict[str, Tensor] = {}
         self.initial: dict[str, Tensor] = {}
         self.spread = SPREADS[0]
         self.at_hand: frozenset[str] = frozenset()
         self.sliced: dict[str, int] = {}
         self._streamed_rows = None if model.stream is None else model.stream.rows
-
-    def settle(self, gave_dtype: bool) -> None:
-        """Do without what runs so far had no use for, since it costs each operation something.
-
-        Where random numbers are drawn, in a `RandomStream`, there is a mode anyway.
-
-        Args:
-            gave_dtype: Whether torch functions took the default dtype.
-        """
-        if self.precision is None or self.precision.met:
-            return
-        self.precision = None
-        # Where the process has the same default dtype, who takes it is not always noted.
-        if not gave_dtype and process_default_dtype() != self.dtype:
-            self._mode = contextlib.nullcontext()
 
     def run_on_copies(self) -> None:
         """Give each run copies of what the model writes into, so that all runs are like the first."""
@@ -185,18 +169,12 @@ class Runner:
             yield
 
     @contextlib.contextmanager
-    def isolated(self, *, validate: bool = False, settled: bool = False) -> Iterator[None]:
-        """Alone with Pyro, in this precision and on this device.
-
-        Args:
-            validate: Whether Pyro and torch check arguments.
-            settled: Whether what runs inside is what ran before `settle`, with every latent given:
-                anything else, a prior that is drawn from or a start, may need a default dtype.
-        """
+    def isolated(self, *, validate: bool = False) -> Iterator[None]:
+        """Alone with Pyro, in this precision and on this device."""
         nothing = contextlib.nullcontext()
-        mode = self.precision or (self._mode if settled else None)
         with (
-            isolated(self.dtype, self.device, validate=validate, mode=mode),
+            isolated(self.dtype, self.device, validate=validate),
+            self.precision or nothing,
             nothing if validate else plain(),
         ):
             yield
@@ -247,8 +225,8 @@ class Runner:
                 stack.enter_context(private_params())
                 stack.enter_context(self.learned(params))
                 # Parameters without a gradient are held fixed here on purpose.
-                unregistered = ".*was not registered in the param store"
-                stack.enter_context(warnings_here("ignore", unregistered))
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", message=".*was not registered in the param store")
             yield
 
     # -- first runs, before anything is known about the model ---------------------------------
@@ -258,8 +236,8 @@ class Runner:
         """Validation on, a copy of the user's parameter store, random numbers of their own."""
         state: dict = dict(pyro.get_param_store().get_state())
         with (
-            self.isolated(validate=True),
             RandomStream(seed),
+            self.isolated(validate=True),
             private_params(state),
         ):
             yield

@@ -30,7 +30,6 @@ from torch.distributions.transforms import ComposeTransform, IndependentTransfor
 from torch.distributions.utils import lazy_property
 
 from pyro_vi_kit.core.errors import ModelError
-from pyro_vi_kit.core.per_thread import default_dtype
 from pyro_vi_kit.core.runtime import broadcast_shapes
 
 # As torch's own check of a simplex has it.
@@ -310,7 +309,7 @@ def _margin(constraint: Any, value: Tensor) -> Tensor | None:
     else:
         return None
     if not margin.is_floating_point():
-        margin = margin.to(default_dtype())
+        margin = margin.to(torch.get_default_dtype())
     # Sums of some hundred terms round by less: 4e-11 in float64, 2e-5 in float32.
     margin = margin + torch.finfo(margin.dtype).eps ** (2 / 3)
     return _of(margin, dims)

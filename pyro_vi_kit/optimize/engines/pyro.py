@@ -6,6 +6,7 @@ Runs whatever Pyro runs, and is the oracle that the other engines are tested aga
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from math import isfinite
 from typing import Any
@@ -19,7 +20,6 @@ from torch.optim import Adam
 
 from pyro_vi_kit.core.device import device_of
 from pyro_vi_kit.core.errors import OptionError
-from pyro_vi_kit.core.per_thread import warnings_here
 from pyro_vi_kit.core.runtime import RandomStream, default_dtype, isolated, private_params, seed_of
 from pyro_vi_kit.guides import Guide
 from pyro_vi_kit.guides.user_guides import GuideSites, Marked, look_over, named
@@ -238,7 +238,8 @@ class PyroEngine:
             if self._density is not None:
                 stack.enter_context(self._density.learned(self._module_params))
             # Such steps are skipped, counted and told of in the fit's status.
-            stack.enter_context(warnings_here("ignore", "Encountered NaN"))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "Encountered NaN")
             yield
 
     def _traces(self) -> tuple[poutine.Trace, poutine.Trace]:

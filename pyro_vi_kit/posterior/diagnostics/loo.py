@@ -17,7 +17,6 @@ import numpy as np
 
 from pyro_vi_kit.core.errors import OptionError, UnknownNameError
 from pyro_vi_kit.core.export import arviz_major, import_arviz
-from pyro_vi_kit.core.per_thread import warnings_here
 from pyro_vi_kit.core.psis import psis, usable
 from pyro_vi_kit.model.log_density import Density
 from pyro_vi_kit.posterior.approximation import (
@@ -334,8 +333,8 @@ def _by_arviz(found: Elpd, log_likelihood: xr.DataArray, log_ratios: np.ndarray)
     import xarray as xr
 
     data = xr.DataTree.from_dict({"/log_likelihood": log_likelihood.to_dataset(name="y")})
-    # The caller says what to do about it.
-    with warnings_here("ignore", "Estimated shape parameter of Pareto"):
+    with warnings.catch_warnings():  # the caller says what to do about it
+        warnings.filterwarnings("ignore", "Estimated shape parameter of Pareto")
         # The difference of the two is all that counts.
         result = import_arviz().loo_approximate_posterior(
             data, log_ratios, np.zeros_like(log_ratios), pointwise=True, var_name="y"

@@ -174,11 +174,11 @@ class Target:
         self(point)
         if self.gradients.to_c(_GRADIENTS * draws, point):
             return processors
-        self.gradients.expect(_GRADIENTS * draws, torch.from_numpy(point).view(1, -1))
+        compiling = self.gradients.expect(_GRADIENTS * draws, torch.from_numpy(point).view(1, -1))
         if self.gradients.engine != "captured":
-            # Uncaptured, chains share Python's lock.
+            # Uncaptured, chains share Python's lock; compiled, hardly anything is left beside it.
             return 1
-        return processors
+        return max(1, processors - 1) if compiling else processors
 
     def start(self, seed: int) -> np.ndarray:
         """A starting point `[D]` with finite log density.
