@@ -31,29 +31,35 @@ class Engine(Protocol):
     @property
     def name(self) -> str:
         """How steps are executed now: one of `engines.NAMES`."""
+        ...
 
     @property
     def skipped(self) -> int:
         """Steps whose bound or gradient was not finite, and which changed nothing."""
+        ...
 
     @property
     def particles(self) -> int:
         """Draws per step, K."""
+        ...
 
     def run(self, steps: int, rate: float) -> Window:
         """So many updates, at least one, at this learning rate.
 
         An interrupt goes through, and leaves the parameters as a finished step left them.
         """
+        ...
 
     def parameters(self) -> dict[str, Tensor]:
         """The tensors that steps move, by name; writing into them is allowed."""
+        ...
 
     def evaluate(self, replicates: int) -> Tensor:
         """Independent estimates of the bound at the current parameters, `[replicates]`, nats.
 
         Every call uses the same noise, so that two calls can be compared pair by pair.
         """
+        ...
 
 
 def torch_optimizer(factory: Callable[..., Any]) -> Callable[..., Any]:

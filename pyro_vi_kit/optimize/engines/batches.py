@@ -24,23 +24,29 @@ class BatchSource(Protocol):
     @property
     def plates(self) -> list[str]:
         """The plates whose rows batches index, in the order of `Batch.index`."""
+        ...
 
     @property
     def epoch(self) -> int:
         """Batches in which all rows are seen once, but for those that fill none."""
+        ...
 
     @property
     def share(self) -> float:
         """The share of all rows that a batch has."""
+        ...
 
     def next(self) -> Batch:
         """The next batch."""
+        ...
 
     def example(self) -> Batch:
         """Any batch, the order of `next` left alone; from torch's global random state."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """Where it stands, as tensors and plain values."""
+        ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""

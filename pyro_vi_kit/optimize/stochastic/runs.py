@@ -137,9 +137,11 @@ class Resumable(Protocol):
     @property
     def out_of_steps(self) -> bool:
         """Whether no steps are left, which time would not change."""
+        ...
 
     def state(self) -> dict[str, Any]:
         """Everything that what follows depends on, but for the losses."""
+        ...
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`."""
