@@ -168,8 +168,8 @@ def test_hidden_biases_break_the_symmetry_and_nothing_else(name):
 def test_an_annealed_fit_counts_the_evaluations_of_its_rounds(few, monkeypatch):
     seen = []
 
-    def counted(guide, **options):
-        seen.append(options["seed"])
+    def counted(guide, search, **options):
+        seen.append(search.seed)
         return 123
 
     monkeypatch.setattr(forward_kl_refinement, "improve", counted)
