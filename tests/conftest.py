@@ -12,6 +12,8 @@ import pytest
 import torch
 from pyro.poutine.runtime import _PYRO_STACK
 
+from pyro_vi_kit import guides, objectives
+
 ROOT = Path(__file__).parents[1]
 
 # Sums in another order give other last bits; one thread keeps them in one order.
@@ -47,6 +49,15 @@ def world() -> dict[str, object]:
         "torch.broadcast_shapes": torch.broadcast_shapes,
         "handlers": len(_PYRO_STACK),
     }
+
+
+@pytest.fixture(autouse=True)
+def own_registries() -> Iterator[None]:
+    """Take away what a test has registered: a page's example, or a user's file."""
+    before = [(each, dict(each._parts)) for each in (guides.REGISTRY, objectives.REGISTRY)]
+    yield
+    for each, parts in before:
+        each._parts = parts  # type: ignore[assignment]
 
 
 @pytest.fixture(autouse=True)

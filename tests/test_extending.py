@@ -58,10 +58,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text(MODEL, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    before = [(each, dict(each._parts)) for each in (guides.REGISTRY, objectives.REGISTRY)]
     yield tmp_path
-    for each, parts in before:
-        each._parts = parts
     for name in FILES:
         sys.modules.pop(name, None)
 
