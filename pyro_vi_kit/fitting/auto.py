@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pyro_vi_kit.capture.recorder import MAX_NODES
@@ -30,6 +29,7 @@ from pyro_vi_kit.core.errors import FitError, OptionError, ViError
 from pyro_vi_kit.core.runtime import RandomStream, isolated
 from pyro_vi_kit.core.stopping import fit_error
 from pyro_vi_kit.core.undefined import ERRORS, is_undefined
+from pyro_vi_kit.core.work import Watcher
 from pyro_vi_kit.fitting.request import Request, starting_point
 from pyro_vi_kit.guides import FullRank, Guide, GuideSpec, MeanField
 from pyro_vi_kit.guides.spec import coming_after
@@ -200,7 +200,9 @@ def _try_all(trials: _Trials) -> None:
     """One candidate after the other until it is enough."""
     density = trials.density
     first = FullRank() if density.dim <= fixed_draws.MAX_DIM else MeanField()
-    _try(trials, first, share=0.5)
+    # Against the clock, a step of the first guide need not be counted.
+    counts = trials.budget.deadline is None
+    _try(trials, first, _work_per_step(trials, first) if counts else 0.0, share=0.5)
     modes = trials.tried[0][1].status.modes or 1
     if modes > 1 and not trials.interrupted:
         # Looked for once, from more points, for every candidate to start from or to be held against.
@@ -210,12 +212,13 @@ def _try_all(trials: _Trials) -> None:
     for i, spec in enumerate(above):
         if trials.interrupted or _enough(trials):
             return
-        reason = _in_the_way(trials, spec)
-        if reason is not None:
-            rung = Rung(_words(spec), None, None, "", 0.0, f"not tried: {reason}")
+        try:
+            per_step = _affordable(trials, spec)
+        except OptionError as error:
+            rung = Rung(_words(spec), None, None, "", 0.0, f"not tried: {error}")
             trials.rungs.append((rung, None))
             continue
-        _try(trials, spec, share=_SHARE if i + 1 < len(above) else 1.0)
+        _try(trials, spec, per_step, share=_SHARE if i + 1 < len(above) else 1.0)
 
 
 def _above(first: str, dim: int, modes: int) -> list[GuideSpec]:
@@ -231,15 +234,18 @@ def _above(first: str, dim: int, modes: int) -> list[GuideSpec]:
     return [spec for *_, spec in sorted(ranked, key=lambda each: each[:2])]
 
 
-def _in_the_way(trials: _Trials, spec: GuideSpec) -> str | None:
-    """Why a guide is left out: it cannot be had for this model, or takes more than is left."""
-    try:
-        per_step = _work_per_step(trials, spec)
-    except OptionError as error:
-        return str(error)
+def _affordable(trials: _Trials, spec: GuideSpec) -> float:
+    """Nominal seconds of a gradient step, where there is enough left for the least number of them.
+
+    Raises:
+        OptionError: If the guide cannot be had for this model, or takes more than is left.
+    """
+    per_step = _work_per_step(trials, spec)
     least = _LEAST_OF_MIXTURE if spec.covers_modes else _LEAST_STEPS
     needed, left = least * per_step, max(trials.left, 0.0)
-    return f"needs about {needed:.0f} s, and {left:.0f} s were left" if needed > left else None
+    if needed > left:
+        raise OptionError(f"needs about {needed:.0f} s, and {left:.0f} s were left")
+    return per_step
 
 
 def _enough(trials: _Trials) -> bool:
@@ -251,11 +257,10 @@ def _enough(trials: _Trials) -> bool:
     return rung.verdict == "good"
 
 
-def _try(trials: _Trials, spec: GuideSpec, *, share: float) -> None:
-    """One candidate, in this share of what is left."""
-    started, left, each = time.monotonic(), trials.left, 0.0
+def _try(trials: _Trials, spec: GuideSpec, per_step: float, *, share: float) -> None:
+    """One candidate, in this share of what is left; ``per_step`` as `_work_per_step` counts it."""
+    started, left, each = time.monotonic(), trials.left, per_step / _PARTICLES
     if trials.budget.deadline is None:
-        each = _work_per_step(trials, spec) / _PARTICLES
         budget = Budget(evaluations=max(1, int(share * left / each)))
     else:
         budget = Budget.of_seconds(share * left)
@@ -286,7 +291,7 @@ def _warm_start(trials: _Trials, spec: GuideSpec) -> Guide | None:
     return None
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(Watcher):
     """Counts operations, and the numbers that they read and write; views are neither."""
 
     def __init__(self) -> None:

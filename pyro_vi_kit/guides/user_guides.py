@@ -181,7 +181,7 @@ def _require_shared(drawn: poutine.Trace, met: poutine.Trace, name: str) -> None
     Pyro's store keeps the one that it meets first and trains that; the other module goes on with its
     own, which no step moves.
     """
-    for parameter in set(drawn.param_nodes) & set(met.param_nodes):
+    for parameter in sorted({*drawn.param_nodes} & {*met.param_nodes}):
         given = [trace.nodes[parameter].get("args", ())[1:2] for trace in (drawn, met)]
         first, second = (args[0] if args else None for args in given)
         if (
