@@ -124,7 +124,11 @@ training_options = all_of(
     click.option(
         "--tol", type=float, show_default="0.01", help="Nats that the bound may fall short by."
     ),
-    click.option("--budget", type=float, help="Seconds after which to stop; 120 for auto."),
+    click.option(
+        "--budget",
+        type=float,
+        help="Seconds after which to stop; without it auto goes by counted work, about 120 s of it.",
+    ),
     click.option("--steps", type=click.IntRange(min=1), help="The most stochastic steps."),
 )
 nuts_options = all_of(

@@ -79,7 +79,7 @@ class TailAdaptive(Objective):
         return log_w.mean(0)
 
     def path(self, log_w: Tensor) -> Tensor:
-        """K gamma_k, normalised, `[K, ...]`: the surrogate_bound has 1 / K for each draw."""
+        """K gamma_k, normalised, `[K, ...]`: the surrogate bound has 1 / K for each draw."""
         rows = log_w.movedim(0, -1).contiguous()
         below = torch.searchsorted(rows.sort(-1).values, rows).movedim(-1, 0)
         gamma = (1.0 - below.to(log_w) / len(log_w)) ** self.beta

@@ -60,7 +60,7 @@ class UpperBound(Objective):
         return 2.0 * log_mean_exp(log_w) - self.bound(log_w)
 
     def path(self, log_w: Tensor) -> Tensor:
-        """What the surrogate_bound's gradient at each draw lacks, `[K, ...]`."""
+        """What the surrogate bound's gradient at each draw lacks, `[K, ...]`."""
         n = self.power
         rest = 1.0 - torch.softmax(n * log_w, 0)
         if n == 1.0:
