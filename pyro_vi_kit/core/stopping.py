@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import signal
 import sys
 import threading
@@ -16,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-from pyro_vi_kit.core.errors import FitError, ModelError, ViError, first_line
+from pyro_vi_kit.core.errors import FitError, ModelError, OptionError, ViError, first_line
 
 TERMINATED = 128 + signal.SIGTERM
 
@@ -97,9 +98,22 @@ def _told_as(told: Callable[[Exception], ViError], function: Callable[_P, _R]) -
         except ViError:
             raise
         except Exception as error:
-            raise told(error) from error
+            # Before the call's own body nothing of a model has run.
+            misused = isinstance(error, TypeError) and _misuse(function, args, kwargs)
+            raise (OptionError(misused) if misused else told(error)) from error
 
     return call
+
+
+def _misuse(function: Callable[..., Any], args: Any, kwargs: Any) -> str:
+    """What is wrong with the arguments of a call, and what it takes; empty where they fit."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        takes = ", ".join(name for name in signature.parameters if name != "self")
+        return f"{function.__name__}: {error}; it takes {takes}"
+    return ""
 
 
 def _model_error(error: Exception) -> ModelError:

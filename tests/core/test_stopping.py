@@ -90,6 +90,15 @@ def test_what_a_model_raises_in_a_fit_is_told_and_what_there_was_is_kept(way, er
     assert len(later.losses) == len(found.losses) + 5
 
 
+def test_an_option_that_fit_has_not_is_no_fault_of_the_model():
+    with pytest.raises(OptionError, match=r"fit: got an unexpected .* 'max_steps'; .* steps, init"):
+        vi.fit(vi.Model(Raising(TypeError("no number")), Y), max_steps=3)  # pyright: ignore[reportCallIssue]
+    model = Raising(TypeError("no number"))
+    model.at = 0
+    with pytest.raises(ModelError, match="the model raised TypeError: no number"):
+        vi.fit(vi.Model(model, Y))
+
+
 def test_a_model_that_raises_after_the_fit_is_told_of_too():
     model = Raising(MemoryError("no room"))
     posterior = vi.fit(vi.Model(model, Y), "mean_field", seed=0)

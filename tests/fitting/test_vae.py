@@ -29,10 +29,10 @@ def short():
     """Fits of 600 steps."""
     patch = pytest.MonkeyPatch()
 
-    def schedule(**options):
-        return Schedule(**{**options, "stretch": 100, "max_steps": 600, "replicates": 2})
+    def brief(**options):
+        return Schedule(**{**options, "window": 100, "max_steps": 600, "replicates": 2})
 
-    patch.setattr(schedule, "Schedule", schedule)
+    patch.setattr(schedule, "Schedule", brief)
     yield
     patch.undo()
 
@@ -143,7 +143,7 @@ def test_minibatches_see_every_digit_once_per_epoch(zoo):
 @pytest.mark.parametrize("engine", ["eager", "pyro"])
 def test_both_engines_train_it_on_minibatches(zoo, engine, monkeypatch):
     def tiny(**options):
-        return Schedule(**{**options, "stretch": 10, "max_steps": 20, "replicates": 2})
+        return Schedule(**{**options, "window": 10, "max_steps": 20, "replicates": 2})
 
     monkeypatch.setattr(schedule, "Schedule", tiny)
     own = {name: value.clone() for name, value in zoo.DECODER.state_dict().items()}

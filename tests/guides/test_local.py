@@ -494,7 +494,7 @@ def test_local_families_are_named_or_configured():
     with pytest.raises(OptionError, match="local='delta' has no spread"):
         Amortized(local="delta")
     with pytest.raises(UnknownNameError, match="globals"):
-        Amortized(globals="mixture")
+        Amortized(globals="mixtur")
 
 
 def test_encoders_go_by_plate():

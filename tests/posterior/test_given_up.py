@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro
@@ -144,3 +145,25 @@ def test_what_was_raised_in_one_line():
     with pytest.raises(RuntimeError) as told:
         too_large()
     assert in_words(told.value).startswith("out of memory (RuntimeError: ")
+
+
+def test_a_site_that_only_some_draws_have_is_weighed_and_told_of():
+    """Half of the draws have it. Under q equal to the prior the ELBO is the likelihood, -log(2 pi)/2."""
+
+    def model() -> None:
+        if pyro.sample("m", dist.Normal(0.0, 1.0)) > 0:
+            pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0))
+
+    def guide() -> None:
+        if pyro.sample("m", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0)) > 0:
+            pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+
+    posterior = vi.fit(vi.Model(model), guide, engine="pyro", steps=20, seed=0, progress=False)
+    # Twenty steps of a rate of 0.05 at most leave loc within 1 of 0, where KL(q | prior) is loc^2 / 2.
+    assert posterior.elbo is not None
+    assert posterior.elbo_se is not None
+    off = posterior.elbo + 0.5 * math.log(2.0 * math.pi)
+    assert -0.5 - 4.0 * posterior.elbo_se <= off <= 4.0 * posterior.elbo_se
+    assert set(posterior.sample(50)) == {"m"}
+    assert any("'scale' is not in every draw" in note for note in posterior.status.notes)

@@ -140,7 +140,7 @@ class TraceApproximation:
     @model_errors
     def draw(self, draws: int, seed: int) -> dict[str, Tensor]:
         """See `Approximation.draw`."""
-        return _values(self._traces(draws, seed, self._given_all()))
+        return self._values(self._traces(draws, seed, self._given_all()))
 
     @model_errors
     def weigh(self, draws: int, seed: int) -> Weighed:
@@ -151,7 +151,7 @@ class TraceApproximation:
     def draw_and_weigh(self, draws: int, seed: int) -> tuple[dict[str, Tensor], Weighed]:
         """See `Approximation.draw_and_weigh`."""
         pairs = self._traces(draws, seed)
-        return _values(pairs), self._log_probs(pairs)
+        return self._values(pairs), self._log_probs(pairs)
 
     @model_errors
     def outside(self, draws: int, seed: int) -> dict[str, float]:
@@ -184,7 +184,7 @@ class TraceApproximation:
                         if name not in guide.nodes and kind_of(node) != "factor"
                     }
                 )
-        return _stacked(values)
+        return self._stacked(values)
 
     @model_errors
     def log_likelihood(self, draws: int, seed: int) -> tuple[Group, Weighed]:
@@ -204,7 +204,7 @@ class TraceApproximation:
         weighed = self._log_probs(pairs)
         names = [site.name for site in self.density.structure.likelihood]
         nodes: list[Any] = [model.nodes for model, _ in pairs]
-        values = _stacked([{name: node[name]["log_prob"] for name in names} for node in nodes])
+        values = self._stacked([{name: node[name]["log_prob"] for name in names} for node in nodes])
         return by_observation(self.density, values, 1), weighed
 
     @model_errors
@@ -258,6 +258,38 @@ class TraceApproximation:
             return None
         return frozenset(n for n, node in sample_sites(trace).items() if made_unchecked(node["fn"]))
 
+    def _values(self, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        kinds = ("latent", "discrete", "deterministic")
+        return self._stacked(
+            [
+                {
+                    n: node["value"]
+                    for n, node in sample_sites(model).items()
+                    if kind_of(node) in kinds
+                }
+                for model, _ in pairs
+            ]
+        )
+
+    def _stacked(self, draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """`[S, ...]` of each site that all draws have in one shape; the others are told in a note.
+
+        A guide may branch: a site that some draws lack has no value there.
+        """
+        found: dict[str, Tensor] = {}
+        for name in dict.fromkeys(name for draw in draws for name in draw):
+            values = [draw[name] for draw in draws if name in draw]
+            if len(values) == len(draws) and len({value.shape for value in values}) == 1:
+                found[name] = torch.stack(values).detach()
+                continue
+            line = (
+                f"Site {name!r} is not in every draw, or not in one shape: it is left out of draws "
+                "and exports, and weighed in the ELBO."
+            )
+            if line not in self.given_up:
+                self.given_up.append(line)
+        return found
+
     def _traces(self, draws: int, seed: int, fn: Callable[..., Any] | None = None) -> list[Pair]:
         if fn is None:
             fn = self.trained.model.fn
@@ -296,18 +328,3 @@ class _DrawObserved(Messenger):
         if not isinstance(msg["fn"], _Subsample) and kind_of(msg) == "observed":
             msg["is_observed"] = False
             msg["value"] = None
-
-
-def _values(pairs: Sequence[Pair]) -> dict[str, Tensor]:
-    kinds = ("latent", "discrete", "deterministic")
-    return _stacked(
-        [
-            {n: node["value"] for n, node in sample_sites(model).items() if kind_of(node) in kinds}
-            for model, _ in pairs
-        ]
-    )
-
-
-def _stacked(draws: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """`[S, ...]` of each site of all draws."""
-    return {name: torch.stack([draw[name] for draw in draws]).detach() for name in draws[0]}
