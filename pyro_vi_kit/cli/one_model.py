@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,7 +30,7 @@ from pyro_vi_kit.cli.output import (
     write_pictures,
     write_table,
 )
-from pyro_vi_kit.core.errors import FitError
+from pyro_vi_kit.core.errors import FitError, in_words
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -238,8 +237,11 @@ def _keep(posterior: Posterior | None, target: Path | None, draws: int | None) -
     """Write what a fit had come to in which the model raised, if it lets itself be run once more."""
     if posterior is None or target is None:
         return
-    with contextlib.suppress(Exception):  # what the model raised is told of in any case
+    try:
         posterior.save(target, draws)
+    except Exception as error:  # noqa: BLE001  what the model raised is told of in any case
+        message(f"what the fit had come to was not written: {in_words(error)}")
+    else:
         message(f"wrote {relative(target)}, what the fit had come to")
 
 

@@ -18,7 +18,7 @@ from pyro_vi_kit.core import checkpoint as checkpoints
 from pyro_vi_kit.core.checkpoint import Checkpoint
 from pyro_vi_kit.core.contracts import Status
 from pyro_vi_kit.core.device import Device
-from pyro_vi_kit.core.errors import ModelError, OptionError, ShapeError, ViError
+from pyro_vi_kit.core.errors import ModelError, OptionError, ShapeError, ViError, first_line
 from pyro_vi_kit.core.options import SEED, checks, optional, path, positive
 from pyro_vi_kit.core.runtime import RandomStream, a_dtype, default_dtype, one_thread
 from pyro_vi_kit.core.stopping import failing_in_words, fit_error, terminable
@@ -187,6 +187,7 @@ class _Job:
         init: Values by site, ``"auto"`` or ``"origin"``.
         found: What searches for modes came to, where they are done.
         state: The parameter store that a Pyro guide goes on from.
+        given_up: What was tried before and given up, one line each.
     """
 
     chosen: GuideSpec | Guide | PyroGuide
@@ -195,6 +196,7 @@ class _Job:
     init: str | Mapping[str, Any] = "auto"
     found: Found | None = None
     state: dict[str, Any] | None = None
+    given_up: tuple[str, ...] = ()
 
     def trained(
         self, request: Request, budget: Budget, checkpoint: Checkpoint | None = None
@@ -216,7 +218,7 @@ def _prepared(request: Request, guide: object, dtype: torch.dtype | None, budget
             )
         return _Job(guide, guide, guide.density, located(request, guide.density))
     if guide is not None and not isinstance(guide, str | GuideSpec | type) and callable(guide):
-        return _Job(guide, guide, _density_or_none(request))
+        return _of_own_guide(request, guide)
     spec = guides.specify("full_rank" if guide is None else guide)  # type: ignore[arg-type]
     if dtype is None:
         dtype = default_dtype() if spec.encodes else torch.float64
@@ -246,8 +248,8 @@ def _density(request: Request, dtype: torch.dtype, spec: GuideSpec | None = None
     )
 
 
-def _density_or_none(request: Request) -> Density | None:
-    """For a Pyro guide of the user's: what the model is called on, where a Density can say it."""
+def _of_own_guide(request: Request, guide: PyroGuide) -> _Job:
+    """A Pyro guide of the user's; what the model is called on, where a Density can say it."""
     if request.engine not in ("auto", "pyro"):
         raise OptionError(
             f"engine={request.engine!r} runs the guides of this package; a Pyro guide callable needs "
@@ -258,12 +260,13 @@ def _density_or_none(request: Request) -> Density | None:
             "init= starts the guides of this package; give a Pyro guide of your own its init_loc_fn="
         )
     try:
-        return _density(request, default_dtype())
+        return _Job(guide, guide, _density(request, default_dtype()))
     except ShapeError:
         raise
-    except ModelError:
+    except ModelError as error:
         # Discrete latents, structure that changes: Pyro runs what a Density refuses.
-        return None
+        why = f"No batched density; Pyro runs the model, a draw at a time: {first_line(error)}"
+        return _Job(guide, guide, None, given_up=(why,))
 
 
 def _going_on(request: Request, guide: Any, earlier: Posterior, dtype: torch.dtype | None) -> _Job:
@@ -297,7 +300,8 @@ def _carried_out(
         trained = job.trained(request, budget, kept)
     before = 0.0 if kept is None else kept.seconds
     record = _record(request, job.guide, trained, time.monotonic() - started + before)
-    record = dataclasses.replace(record, fingerprint=model_print)
+    status = record.status.noting(*job.given_up)
+    record = dataclasses.replace(record, fingerprint=model_print, status=status)
     if record.status.reason == "budget":
         record = dataclasses.replace(record, status=_clocked(record.status, request))
     if earlier is not None:

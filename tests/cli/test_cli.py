@@ -16,7 +16,8 @@ import pyro_vi_kit as vi
 from pyro_vi_kit.cli import main
 from pyro_vi_kit.cli.options import options_of
 from pyro_vi_kit.cli.output import in_options
-from pyro_vi_kit.core.errors import UnknownNameError
+from pyro_vi_kit.core.errors import FitError, UnknownNameError
+from pyro_vi_kit.model.modelfile import load_model_file
 from pyro_vi_kit.optimize.stochastic import stochastic
 
 LINE = str(MODELS / "gaussian_regression_2d.py")
@@ -325,6 +326,23 @@ def test_an_interrupted_fit_keeps_what_it_has(monkeypatch, tmp_path):
     assert result.exit_code == 130
     assert "interrupted" in result.stdout
     assert out.is_file()
+
+
+def test_what_a_failed_fit_could_not_write_is_told_of(monkeypatch, tmp_path):
+    found = vi.fit(load_model_file(LINE), "mean_field", seed=0)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    def raising(*args, **kwargs):
+        raise FitError("the fit stopped: the model raised ValueError", found)
+
+    monkeypatch.setattr(vi.Posterior, "save", full)
+    monkeypatch.setattr(vi, "fit", raising)
+    result = vi_kit("fit", LINE, "--out", tmp_path / "line.nc")
+    assert result.exit_code != 0
+    assert "was not written: OSError: [Errno 28] No space left on device" in result.stderr
+    assert "the model raised ValueError" in result.stderr
 
 
 @pytest.mark.slow

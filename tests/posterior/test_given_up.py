@@ -166,4 +166,5 @@ def test_a_site_that_only_some_draws_have_is_weighed_and_told_of():
     off = posterior.elbo + 0.5 * math.log(2.0 * math.pi)
     assert -0.5 - 4.0 * posterior.elbo_se <= off <= 4.0 * posterior.elbo_se
     assert set(posterior.sample(50)) == {"m"}
+    assert any("structure changes" in note for note in posterior.status.notes)
     assert any("'scale' is not in every draw" in note for note in posterior.status.notes)
