@@ -301,9 +301,9 @@ def _carried_out(
     before = 0.0 if kept is None else kept.seconds
     record = _record(request, job.guide, trained, time.monotonic() - started + before)
     status = record.status.noting(*job.given_up)
+    if status.reason == "budget":
+        status = _clocked(status, request)
     record = dataclasses.replace(record, fingerprint=model_print, status=status)
-    if record.status.reason == "budget":
-        record = dataclasses.replace(record, status=_clocked(record.status, request))
     if earlier is not None:
         record = resuming.told_as_one(earlier.record, record)
     spec = job.chosen if isinstance(job.chosen, GuideSpec) else None

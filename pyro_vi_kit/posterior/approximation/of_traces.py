@@ -252,9 +252,9 @@ class TraceApproximation:
             with self.trained.running(0, "first run"), validation(True):
                 trace = self.trained.model_trace(self.trained.guide_trace(), self.trained.model.fn)
         except Exception as error:  # noqa: BLE001  its own draws may be what validation refuses
-            line = f"Draws are not checked against the domains of distributions: {in_words(error)}"
-            if line not in self.given_up:
-                self.given_up.append(line)
+            self._give_up(
+                f"Draws are not checked against the domains of distributions: {in_words(error)}"
+            )
             return None
         return frozenset(n for n, node in sample_sites(trace).items() if made_unchecked(node["fn"]))
 
@@ -282,13 +282,16 @@ class TraceApproximation:
             if len(values) == len(draws) and len({value.shape for value in values}) == 1:
                 found[name] = torch.stack(values).detach()
                 continue
-            line = (
+            self._give_up(
                 f"Site {name!r} is not in every draw, or not in one shape: it is left out of draws "
                 "and exports, and weighed in the ELBO."
             )
-            if line not in self.given_up:
-                self.given_up.append(line)
         return found
+
+    def _give_up(self, line: str) -> None:
+        """As `Density.give_up`; a model that Pyro alone can run has no Density."""
+        if line not in self.given_up:
+            self.given_up.append(line)
 
     def _traces(self, draws: int, seed: int, fn: Callable[..., Any] | None = None) -> list[Pair]:
         if fn is None:
